@@ -1,0 +1,311 @@
+"""Batch normalization: every channel by its mean and variance over the batch, and by running ones at inference.
+
+Legend: N batch, C channels, F the feature shape (C,), n the number of elements of a channel, t the number of updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._checks import (
+    aligned_mask, aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon, checked_momentum,
+    warn_if_single,
+)  # fmt: skip
+from ._kernels import checked_implementation
+from ._kernels.xla import Statistics
+from ._moments import Moments, across, combine, merge, safe
+from ._normalize import Affine, as_affine, normalize, standardize
+from ._spec import RunningStats, Spec, bound_axes, recipe_for, reduction
+
+Array = jax.Array
+
+
+def batch_norm(
+    x,
+    params: Affine | None,
+    state: RunningStats,
+    *,
+    train,
+    axis: int | Sequence[int] = -1,
+    momentum: float | None = 0.99,
+    epsilon: float = 1e-5,
+    scale_offset: float = 0.0,
+    mask=None,
+    weights=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    virtual_batch_size: int | None = None,
+    update_stats: bool = True,
+    min_count: float | None = None,
+    frozen: bool = False,
+    skip_nonfinite: bool = False,
+    zero_debias: bool = False,
+    unbiased_running_var: bool = False,
+    dtype=None,
+    implementation: str | None = None,
+) -> tuple[Array, RunningStats]:
+    """Batch normalization, synchronized over devices where `axis_name` says so.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
+
+    In training mean and var are those of the batch over every axis but the channels', and
+    `running = momentum * running + (1 - momentum) * batch`. At inference they are the running ones.
+
+    Args:
+      x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
+      params: `Affine(scale, bias)`, each (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)), or
+        None; None for neither.
+      state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows to it.
+      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
+      axis: the channel axis, or axes, at any position.
+      momentum: the weight of the old statistics, as in Flax (1 - torch's). None: the exact cumulative statistics, those
+        of all elements seen so far (needs `state.count`).
+      epsilon: added to the variance, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
+        trace in the statistics, the state, or any gradient, be they NaN; finite ones are still normalized.
+      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
+      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
+        inference. Under jit over sharded arrays leave it None: statistics are global there.
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      virtual_batch_size: ghost batch norm: normalize each run of so many examples (the last may be shorter) by its own
+        statistics, on its own device; the running ones take the merged statistics of the whole batch.
+      update_stats: False leaves the state as it was.
+      min_count: a channel with fewer elements than this leaves its state as it was.
+      frozen: normalize by the running statistics and never update them, in training too.
+      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
+      zero_debias: correct the running statistics for their start, as Adam does: after t updates their weights sum to 1,
+        with nothing of the initial values (needs `state.count`).
+      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
+      implementation: a room of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
+
+    Raises:
+      ValueError: a bad axis, momentum, epsilon, room or virtual_batch_size; params, state or a mask that fits x nowhere.
+      TypeError: a dtype that cannot hold the result; a train that is no bool.
+      NameError: axis_name is not bound here.
+
+    Warns:
+      UserWarning: one element per channel in training, where the output is the bias alone.
+
+    Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167. Ghost batches: Hoffer, Hubara, Soudry, "Train
+    longer, generalize better" (2017), arXiv:1705.08741.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> state = jn.RunningStats(np.zeros(1, "f"), np.ones(1, "f"))
+    >>> y, state = jn.batch_norm(np.array([[1.], [3.]], "f"), None, state, train=True, momentum=0.9, epsilon=0.)
+    >>> y.tolist(), state.mean.round(3).tolist()
+    ([[-1.0], [1.0]], [0.20000000298023224])
+    """
+    norm = "batch_norm"
+    x = as_float_array(norm, x, rank=1, layout="(batch, ..., channels)")
+    channels = checked_axes(norm, x.ndim, axis)
+    features = tuple(x.shape[a] for a in channels)
+    scale, bias = (None, None) if params is None else params
+    state = _checked_state(norm, state, features, x, needs_count=momentum is None or zero_debias)
+    checked_momentum(norm, momentum)
+    checked_implementation(norm, implementation)
+    epsilon = checked_epsilon(norm, epsilon)
+    train = _checked_flag(norm, train)
+
+    def by_running() -> Array:
+        given = dict(epsilon=epsilon, scale_offset=scale_offset, axis=channels, dtype=dtype)
+        return normalize(x, state.mean, state.var, scale, bias, **given)
+
+    if frozen or train is False:
+        aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
+        return by_running(), state
+
+    scale = aligned_param(norm, "scale", scale, x.shape, channels)
+    bias = aligned_param(norm, "bias", bias, x.shape, channels)
+    mask, weights = aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
+    mask = None if mask is None else mask.astype(bool)
+    out = checked_dtype(norm, dtype, x, scale, bias)
+    axes = tuple(a for a in range(x.ndim) if a not in channels)
+    if axis_name is None:
+        warn_if_single(norm, x, axes, "channel in training")
+    how = reduction(axes, axis_name, axis_index_groups, one_pass=True)
+    args = (x, scale, bias, mask, weights)
+    with bound_axes(norm, axis_name):
+        if virtual_batch_size is None:
+            y, stats = standardize(recipe_for(epsilon, scale_offset, out, how), *args)
+        else:
+            y, stats = _by_ghost_batches(recipe_for(epsilon, scale_offset, out, how), args, virtual_batch_size)
+    new = state
+    if update_stats:
+        unit = recipe_for(epsilon, scale_offset, out, how).how.unit
+        batch = _as_batch_moments(stats, features, unit)
+        new = _updated(state, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+    if train is not True:
+        y = jnp.where(train, y, by_running())
+        new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, state)
+    return y, new
+
+
+def _updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
+    """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
+    acc = jnp.promote_types(state.var.dtype, batch.m2.dtype)
+    old_mean, old_var = state.mean.astype(jnp.promote_types(acc, state.mean.dtype)), state.var.astype(acc)
+    freedom = 1.0 if unbiased else 0.0  # what the variance's divisor lacks of n
+    seen = batch.count > 0 if min_count is None else (batch.count > 0) & (batch.count >= min_count)
+    if skip_nonfinite:
+        seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)
+    has_var = batch.count > freedom
+    count = state.count
+    if momentum is None:
+        old = Moments(count, old_mean, old_var * jnp.maximum(count - freedom, 0.0))
+        count, mean, m2 = merge(old, batch)
+        var = m2 / safe(jnp.maximum(count - freedom, 0.0))
+        has_var = count > freedom
+    else:
+        part = 1.0 - momentum
+        if zero_debias:
+            count = count + 1.0
+            part = part / (1.0 - momentum**count) if momentum < 1 else 1.0 / count
+        var = batch.m2 / safe(jnp.maximum(batch.count - freedom, 0.0))
+        mean = (1.0 - part) * old_mean + part * batch.mean
+        var = (1.0 - part) * old_var + part * var
+    keep = lambda new, old, where=seen: lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))
+    return RunningStats(
+        keep(mean, state.mean),
+        keep(var, state.var, seen & has_var),
+        None if state.count is None else keep(count, state.count),
+    )
+
+
+def _as_batch_moments(stats: Statistics, features, unit: float) -> Moments:
+    mean = stats.shift + stats.offset
+    return Moments(
+        *(jnp.broadcast_to(a, mean.shape).reshape(features) for a in (stats.count, mean, stats.m2 / unit / unit))
+    )
+
+
+def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
+    """Each run of `size` examples by its own statistics; returns also the merged ones, over devices too."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"batch_norm: virtual_batch_size must be an int >= 1, got {size!r}. Write 32, or None.")
+    x, how = args[0], recipe.how
+    if not how.axes:
+        raise ValueError(f"batch_norm: virtual_batch_size needs a batch axis, got x of shape {x.shape}. Write None.")
+    batch = how.axes[0]
+    ghosts = math.ceil(x.shape[batch] / size)
+    padding = ghosts * size - x.shape[batch]
+    x, scale, bias, mask, weights = args
+    if padding and mask is None:
+        mask = jnp.ones(tuple(s if a == batch else 1 for a, s in enumerate(x.shape)), bool)
+
+    def view(a):
+        if a is None:
+            return None
+        if a.shape[batch] == 1 != x.shape[batch]:
+            return jnp.expand_dims(a, batch)
+        a = jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)])
+        return a.reshape(a.shape[:batch] + (ghosts, size) + a.shape[batch + 1 :])
+
+    local = reduction(tuple(a + 1 for a in how.axes), None, None, one_pass=True)
+    recipe_local = recipe_for(recipe.epsilon, recipe.scale_offset, recipe.dtype, local)
+    y, stats = standardize(recipe_local, *map(view, (x, scale, bias, mask, weights)))
+    y = y.reshape(y.shape[:batch] + (ghosts * size,) + y.shape[batch + 2 :])
+    y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
+    stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
+    stats = combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), local.unit)
+    return y, stats if how.axis_name is None else across(stats, how.axis_name, how.groups, how.unit)
+
+
+def _checked_flag(norm: str, train):
+    if isinstance(train, (bool, np.bool_)):
+        return bool(train)
+    if isinstance(train, (jax.Array, np.ndarray)) and train.dtype == jnp.bool_ and train.ndim == 0:
+        return train
+    raise TypeError(f"{norm}: train must be a bool or a scalar bool array, got {train!r}. Write train=True.")
+
+
+def _checked_state(norm: str, state, features: tuple[int, ...], x: Array, needs_count: bool) -> RunningStats:
+    if not isinstance(state, RunningStats):
+        raise TypeError(
+            f"{norm}: state must be a jaxnorm.RunningStats, got {type(state).__name__}. "
+            "Write params, state = jaxnorm.BatchNorm().init(features)."
+        )
+    mean, var, count = (None if a is None else jnp.asarray(a) for a in state)
+    for what, a in (("mean", mean), ("var", var), ("count", count)):
+        if a is not None and a.shape != features:
+            raise ValueError(
+                f"{norm}: state.{what} of shape {a.shape} does not fit the {features} features of x {x.shape}. "
+                f"Write jaxnorm.BatchNorm(...).init({features}), or set axis= to the channel axis."
+            )
+    if needs_count and count is None:
+        raise ValueError(
+            f"{norm}: momentum=None and zero_debias=True need state.count, which is None. "
+            f"Write state._replace(count=jnp.zeros({features}))."
+        )
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
+        raise TypeError(
+            f"{norm}: a complex x needs a complex running mean, got {mean.dtype}. "
+            "Write state._replace(mean=state.mean.astype(jnp.complex64))."
+        )
+    return RunningStats(mean, var, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm(Spec):
+    """The hyperparameters of `batch_norm`, said once. See `jaxnorm.Norm` for what a spec does.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.BatchNorm(momentum=0.9)
+    >>> params, state = norm.init(1)
+    >>> y, state = norm.apply(params, state, np.array([[1.], [3.]]), train=True)
+    >>> y.round(3).tolist(), state.mean.round(3).tolist()
+    ([[-1.0], [1.0]], [0.20000000298023224])
+    """
+
+    axis: int | tuple[int, ...] = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    virtual_batch_size: int | None = None
+    min_count: float | None = None
+    frozen: bool = False
+    skip_nonfinite: bool = False
+    zero_debias: bool = False
+    unbiased_running_var: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        checked_momentum("BatchNorm", self.momentum)
+
+    def _init_state(self, shape) -> RunningStats:
+        f32 = jnp.float32
+        count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None
+        return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
+
+    def apply(
+        self, params: Affine | None, state: RunningStats, x, *, train, mask=None, weights=None, update_stats: bool = True
+    ) -> tuple[Array, RunningStats]:
+        """The normalized x and the new running statistics. Arguments as for `batch_norm`."""
+        call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
+        return batch_norm(x, params, state, **call, **self.options())
+
+    def as_affine(self, params: Affine | None, state: RunningStats) -> Affine:
+        """What the norm is at inference: y == x * affine.scale + affine.bias.
+
+        >>> import jaxnorm as jn
+        >>> norm = jn.BatchNorm(epsilon=0.)
+        >>> norm.as_affine(*norm.init(1)).scale.tolist()
+        [1.0]
+        """
+        scale, bias = (None, None) if params is None else params
+        return as_affine(
+            state.mean, state.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset
+        )

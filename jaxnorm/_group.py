@@ -1,0 +1,144 @@
+"""Group normalization: every example by the mean and variance of groups of its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from ._checks import as_float_array, checked_axes, warn_if_single
+from ._spec import RowSpec, normalize_rows
+
+Array = jax.Array
+
+
+def group_norm(
+    x,
+    scale=None,
+    bias=None,
+    *,
+    num_groups: int | None = None,
+    group_size: int | None = None,
+    axis: int = -1,
+    reduction_axes: int | Sequence[int] | None = None,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    mask=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    dtype=None,
+    implementation: str | None = None,
+) -> Array:
+    """Group normalization.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
+
+    with mean and var over each group of C / G neighbouring channels and over the other `reduction_axes`. One group is
+    layer norm over everything but the batch; C groups are instance norm.
+
+    Args:
+      x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
+      scale: of shape (C,), or of a shape that broadcasts against x; None is 1.
+      bias: the same; None is 0.
+      num_groups: G, the number of groups. Give it or group_size.
+      group_size: C / G, the number of channels in a group.
+      axis: the channel axis, at any position.
+      reduction_axes: the axes reduced, the channel axis among them; None is all but the batch axis 0.
+      epsilon: added to the variance, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
+        trace in the statistics or in any gradient, be they NaN; a group with nothing in it gives the bias.
+      axis_name: a mapped axis, or several, over which the reduced axes are sharded (in whole groups).
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
+      implementation: a room of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      An array of x's shape.
+
+    Raises:
+      ValueError: groups that do not divide the channels; a bad axis, epsilon, or room; a scale, bias or mask that fits
+        x nowhere.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Wu, He, "Group Normalization" (2018), arXiv:1803.08494.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> jn.group_norm(np.array([[1., 3., 10., 30.]]), num_groups=2).round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+    x = as_float_array("group_norm", x, rank=2, layout="(batch, ..., channels)")
+    (channel,) = checked_axes("group_norm", x.ndim, axis)
+    groups = checked_group_count("group_norm", x.shape[channel], num_groups, group_size)
+    given = [a for a in range(x.ndim) if a != 0 or a == channel] if reduction_axes is None else reduction_axes
+    given = checked_axes("group_norm", x.ndim, given, what="reduction_axes")
+    if channel not in given:
+        raise ValueError(
+            f"group_norm: reduction_axes={reduction_axes} must include the channel axis {axis}, whose groups are "
+            f"reduced. Write reduction_axes={tuple(sorted((*given, channel)))}."
+        )
+    # In the view the channel axis c is two: the groups at c, and the channels of a group at c + 1.
+    reduced = tuple(a if a < channel else a + 1 for a in given)
+
+    def view(a):
+        if a is None:
+            return None
+        split = (1, 1) if a.shape[channel] == 1 != x.shape[channel] else (groups, x.shape[channel] // max(groups, 1))
+        return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
+
+    if axis_name is None:
+        warn_if_single("group_norm", view(x), reduced, "group")
+    return normalize_rows(
+        "group_norm", x, scale, bias, given, (channel,), epsilon=epsilon, scale_offset=scale_offset, mask=mask,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
+        view=view, reduced=reduced,
+    )  # fmt: skip
+
+
+def checked_group_count(norm: str, channels: int, num_groups: int | None, group_size: int | None) -> int:
+    """The number of groups, from it or from their size."""
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            f"{norm}: give one of num_groups and group_size, got num_groups={num_groups} and group_size={group_size}. "
+            "Write num_groups=32."
+        )
+    name, number = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
+    if not isinstance(number, int) or number <= 0 or channels % number:
+        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+        near = min(divisors, key=lambda d: abs(d - number)) if isinstance(number, int) and divisors else 1
+        raise ValueError(f"{norm}: {name}={number} does not divide the {channels} channels of x. Write {name}={near}.")
+    return number if group_size is None else channels // number
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupNorm(RowSpec):
+    """The hyperparameters of `group_norm`, said once. 32 groups, as in the paper, unless told otherwise.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.GroupNorm(num_groups=2)
+    >>> params, state = norm.init(4)
+    >>> norm.apply(params, state, np.array([[1., 3., 10., 30.]]))[0].round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    num_groups: int | None = None
+    group_size: int | None = None
+    axis: int = -1
+    reduction_axes: int | tuple[int, ...] | None = None
+    epsilon: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_groups is None and self.group_size is None:
+            object.__setattr__(self, "num_groups", 32)
+
+    def init(self, features):
+        """Parameters for `features` channels, which the groups must divide."""
+        if isinstance(features, int):
+            checked_group_count("GroupNorm.init", features, self.num_groups, self.group_size)
+        return super().init(features)
+
+    def _function(self, x, scale, bias, **options) -> Array:
+        return group_norm(x, scale, bias, **options)

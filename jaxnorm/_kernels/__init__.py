@@ -1,0 +1,35 @@
+"""The seam: which rooms can run a norm on this machine, and which one does. XLA defines the meaning of all of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Backend(NamedTuple):
+    """One room of kernels, as `backends()` reports it."""
+
+    active: bool  # True: `implementation=None` may choose it here
+    reason: str  # what it is good for, or why it is not active
+
+
+_ROOMS = {"xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute")}
+
+
+def backends() -> dict[str, Backend]:
+    """The rooms of kernels in this build, whether each is active on this machine, and why.
+
+    >>> import jaxnorm as jn
+    >>> jn.backends()["xla"].active
+    True
+    """
+    return dict(_ROOMS)
+
+
+def checked_implementation(norm: str, implementation: str | None) -> None:
+    """A named room runs or says why it does not."""
+    if implementation is None or implementation in _ROOMS:
+        return
+    raise ValueError(
+        f"{norm}: implementation={implementation!r} is not a room of this build, which has {sorted(_ROOMS)}. "
+        "Write implementation=None for the best one, and see jaxnorm.backends() for the reasons."
+    )

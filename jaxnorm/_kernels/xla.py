@@ -1,0 +1,193 @@
+"""The XLA room: statistics and the affine map in plain `jax.numpy`. What this file computes is what the others must.
+
+Legend: x is any shape; statistics keep the reduced axes with size 1, so that everything broadcasts.
+Accumulation is in `accumulator(x)`: float32, or wider where x is wider.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is reduced, and how: everything static about the statistics."""
+
+    axes: tuple[int, ...]  # axes of x that the statistics run over, non-negative
+    centered: bool = True  # False: the mean is taken as zero (RMS norm)
+    one_pass: bool = False  # True: read x once, about a pilot: for columns, where passes are dear
+    unit: float = 1.0  # squares are sums of (unit * x)**2; a power of two, so exact, that keeps 1e20**2 in range
+    axis_name: str | tuple[str, ...] | None = None  # devices to merge over
+    groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
+
+
+class Statistics(NamedTuple):
+    """Count, mean and second moment, the mean held as an unevaluated sum so that x - mean keeps its low bits."""
+
+    count: Array  # float32, broadcasts against shift: how many elements, or the sum of their weights
+    shift: Array  # mean == shift + offset, |offset| small beside the spread of x
+    offset: Array
+    m2: Array  # real: the sum of |unit * (x - mean)|**2
+
+
+def accumulator(x: Array):
+    """The dtype for statistics and for the affine arithmetic: x's own, but float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def square(z: Array) -> Array:
+    """|z|**2, real."""
+    return lax.square(z.real) + lax.square(z.imag) if jnp.iscomplexobj(z) else lax.square(z)
+
+
+def present(mask: Array | None, weights: Array | None) -> Array | None:
+    """Where elements count at all. An element of weight zero is as absent as a masked one."""
+    if weights is None:
+        return mask
+    return weights != 0 if mask is None else mask & (weights != 0)
+
+
+def cleaned(x: Array, mask: Array | None, weights: Array | None) -> Array:
+    """x in the accumulator's dtype; what is absent is made finite, so that it can be mapped without spreading NaN."""
+    x = x.astype(accumulator(x))
+    keep = present(mask, weights)
+    if keep is None:
+        return x
+    finite = lambda a: jnp.clip(jnp.where(jnp.isnan(a), 0.0, a), -1e30, 1e30)
+    padding = lax.complex(finite(x.real), finite(x.imag)) if jnp.iscomplexobj(x) else finite(x)
+    return jnp.where(keep, x, padding)
+
+
+def count(x: Array, mask: Array | None, weights: Array | None, axes: tuple[int, ...]) -> Array:
+    """The number of present elements, or the sum of their weights, as float32 of broadcastable shape."""
+    dtype = jnp.finfo(accumulator(x)).dtype
+    ones = jnp.ones((1,) * x.ndim, dtype) if weights is None else weights.astype(dtype)
+    kept = ones if mask is None else jnp.where(mask, ones, 0.0)
+    repeats = math.prod(x.shape[a] for a in axes if kept.shape[a] == 1)
+    return kept.sum(axes, keepdims=True) * repeats
+
+
+def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reduction) -> Statistics:
+    """The statistics of what this device holds. The formula for rows is chosen for the platform, at lowering."""
+    n = count(x, mask, weights, how.axes)
+    keep = present(mask, weights)
+    args = (x, keep, weights, n)
+    if not how.centered:
+        zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
+        m2 = (_weight(weights, n) * square(_difference(x, keep, zero) * how.unit)).sum(how.axes, keepdims=True)
+        return Statistics(n, zero, zero, m2)
+    if 0 in x.shape:
+        zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
+        return Statistics(n, zero, zero, zero.real)
+    if how.one_pass and keep is None:
+        return Statistics(n, *about(*args, _pilot(x, how.axes), how))
+    if keep is not None or _sharded_axes(x):  # a reduction of three arrays at once would lose its sharding
+        return Statistics(n, *two_pass(*args, how))
+    rows = lambda formula: lambda *args: formula(*args, how)
+    return Statistics(n, *lax.platform_dependent(*args, cpu=rows(two_pass), default=rows(welford)))
+
+
+def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Array]:
+    """In one pass about a `shift` near the mean: the mean as shift + offset, and the second moment.
+
+    offset = sum(w (x - shift)) / n;   m2 = sum(w |x - shift|**2) - n |offset|**2
+
+    An m2 below the rounding noise of its own two terms is that of a constant x: then the mean is that constant, to the
+    bit, and m2 is 0.
+    """
+    d = _difference(x, keep, shift)
+    w = _weight(weights, n)
+    offset = (w * d).sum(how.axes, keepdims=True) / jnp.where(n == 0, 1.0, n)
+    correction = n * square(offset * how.unit)
+    m2 = (w * square(d * how.unit)).sum(how.axes, keepdims=True) - correction
+    constant = m2 <= 2.0**-18 * correction
+    return (
+        jnp.where(constant, shift + offset, shift),
+        jnp.where(constant, 0.0, offset),
+        jnp.where(constant, 0.0, m2),
+    )
+
+
+def two_pass(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """The corrected two-pass algorithm: the mean, then everything about it, the rounding error of that mean included.
+
+    Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
+    """
+    total = (_weight(weights, n) * _difference(x, keep, None)).sum(how.axes, keepdims=True)
+    return about(x, keep, weights, n, total / jnp.where(n == 0, 1.0, n), how)
+
+
+def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """One read of x: a reduction over (count, mean, m2) by the pairwise update, about the first element of each row."""
+    first = x
+    for a in how.axes:
+        first = lax.slice_in_dim(first, 0, 1, axis=a)
+    first = first.astype(accumulator(x))
+    d = _difference(x, keep, first)
+    w = jnp.broadcast_to(_weight(weights, n), x.shape)
+    unit = how.unit
+
+    def combine(a, b):
+        (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
+        total = n_a + n_b
+        part, gap = jnp.where(total == 0, 0.0, n_b / jnp.where(total == 0, 1.0, total)), mean_b - mean_a
+        return total, mean_a + gap * part, m2_a + m2_b + square(gap * unit) * (n_a * part)
+
+    zero = np.zeros((), n.dtype)
+    _, offset, m2 = lax.reduce((w, d, jnp.zeros_like(w)), (zero, np.zeros((), d.dtype), zero), combine, how.axes)
+    kept = lambda a: lax.expand_dims(a, how.axes)
+    return first, kept(offset), kept(m2)
+
+
+def _weight(weights: Array | None, n: Array) -> Array:
+    return jnp.ones((1,) * n.ndim, n.dtype) if weights is None else weights.astype(n.dtype)
+
+
+def _difference(x: Array, keep: Array | None, shift: Array | None) -> Array:
+    """x - shift in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
+    x = x.astype(accumulator(x))
+    d = x if shift is None else x - shift
+    return d if keep is None else jnp.where(keep, d, 0.0)
+
+
+def _pilot(x: Array, axes: tuple[int, ...]) -> Array:
+    """The mean of some 64 elements of each column, evenly spaced: the differences to it lose nothing when squared.
+
+    Taken by splitting axes, not by slicing them, so that of a sharded axis every device samples its own part.
+    """
+    sharded, taken, block = _sharded_axes(x), 1, x
+    for a in axes:
+        size = x.shape[a]
+        most = size if a in sharded else max(64 // taken, 1)
+        part = max(k for k in range(1, min(size, most) + 1) if size % k == 0)
+        split = block.reshape(*block.shape[:a], part, size // part, *block.shape[a + 1 :])
+        block, taken = lax.index_in_dim(split, 0, a + 1, keepdims=False), taken * part
+    return block.astype(accumulator(x)).mean(axes, keepdims=True)
+
+
+def _sharded_axes(x: Array) -> list[int]:
+    """The axes that are sharded as far as types tell, which they do on Explicit meshes."""
+    return [a for a, name in enumerate(jax.typeof(x).sharding.spec) if name is not None]
+
+
+def largest(x: Array, keep: Array, axes: tuple[int, ...]) -> Array:
+    """The largest present value over `axes`, kept as size 1; 0 where there is none. Of complex values, by part."""
+
+    def real(a):
+        top = jnp.max(a, axes, keepdims=True, where=keep, initial=-jnp.inf)
+        return jnp.where(jnp.isneginf(top), 0.0, top)
+
+    return lax.complex(real(x.real), real(x.imag)) if jnp.iscomplexobj(x) else real(x)
+
+
+def _reduced_shape(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if a in axes else size for a, size in enumerate(x.shape))

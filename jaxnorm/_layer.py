@@ -1,0 +1,86 @@
+"""Layer normalization: every example by its own mean and variance over the features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from ._checks import as_float_array, checked_axes
+from ._spec import RowSpec, normalize_rows
+
+Array = jax.Array
+
+
+def layer_norm(
+    x,
+    scale=None,
+    bias=None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    mask=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    dtype=None,
+    implementation: str | None = None,
+) -> Array:
+    """Layer normalization.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias,   mean and var over `axis`
+
+    Args:
+      x: array of any shape of rank 1 or more. Integers are promoted to float32.
+      scale: of the shape of the normalized axes, or of a shape that broadcasts against x (adaLN: (B, 1, C)); None is 1.
+      bias: the same; None is 0.
+      axis: the axis or axes normalized over.
+      epsilon: added to the variance, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
+        trace in the statistics or in any gradient, be they NaN; a row with nothing in it gives the bias.
+      axis_name: a mapped axis, or several, over which the normalized axes are sharded.
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
+      implementation: a room of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      An array of x's shape.
+
+    Raises:
+      ValueError: a bad axis, epsilon, or room; a scale, bias or mask that fits x nowhere.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> jn.layer_norm(np.array([[1., 3.], [5., 5.]]), bias=np.array([0., 1.])).round(3).tolist()
+    [[-1.0, 2.0], [0.0, 1.0]]
+    """
+    x = as_float_array("layer_norm", x, rank=1, layout="the normalized axes among its own")
+    axes = checked_axes("layer_norm", x.ndim, axis)
+    return normalize_rows(
+        "layer_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset, mask=mask,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm(RowSpec):
+    """The hyperparameters of `layer_norm`, said once. See `jaxnorm.Norm` for what a spec does.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.LayerNorm(epsilon=1e-5, use_bias=False)
+    >>> params, state = norm.init(2)
+    >>> y, state = norm.apply(params, state, np.array([[1., 3.]]))
+    >>> y.round(3).tolist(), state
+    ([[-1.0, 1.0]], ())
+    """
+
+    axis: int | tuple[int, ...] = -1
+    epsilon: float = 1e-6
+
+    def _function(self, x, scale, bias, **options) -> Array:
+        return layer_norm(x, scale, bias, **options)

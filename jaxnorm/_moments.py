@@ -1,0 +1,277 @@
+"""Moments: the algebra of count, mean and second moment under masks, weights, merging, and devices.
+
+Every statistic in the library comes from here, and `_sum_across` and `_max_across` are its only collectives.
+Legend: x is any shape; "reduced" means x's shape without `axes`; w is a weight per element, 1 where none is given.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ._kernels import xla
+from ._kernels.xla import Reduction, Statistics
+from ._checks import aligned_mask, as_float_array, checked_axes
+
+Array = jax.Array
+AxisName = str | tuple[str, ...]
+Groups = Sequence[Sequence[int]]
+
+_SLOT_BYTES = 1 << 20  # up to here every device gets its own slot in one all-reduce; beyond, two smaller ones
+
+
+class Moments(NamedTuple):
+    """Count, mean and second moment of a set of numbers. `merge` joins two; `Moments(0., 0., 0.)` is the identity."""
+
+    count: Array  # float32, reduced: the number of elements, or the sum of their weights
+    mean: Array  # float32 or wider, reduced: sum(w x) / count, and 0 where count is 0
+    m2: Array  # float32 or wider, real, reduced: sum(w |x - mean|**2)
+
+    @property
+    def var(self) -> Array:
+        """The variance m2 / count (the biased one), and 0 where nothing was counted."""
+        return self.m2 / jnp.where(self.count == 0, 1.0, self.count)
+
+
+def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None) -> Moments:
+    """Count, mean and second moment of `x` over `axes`.
+
+        count = sum(w);   mean = sum(w x) / count;   m2 = sum(w |x - mean|**2)
+
+    computed about a shift near the mean, never as E[x^2] - E[x]^2, so they are exact to rounding whatever the mean.
+
+    Args:
+      x: array of any shape and dtype; integers are promoted to float32.
+      axes: the axes to reduce, an int or several; None is all of them.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes.
+      weights: a float weight per element, shaped as a mask may be. Differentiable.
+
+    Returns:
+      `Moments` in float32 or wider, each of x's shape without `axes`.
+
+    Raises:
+      ValueError: an axis out of range, or a mask that fits x nowhere.
+
+    Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> count, mean, m2 = jn.moments(np.array([1., 2., 3., 99.]), mask=np.array([True, True, True, False]))
+    >>> float(count), float(mean), float(m2)
+    (3.0, 2.0, 2.0)
+    """
+    x = as_float_array("moments", x)
+    axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
+    mask, weights = (aligned_mask("moments", m, x.shape, what=w) for m, w in ((mask, "mask"), (weights, "weights")))
+    mask = None if mask is None else mask.astype(bool)
+    return _as_moments(statistics(Reduction(axes), x, mask, weights), axes)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of two sets together: associative, commutative, with `Moments(0., 0., 0.)` as identity.
+
+        n = n_a + n_b;  d = mean_b - mean_a;  mean = mean_a + d n_b / n;  m2 = m2_a + m2_b + |d|**2 n_a n_b / n
+
+    Args:
+      a: moments of any shape that broadcasts against b's.
+      b: the others.
+
+    Source: Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> a, b = jn.moments(np.array([1., 2.])), jn.moments(np.array([6.]))
+    >>> [float(part) for part in jn.merge(a, b)]
+    [3.0, 3.0, 14.0]
+    """
+    stacked = (jnp.stack(jnp.broadcast_arrays(jnp.asarray(p), jnp.asarray(q))) for p, q in zip(a, b, strict=True))
+    return _as_moments(combine(_as_statistics(Moments(*stacked)), 1.0))
+
+
+def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | None = None) -> Moments:
+    """`merge` over the devices of a named axis of pmap, shard_map or vmap: each gets the moments of all their data.
+
+    One all-reduce while every device can have a slot of its own in it (1 MiB in all), two beyond that: first for a
+    common shift, then for the sums about it. Never an average of averages: uneven and empty shards count as they are.
+
+    Args:
+      m: this device's moments.
+      axis_name: a mapped axis, or several.
+      axis_index_groups: lists of indices along the axis; each group merges on its own. Every index in one of them.
+
+    Raises:
+      NameError: no such axis name is bound here.
+      ValueError: the groups do not cover every index once.
+
+    >>> import jax, jaxnorm as jn, numpy as np
+    >>> shards = np.array([[1., 2., 3.], [7., 7., 7.]])
+    >>> both = jax.vmap(lambda x: jn.merge_across(jn.moments(x), "devices"), axis_name="devices")(shards)
+    >>> both.mean.tolist(), both.count.tolist()
+    ([4.5, 4.5], [6.0, 6.0])
+    """
+    return _as_moments(across(_as_statistics(m), axis_name, checked_groups(axis_index_groups), 1.0))
+
+
+# --- the statistics behind every norm ------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def statistics(how: Reduction, x: Array, mask: Array | None, weights: Array | None) -> Statistics:
+    """The statistics of x over `how.axes` and, where `how` names an axis, over its devices."""
+    local = xla.statistics(x, mask, weights, how)
+    return local if how.axis_name is None else across(local, how.axis_name, how.groups, how.unit)
+
+
+def _statistics_jvp(how, primals, tangents):
+    x, mask, weights = primals
+    dx, _, dweights = (None if isinstance(t, _SymbolicZero) else t for t in tangents)
+    out = statistics(how, x, mask, weights)
+    return out, statistics_tangent(how, x, mask, weights, out, dx, dweights)
+
+
+_SymbolicZero = jax.custom_derivatives.SymbolicZero
+statistics.defjvp(_statistics_jvp, symbolic_zeros=True)
+
+
+def statistics_tangent(how, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
+    """d(mean) is given to the offset: the shift is a constant, whichever it is."""
+    dn, d1, d2 = tangent_sums(how, x, mask, weights, stats, dx, dweights)
+    like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
+    mean = d1 / (safe(stats.count) * how.unit) if how.centered else 0.0
+    return Statistics(
+        like(dn, stats.count), jnp.zeros_like(stats.shift), like(mean, stats.offset), like(d2, stats.m2)
+    )
+
+
+def tangent_sums(how, x, mask, weights, stats: Statistics, dx, dweights):
+    """The sums that every tangent of a statistic is made of, over all devices; with z = unit (x - mean),
+
+        dn = sum(dw);   d1 = sum(w unit dx + dw z);   d2 = sum(2 w Re(conj(z) unit dx) + dw |z|**2).
+
+    Linear in (dx, dweights), either of which may be None for zero.
+    """
+    z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
+    total = lambda a: (a if mask is None else jnp.where(mask, a, 0.0)).sum(how.axes, keepdims=True)
+    sums: list = [0.0, 0.0, 0.0]
+    if dx is not None:
+        dx = how.unit * dx.astype(z.dtype)
+        dx = dx if weights is None else dx * weights.astype(stats.count.dtype)
+        sums[1] = total(dx)
+        sums[2] = 2.0 * total((jnp.conj(z) * dx).real if jnp.iscomplexobj(z) else z * dx)
+    if dweights is not None:
+        dw = jnp.broadcast_to(dweights.astype(stats.count.dtype), x.shape)
+        sums = [s + total(dw * a) for s, a in zip(sums, (jnp.ones_like(z.real), z, xla.square(z)), strict=True)]
+    if how.axis_name is None or (dx is None and dweights is None):
+        return sums
+    return _sum_across(sums, how.axis_name, how.groups)
+
+
+def safe(n: Array) -> Array:
+    """n, but 1 where it is 0: a divisor for sums that are 0 there."""
+    return jnp.where(n == 0, 1.0, n)
+
+
+def varying_as(like: Array, a: Array) -> Array:
+    """a, marked to vary over the manual mesh axes that `like` varies over, as shard_map wants of a tangent."""
+    missing = tuple(getattr(jax.typeof(like), "vma", frozenset()) - getattr(jax.typeof(a), "vma", frozenset()))
+    return lax.pcast(a, missing, to="varying") if missing else a
+
+
+# --- merging -----------------------------------------------------------------------------------------------------------
+
+
+def _as_moments(s: Statistics, axes: tuple[int, ...] = ()) -> Moments:
+    mean = s.shift + s.offset
+    dropped = lambda a: lax.squeeze(jnp.broadcast_to(a, mean.shape), axes)
+    return Moments(dropped(s.count), dropped(mean), dropped(s.m2))
+
+
+def _as_statistics(m: Moments) -> Statistics:
+    count, mean, m2 = (jnp.asarray(a) for a in m)
+    return Statistics(count, mean, jnp.zeros_like(mean), m2)
+
+
+def combine(s: Statistics, unit: float) -> Statistics:
+    """Merge along the leading axis: about the largest of the shifts, first the mean, then the spread about it."""
+    n, shift, offset, m2 = s
+    shift = lax.stop_gradient(xla.largest(s.shift, jnp.broadcast_to(n > 0, s.shift.shape), (0,)))
+    gap = jnp.where(n > 0, (s.shift - shift) + offset, 0.0)
+    total = n.sum(0, keepdims=True)
+    offset = (n * gap).sum(0, keepdims=True) / safe(total)
+    m2 = jnp.where(n > 0, m2, 0.0) + n * xla.square((gap - offset) * unit)
+    return Statistics(total[0], shift[0], offset[0], m2.sum(0))
+
+
+def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistics:
+    """Merge over the devices of axis_name, in their groups."""
+    size = lax.axis_size(axis_name)
+    index = lax.axis_index(axis_name)
+    s = Statistics(*jnp.broadcast_arrays(s.count, s.shift, s.offset, s.m2))
+    if size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
+        mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
+        slots = Statistics(*_sum_across([mine(a) for a in s], axis_name, None))
+        if groups is not None:
+            group = jnp.asarray(_group_of(groups, size))
+            here = jnp.reshape(group == group[index], (size,) + (1,) * s.count.ndim)
+            slots = slots._replace(count=jnp.where(here, slots.count, 0.0))
+        return combine(slots, unit)
+    shift = lax.stop_gradient(_max_across(s.shift, s.count > 0, axis_name, groups))
+    gap = jnp.where(s.count > 0, (s.shift - shift) + s.offset, 0.0)
+    parts = [s.count, s.count * gap, s.m2 + s.count * xla.square(gap * unit)]
+    n, first, second = _sum_across(parts, axis_name, groups)
+    offset = first / safe(n)
+    return Statistics(n, shift, offset, jnp.maximum(second - n * xla.square(offset * unit), 0.0))
+
+
+def _sum_across(parts: list, axis_name: AxisName, groups) -> list:
+    """The sums of arrays over devices: one all-reduce. With groups, each group has a slot in it and takes its own."""
+    if groups is None:
+        return list(lax.psum(tuple(parts), axis_name))
+    return _in_groups(lambda slots: lax.psum(slots, axis_name), parts, 0.0, axis_name, groups)
+
+
+def _max_across(a: Array, keep: Array, axis_name: AxisName, groups) -> Array:
+    """The largest kept value over devices, 0 where there is none; of complex values the real and imaginary parts'."""
+    parts = [a.real, a.imag] if jnp.iscomplexobj(a) else [a]
+    parts = [jnp.where(keep, lax.stop_gradient(p), -jnp.inf) for p in parts]
+    if groups is None:
+        tops = list(lax.pmax(tuple(parts), axis_name))
+    else:
+        tops = _in_groups(lambda slots: lax.pmax(slots, axis_name), parts, -jnp.inf, axis_name, groups)
+    tops = [jnp.where(jnp.isneginf(t), 0.0, t) for t in tops]
+    return lax.complex(*tops) if jnp.iscomplexobj(a) else tops[0]
+
+
+def _in_groups(collective, parts, empty, axis_name, groups):
+    size = lax.axis_size(axis_name)
+    mine = jnp.asarray(_group_of(groups, size))[lax.axis_index(axis_name)]
+    parts = [jnp.asarray(p) for p in parts]
+    slots = [jnp.where(_slot(len(groups), mine, p.ndim), p[None], jnp.asarray(empty, p.dtype)) for p in parts]
+    return [lax.dynamic_index_in_dim(s, mine, 0, keepdims=False) for s in collective(tuple(slots))]
+
+
+def _slot(size: int, index: Array, ndim: int) -> Array:
+    return jnp.reshape(jnp.arange(size) == index, (size,) + (1,) * ndim)
+
+
+def checked_groups(groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if groups is None else tuple(tuple(int(i) for i in g) for g in groups)
+
+
+def _group_of(groups, size: int) -> np.ndarray:
+    flat = [i for g in groups for i in g]
+    if sorted(flat) != list(range(size)):
+        half = [list(range(size // 2)), list(range(size // 2, size))]
+        raise ValueError(
+            f"axis_index_groups must hold every index 0..{size - 1} of the axis once, got {groups}. "
+            f"Write for example axis_index_groups={half}."
+        )
+    table = np.zeros(math.prod([size]), np.int32)
+    for number, members in enumerate(groups):
+        table[list(members)] = number
+    return table

@@ -1,0 +1,202 @@
+"""From statistics to output: the affine arithmetic, its one rounding, and the derivatives of the whole.
+
+Legend: x is any shape; scale and bias have x's rank and broadcast against it; r = 1 / sqrt(var + epsilon);
+xhat = (x - mean) r. All arithmetic is in float32 or wider; the output is rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
+from ._kernels import xla
+from ._kernels.xla import Reduction, Statistics
+from ._moments import safe, statistics, tangent_sums, varying_as
+
+Array = jax.Array
+_SymbolicZero = jax.custom_derivatives.SymbolicZero
+
+
+class Affine(NamedTuple):
+    """A scale and a bias, each of the feature shape or None. The `params` of every norm, and what a norm folds into."""
+
+    scale: Array | None  # feature shape, any floating dtype
+    bias: Array | None  # the same
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything static about normalizing: hashable, so that equal recipes share one trace."""
+
+    how: Reduction
+    epsilon: float
+    scale_offset: float
+    dtype: Any
+    round_before_scale: bool = False
+
+
+def rsqrt(m2: Array, n: Array, unit: float, epsilon: float) -> Array:
+    """r = 1 / sqrt(var + epsilon), from m2 in squared units; 0 where nothing was counted, and where var + epsilon is 0.
+
+    A group of nothing, and a constant one without epsilon, so come out as the bias.
+    """
+    v = m2 / safe(n) + epsilon * unit**2
+    void = (n == 0) | (v == 0)
+    return jnp.where(void, 0.0, unit * lax.rsqrt(jnp.where(void, 1.0, v)))
+
+
+def affine(x, shift, offset, r, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
+    """y = ((x - shift) - offset) r (scale + scale_offset) + bias, rounded once to dtype (or xhat also, before scale)."""
+    y = ((x - shift) - offset) * r
+    if round_before_scale:
+        y = _rounded(y, dtype)
+    if scale is not None or scale_offset:
+        y = y * effective_scale(scale, scale_offset, y.dtype)
+    if bias is not None:
+        y = y.astype(jnp.promote_types(y.dtype, bias.dtype))
+        y = y + bias.astype(y.dtype)
+    return y.astype(dtype)
+
+
+def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
+    """scale + scale_offset in float32 or wider; an absent scale is 1 whatever the offset."""
+    if scale is None:
+        return jnp.ones((), dtype)
+    return scale.astype(jnp.promote_types(dtype, scale.dtype)) + scale_offset
+
+
+def _rounded(y: Array, dtype) -> Array:
+    """y in its own dtype with the precision of `dtype`. An instruction, since XLA may drop a cast there and back."""
+    if jnp.iscomplexobj(y) or jnp.finfo(dtype).bits >= jnp.finfo(y.dtype).bits:
+        return y
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(y, info.nexp, info.nmant)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def standardize(
+    recipe: Recipe, x: Array, scale: Array | None, bias: Array | None, mask: Array | None, weights: Array | None
+) -> tuple[Array, Statistics]:
+    """Normalize x by its own statistics. Returns the output, and the statistics as constants, without a derivative.
+
+    For the backward pass only x, in its own dtype, and the statistics are kept.
+    """
+    how = recipe.how
+    stats = statistics(how, x, mask, weights)
+    r = rsqrt(stats.m2, stats.count, how.unit, recipe.epsilon)
+    clean = xla.cleaned(x, mask, weights)
+    last = (recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
+    return affine(clean, stats.shift, stats.offset, r, scale, bias, *last), stats
+
+
+@functools.partial(standardize.defjvp, symbolic_zeros=True)
+def _(recipe, primals, tangents):
+    x, scale, bias, mask, weights = primals
+    dx, dscale, dbias, _, dweights = (None if isinstance(t, _SymbolicZero) else t for t in tangents)
+    y, stats = standardize(recipe, x, scale, bias, mask, weights)
+    # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
+    tangent = jax.checkpoint(functools.partial(_output_tangent, recipe), prevent_cse=False)
+    dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights))
+    return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+
+
+def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
+    """The tangent of y; None is a tangent of zero. With s = scale + scale_offset, and means over all devices,
+
+        dy = s r dx + xhat (dscale - s mean(w xhat r dx)) + (dbias - s r mean(w dx))
+
+    and a further r-term where weights have a tangent. Written so that, where s is constant along the reduced axes, the
+    two brackets are as small as the statistics: their transposes are then sum(g xhat) and sum(g), the gradients of
+    scale and bias, and dx = s r (g - sum(g)/N - xhat sum(g xhat)/N) costs one all-reduce for both.
+    """
+    dx, dscale, dbias, dweights = tangents
+    how, unit = recipe.how, recipe.how.unit
+    n = safe(stats.count)
+    r = rsqrt(stats.m2, stats.count, unit, recipe.epsilon)
+    xhat = ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset) * r
+    s = effective_scale(scale, recipe.scale_offset, xhat.dtype)
+    times, plus, direct = [], [], 0.0
+    if dx is not None or dweights is not None:
+        dn, d1, d2 = tangent_sums(how, x, mask, weights, stats, dx, dweights)
+        var = stats.m2 / n
+        v = var + recipe.epsilon * unit**2
+        times.append(-s * ((d2 - var * dn) / (2.0 * n * jnp.where(v == 0, 1.0, v))))
+        if how.centered:
+            plus.append(-s * r * (d1 / (n * unit)))
+    if dx is not None:
+        direct = s * r * dx.astype(xhat.dtype)
+    if dscale is not None:
+        times.append(dscale.astype(s.dtype))
+    if dbias is not None:
+        plus.append(dbias.astype(jnp.promote_types(s.dtype, dbias.dtype)))
+    dy = direct + (xhat * sum(times) if times else 0.0) + (sum(plus) if plus else 0.0)
+    return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
+
+
+def normalize(x, mean, var, scale=None, bias=None, *, epsilon=1e-5, scale_offset=0.0, axis=-1, dtype=None) -> Array:
+    """Normalize by statistics that are given, as batch norm does at inference.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
+
+    Args:
+      x: array of any shape.
+      mean: of the feature shape, or of a shape that broadcasts against x.
+      var: the same; real.
+      scale: the same, or None for 1.
+      bias: the same, or None for 0.
+      epsilon: added to the variance, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      axis: the feature axis or axes, where parameters of the feature shape belong.
+      dtype: of the output; None is x's. The arithmetic is in float32 or wider.
+
+    Raises:
+      ValueError: a parameter that fits x nowhere, or a bad epsilon.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> jn.normalize(np.array([[1., 2.]]), np.array([1., 0.]), np.array([1., 4.]), epsilon=0.).tolist()
+    [[0.0, 1.0]]
+    """
+    x = as_float_array("normalize", x)
+    axes = checked_axes("normalize", x.ndim, axis)
+    names = ("mean", "var", "scale", "bias")
+    mean, var, scale, bias = (
+        aligned_param("normalize", w, p, x.shape, axes) for w, p in zip(names, (mean, var, scale, bias), strict=True)
+    )
+    out = checked_dtype("normalize", dtype, x, mean, scale, bias)
+    return _normalize_given(checked_epsilon("normalize", epsilon), scale_offset, out, x, mean, var, scale, bias)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1, 2))
+def _normalize_given(epsilon, scale_offset, dtype, x, mean, var, scale, bias):
+    """Under checkpoint, so that x in its own dtype is all that is kept of x's size for the backward pass."""
+    acc = jnp.promote_types(xla.accumulator(x), mean.dtype)
+    x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
+    v = var + epsilon
+    r = jnp.where(v == 0, 0.0, lax.rsqrt(jnp.where(v == 0, 1.0, v)))
+    return affine(x, mean, jnp.zeros((), acc), r, scale, bias, scale_offset, dtype)
+
+
+def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_offset: float = 0.0) -> Affine:
+    """The affine map that `normalize` is: y == x * affine.scale + affine.bias, to fold into a neighbouring layer.
+
+        affine.scale = (scale + scale_offset) / sqrt(var + epsilon);   affine.bias = bias - mean * affine.scale
+
+    All arguments are of the feature shape, or None for an absent scale or bias; the result is float32 or wider.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> folded = jn.as_affine(np.array([3.]), np.array([4.]), bias=np.array([1.]), epsilon=0.)
+    >>> folded.scale.tolist(), folded.bias.tolist()
+    ([0.5], [-0.5])
+    """
+    mean, var = (as_float_array("as_affine", a) for a in (mean, var))
+    mean, var = mean.astype(xla.accumulator(mean)), var.astype(xla.accumulator(var))
+    scale = None if scale is None else jnp.asarray(scale)
+    r = rsqrt(var, jnp.ones_like(var), 1.0, checked_epsilon("as_affine", epsilon))
+    s = effective_scale(scale, scale_offset, mean.dtype) * r
+    return Affine(s, -mean * s if bias is None else jnp.asarray(bias).astype(s.dtype) - mean * s)

@@ -1,0 +1,101 @@
+"""RMS normalization: every example by its own root mean square over the features, without a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from ._checks import as_float_array, checked_axes
+from ._spec import RowSpec, normalize_rows
+
+Array = jax.Array
+
+
+def rms_norm(
+    x,
+    scale=None,
+    bias=None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    cast: str = "after_scale",
+    mask=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    dtype=None,
+    implementation: str | None = None,
+) -> Array:
+    """Root mean square layer normalization.
+
+        y = x / sqrt(mean(|x|^2) + epsilon) * (scale + scale_offset) + bias,   mean over `axis`
+
+    Args:
+      x: array of any shape of rank 1 or more. Integers are promoted to float32.
+      scale: of the shape of the normalized axes, or of a shape that broadcasts against x (per head: (H, D)); None is 1.
+      bias: the same; None is 0.
+      axis: the axis or axes normalized over.
+      epsilon: added to the mean square, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 is Gemma's zero-centred gamma.
+      cast: "after_scale" rounds once, at the end (Gemma); "before_scale" rounds x / rms to the output's dtype and again
+        after the scale (Llama). They differ in the last bit of a half-precision output.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
+        trace in the statistics or in any gradient, be they NaN; a row with nothing in it gives the bias.
+      axis_name: a mapped axis, or several, over which the normalized axes are sharded.
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider.
+      implementation: a room of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      An array of x's shape.
+
+    Raises:
+      ValueError: a bad axis, epsilon, cast, or room; a scale, bias or mask that fits x nowhere.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> jn.rms_norm(np.array([[3., 4.]]), np.array([1., 10.]), epsilon=0.).round(3).tolist()
+    [[0.849, 11.314]]
+    """
+    checked_cast(cast)
+    x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
+    axes = checked_axes("rms_norm", x.ndim, axis)
+    return normalize_rows(
+        "rms_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset, mask=mask,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
+        centered=False, round_before_scale=cast == "before_scale",
+    )  # fmt: skip
+
+
+def checked_cast(cast: str) -> None:
+    if cast not in ("after_scale", "before_scale"):
+        raise ValueError(f'rms_norm: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".')
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSNorm(RowSpec):
+    """The hyperparameters of `rms_norm`, said once. There is no bias unless `use_bias=True`.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.RMSNorm(epsilon=0.)
+    >>> params, state = norm.init(2)
+    >>> norm.apply(params, state, np.array([[3., 4.]]))[0].round(3).tolist()
+    [[0.849, 1.131]]
+    """
+
+    use_bias: bool = False
+    axis: int | tuple[int, ...] = -1
+    epsilon: float = 1e-6
+    cast: str = "after_scale"
+
+    def __post_init__(self):
+        super().__post_init__()
+        checked_cast(self.cast)
+
+    def _function(self, x, scale, bias, **options) -> Array:
+        return rms_norm(x, scale, bias, **options)

@@ -1,0 +1,161 @@
+"""The protocol that every norm keeps, and what the specs share: parameters, running statistics, and hyperparameters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
+from ._kernels import checked_implementation
+from ._kernels.xla import Reduction
+from ._moments import checked_groups
+from ._normalize import Affine, Recipe, standardize
+
+Array = jax.Array
+Features = int | tuple[int, ...]
+
+
+class RunningStats(NamedTuple):
+    """The state of batch norm: statistics gathered over training, used at inference."""
+
+    mean: Array  # feature shape, float32
+    var: Array  # feature shape, float32
+    count: Array | None = None  # feature shape, float32: elements or updates seen; None where the spec needs none
+
+
+@runtime_checkable
+class Norm(Protocol):
+    """A normalization, as hyperparameters: frozen, hashable, compared by value, free of arrays.
+
+    ```
+    params, state = norm.init(features)
+    y, state = norm.apply(params, state, x, train=True)
+    ```
+
+    `init` makes the parameters and the state from the feature shape alone; it touches no data and no axis name.
+    `apply` is pure. It returns the output, of x's shape, and the new state, whose tree, shapes and dtypes are those of
+    the old. A norm without state takes and returns `()`; it accepts `train` and does not need it. The means of
+    distributing, masking and differentiating it are those of the function of the same name.
+    """
+
+    def init(self, features: Features) -> tuple[Affine, Any]:
+        """Parameters (ones and zeros, None where absent) and state for a feature shape."""
+        ...
+
+    def apply(self, params: Affine, state: Any, x: Array, *, train: Any = ..., mask: Any = ...) -> tuple[Array, Any]:
+        """The normalized x and the state after it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The hyperparameters that all norms have. Fields not about parameters are the function's keyword arguments."""
+
+    use_scale: bool = True
+    use_bias: bool = True
+    param_dtype: Any = jnp.float32
+    scale_offset: float = 0.0
+    dtype: Any = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        # One spelling for each dtype (jnp.float32, "float32", np.dtype), so that equal specs are equal and hash so.
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        object.__setattr__(self, "dtype", None if self.dtype is None else jnp.dtype(self.dtype))
+        for name, value in self.options().items():
+            if isinstance(value, list):
+                frozen = tuple(tuple(v) if isinstance(v, (list, tuple, range)) else v for v in value)
+                object.__setattr__(self, name, frozen)
+        checked_epsilon(type(self).__name__, self.options()["epsilon"])
+        checked_implementation(type(self).__name__, self.implementation)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the function of the same name."""
+        about_params = ("use_scale", "use_bias", "param_dtype")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in about_params}
+
+    def init(self, features: Features) -> tuple[Affine, Any]:
+        """Parameters and state for `features`, an int or a shape: effective scale 1 and bias 0.
+
+        Raises:
+          ValueError: features are not positive ints.
+        """
+        shape = (features,) if isinstance(features, int) else tuple(features)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise ValueError(f"{type(self).__name__}.init: features must be ints >= 0, got {features}. Write init(64).")
+        scale = jnp.full(shape, 1.0 - self.scale_offset, self.param_dtype) if self.use_scale else None
+        return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None), self._init_state(shape)
+
+    def _init_state(self, shape: tuple[int, ...]) -> Any:
+        return ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowSpec(Spec):
+    """What the norms without state share: statistics of each example's own, the same in training and at inference."""
+
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+
+    def apply(self, params: Affine, state: Any, x, *, train: Any = None, mask=None) -> tuple[Array, Any]:
+        """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
+        return self._function(x, params.scale, params.bias, mask=mask, **self.options()), state
+
+    def _function(self, x, scale, bias, **options) -> Array:
+        raise NotImplementedError
+
+
+def recipe_for(epsilon, scale_offset, dtype, how: Reduction, *, round_before_scale: bool = False) -> Recipe:
+    """The static part of a call, with the unit of its squares chosen.
+
+    The unit leaves values of 1e30 in range of float32; what underflows for it is far below epsilon's own rounding.
+    """
+    unit = 2.0**-40 if epsilon >= 1e-8 else 2.0**-16
+    return Recipe(dataclasses.replace(how, unit=unit), epsilon, float(scale_offset), dtype, round_before_scale)
+
+
+def reduction(axes, axis_name, axis_index_groups, **more) -> Reduction:
+    """What is reduced, with names and groups made hashable."""
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    return Reduction(axes, axis_name=axis_name, groups=checked_groups(axis_index_groups), **more)
+
+
+@contextlib.contextmanager
+def bound_axes(norm: str, axis_name):
+    """An unbound axis name, explained."""
+    try:
+        yield
+    except NameError as error:
+        raise NameError(
+            f"{norm}: axis_name={axis_name!r} is not bound here: call it inside jax.shard_map over a mesh with that "
+            f"axis, or inside jax.pmap or jax.vmap with axis_name={axis_name!r}. Under plain jit over sharded arrays "
+            "write axis_name=None: statistics there are global already."
+        ) from error
+
+
+def normalize_rows(
+    norm: str, x: Array, scale, bias, axes, feature_axes, *,
+    epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation,
+    view: Callable[[Array | None], Array | None] = lambda a: a, reduced: tuple[int, ...] | None = None, **more,
+) -> Array:  # fmt: skip
+    """A norm by each example's own statistics: arguments checked and brought to x's rank, then `standardize`.
+
+    `view` maps x, and what broadcasts against it, to the shape whose axes `reduced` are the ones reduced.
+    """
+    checked_implementation(norm, implementation)
+    scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
+    bias = aligned_param(norm, "bias", bias, x.shape, feature_axes)
+    mask = aligned_mask(norm, mask, x.shape)
+    mask = None if mask is None else mask.astype(bool)
+    out = checked_dtype(norm, dtype, x, scale, bias)
+    before = more.pop("round_before_scale", False)
+    how = reduction(axes if reduced is None else reduced, axis_name, axis_index_groups, **more)
+    recipe = recipe_for(checked_epsilon(norm, epsilon), scale_offset, out, how, round_before_scale=before)
+    with bound_axes(norm, axis_name):
+        y, _ = standardize(recipe, view(x), view(scale), view(bias), view(mask), None)
+    return y.reshape(x.shape)
