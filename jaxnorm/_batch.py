@@ -20,8 +20,8 @@ from ._checks import (
     warn_if_single,
 )  # fmt: skip
 from ._kernels import checked_implementation
-from ._kernels.xla import Statistics
-from ._moments import Moments, across, combine, merge, safe
+from ._kernels.xla import Statistics, safe, widest
+from ._moments import Moments, across, combine, merge
 from ._normalize import Affine, as_affine, normalize, standardize
 from ._spec import RunningStats, Spec, bound_axes, recipe_for, reduction
 
@@ -155,8 +155,8 @@ def batch_norm(
 
 def _updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
     """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
-    acc = jnp.promote_types(state.var.dtype, batch.m2.dtype)
-    old_mean, old_var = state.mean.astype(jnp.promote_types(acc, state.mean.dtype)), state.var.astype(acc)
+    acc = widest(state.var.dtype, batch.m2.dtype)
+    old_mean, old_var = state.mean.astype(widest(acc, state.mean.dtype)), state.var.astype(acc)
     freedom = 1.0 if unbiased else 0.0  # what the variance's divisor lacks of n
     seen = batch.count > 0 if min_count is None else (batch.count > 0) & (batch.count >= min_count)
     if skip_nonfinite:
@@ -202,8 +202,9 @@ def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
     ghosts = math.ceil(x.shape[batch] / size)
     padding = ghosts * size - x.shape[batch]
     x, scale, bias, mask, weights = args
-    if padding and mask is None:
-        mask = jnp.ones(tuple(s if a == batch else 1 for a, s in enumerate(x.shape)), bool)
+    if padding:
+        real = jnp.ones(tuple(n if a == batch else 1 for a, n in enumerate(x.shape)), bool)
+        mask = real if mask is None else mask & real
 
     def view(a):
         if a is None:

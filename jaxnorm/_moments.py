@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from ._kernels import xla
-from ._kernels.xla import Reduction, Statistics
+from ._kernels.xla import Reduction, Statistics, safe
 from ._checks import aligned_mask, as_float_array, checked_axes
 
 Array = jax.Array
@@ -142,7 +142,7 @@ def statistics_tangent(how, x, mask, weights, stats: Statistics, dx, dweights) -
     """d(mean) is given to the offset: the shift is a constant, whichever it is."""
     dn, d1, d2 = tangent_sums(how, x, mask, weights, stats, dx, dweights)
     like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
-    mean = d1 / (safe(stats.count) * how.unit) if how.centered else 0.0
+    mean = d1 / (safe(stats.count) * how.unit).astype(stats.offset.dtype) if how.centered else 0.0
     return Statistics(
         like(dn, stats.count), jnp.zeros_like(stats.shift), like(mean, stats.offset), like(d2, stats.m2)
     )
@@ -160,20 +160,15 @@ def tangent_sums(how, x, mask, weights, stats: Statistics, dx, dweights):
     sums: list = [0.0, 0.0, 0.0]
     if dx is not None:
         dx = how.unit * dx.astype(z.dtype)
-        dx = dx if weights is None else dx * weights.astype(stats.count.dtype)
+        dx = dx if weights is None else dx * weights.astype(z.dtype)
         sums[1] = total(dx)
         sums[2] = 2.0 * total((jnp.conj(z) * dx).real if jnp.iscomplexobj(z) else z * dx)
     if dweights is not None:
         dw = jnp.broadcast_to(dweights.astype(stats.count.dtype), x.shape)
-        sums = [s + total(dw * a) for s, a in zip(sums, (jnp.ones_like(z.real), z, xla.square(z)), strict=True)]
+        sums = [s + total(dw.astype(a.dtype) * a) for s, a in zip(sums, (jnp.ones_like(z.real), z, xla.square(z)), strict=True)]
     if how.axis_name is None or (dx is None and dweights is None):
         return sums
     return _sum_across(sums, how.axis_name, how.groups)
-
-
-def safe(n: Array) -> Array:
-    """n, but 1 where it is 0: a divisor for sums that are 0 there."""
-    return jnp.where(n == 0, 1.0, n)
 
 
 def varying_as(like: Array, a: Array) -> Array:
@@ -202,7 +197,7 @@ def combine(s: Statistics, unit: float) -> Statistics:
     shift = lax.stop_gradient(xla.largest(s.shift, jnp.broadcast_to(n > 0, s.shift.shape), (0,)))
     gap = jnp.where(n > 0, (s.shift - shift) + offset, 0.0)
     total = n.sum(0, keepdims=True)
-    offset = (n * gap).sum(0, keepdims=True) / safe(total)
+    offset = xla.mean(gap, n, total, (0,))
     m2 = jnp.where(n > 0, m2, 0.0) + n * xla.square((gap - offset) * unit)
     return Statistics(total[0], shift[0], offset[0], m2.sum(0))
 
@@ -222,9 +217,9 @@ def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistic
         return combine(slots, unit)
     shift = lax.stop_gradient(_max_across(s.shift, s.count > 0, axis_name, groups))
     gap = jnp.where(s.count > 0, (s.shift - shift) + s.offset, 0.0)
-    parts = [s.count, s.count * gap, s.m2 + s.count * xla.square(gap * unit)]
+    parts = [s.count, s.count.astype(gap.dtype) * gap, s.m2 + s.count * xla.square(gap * unit)]
     n, first, second = _sum_across(parts, axis_name, groups)
-    offset = first / safe(n)
+    offset = first / safe(n).astype(first.dtype)
     return Statistics(n, shift, offset, jnp.maximum(second - n * xla.square(offset * unit), 0.0))
 
 

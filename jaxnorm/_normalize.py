@@ -16,8 +16,8 @@ from jax import lax
 
 from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
 from ._kernels import xla
-from ._kernels.xla import Reduction, Statistics
-from ._moments import safe, statistics, tangent_sums, varying_as
+from ._kernels.xla import Reduction, Statistics, safe, widest
+from ._moments import statistics, tangent_sums, varying_as
 
 Array = jax.Array
 _SymbolicZero = jax.custom_derivatives.SymbolicZero
@@ -48,18 +48,26 @@ def rsqrt(m2: Array, n: Array, unit: float, epsilon: float) -> Array:
     """
     v = m2 / safe(n) + epsilon * unit**2
     void = (n == 0) | (v == 0)
-    return jnp.where(void, 0.0, unit * lax.rsqrt(jnp.where(void, 1.0, v)))
+    s, one = _near_one(jnp.where(void, 1.0, v))
+    return jnp.where(void, 0.0, unit * (s * lax.rsqrt(one)))
+
+
+def _near_one(v: Array) -> tuple[Array, Array]:
+    """(s, v s^2): s is a constant that brings v to 1, so that higher derivatives of its powers stay in range."""
+    s = lax.stop_gradient(lax.rsqrt(v))
+    return s, (v * s) * s
 
 
 def affine(x, shift, offset, r, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
     """y = ((x - shift) - offset) r (scale + scale_offset) + bias, rounded once to dtype (or xhat also, before scale)."""
-    y = ((x - shift) - offset) * r
+    y = ((x - shift) - offset) * r.astype(x.dtype)
     if round_before_scale:
         y = _rounded(y, dtype)
     if scale is not None or scale_offset:
-        y = y * effective_scale(scale, scale_offset, y.dtype)
+        s = effective_scale(scale, scale_offset, y.dtype)
+        y = y.astype(s.dtype) * s
     if bias is not None:
-        y = y.astype(jnp.promote_types(y.dtype, bias.dtype))
+        y = y.astype(widest(y.dtype, bias.dtype))
         y = y + bias.astype(y.dtype)
     return y.astype(dtype)
 
@@ -68,7 +76,7 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
     """scale + scale_offset in float32 or wider; an absent scale is 1 whatever the offset."""
     if scale is None:
         return jnp.ones((), dtype)
-    return scale.astype(jnp.promote_types(dtype, scale.dtype)) + scale_offset
+    return scale.astype(widest(dtype, scale.dtype)) + scale_offset
 
 
 def _rounded(y: Array, dtype) -> Array:
@@ -87,23 +95,27 @@ def standardize(
 
     For the backward pass only x, in its own dtype, and the statistics are kept.
     """
-    how = recipe.how
-    stats = statistics(how, x, mask, weights)
-    r = rsqrt(stats.m2, stats.count, how.unit, recipe.epsilon)
-    clean = xla.cleaned(x, mask, weights)
-    last = (recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
-    return affine(clean, stats.shift, stats.offset, r, scale, bias, *last), stats
+    stats = statistics(recipe.how, x, mask, weights)
+    return _output(recipe, x, mask, weights, stats, scale, bias), stats
 
 
 @functools.partial(standardize.defjvp, symbolic_zeros=True)
 def _(recipe, primals, tangents):
     x, scale, bias, mask, weights = primals
     dx, dscale, dbias, _, dweights = (None if isinstance(t, _SymbolicZero) else t for t in tangents)
-    y, stats = standardize(recipe, x, scale, bias, mask, weights)
+    stats = statistics(recipe.how, x, mask, weights)
+    y = _output(recipe, x, mask, weights, stats, scale, bias)
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
     tangent = jax.checkpoint(functools.partial(_output_tangent, recipe), prevent_cse=False)
     dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights))
     return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+
+
+def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) -> Array:
+    r = rsqrt(stats.m2, stats.count, recipe.how.unit, recipe.epsilon)
+    x = xla.cleaned(x, mask, weights)
+    last = (recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
+    return affine(x, stats.shift, stats.offset, r, scale, bias, *last)
 
 
 def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
@@ -119,22 +131,26 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
     how, unit = recipe.how, recipe.how.unit
     n = safe(stats.count)
     r = rsqrt(stats.m2, stats.count, unit, recipe.epsilon)
-    xhat = ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset) * r
+    clean = xla.cleaned(x, mask, weights)
+    xhat = affine(clean, stats.shift, stats.offset, r, scale=None, bias=None, scale_offset=0.0, dtype=clean.dtype)
     s = effective_scale(scale, recipe.scale_offset, xhat.dtype)
+    wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
+    xhat, s, r = xhat.astype(wide), s.astype(wide), r.astype(wide)
+    dx = None if dx is None else dx.astype(wide)  # widened once: its transpose then rounds the sum, not each part
     times, plus, direct = [], [], 0.0
     if dx is not None or dweights is not None:
         dn, d1, d2 = tangent_sums(how, x, mask, weights, stats, dx, dweights)
         var = stats.m2 / n
-        v = var + recipe.epsilon * unit**2
-        times.append(-s * ((d2 - var * dn) / (2.0 * n * jnp.where(v == 0, 1.0, v))))
+        root, one = _near_one(safe(var + recipe.epsilon * unit**2))
+        times.append(-s * ((d2 - var * dn) / (2.0 * n) * root * root / one).astype(wide))
         if how.centered:
-            plus.append(-s * r * (d1 / (n * unit)))
+            plus.append(-s * r * d1.astype(wide) / (n * unit).astype(wide))
     if dx is not None:
-        direct = s * r * dx.astype(xhat.dtype)
+        direct = s * r * dx
     if dscale is not None:
-        times.append(dscale.astype(s.dtype))
+        times.append(dscale.astype(wide))
     if dbias is not None:
-        plus.append(dbias.astype(jnp.promote_types(s.dtype, dbias.dtype)))
+        plus.append(dbias.astype(wide))
     dy = direct + (xhat * sum(times) if times else 0.0) + (sum(plus) if plus else 0.0)
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
 
@@ -175,7 +191,7 @@ def normalize(x, mean, var, scale=None, bias=None, *, epsilon=1e-5, scale_offset
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1, 2))
 def _normalize_given(epsilon, scale_offset, dtype, x, mean, var, scale, bias):
     """Under checkpoint, so that x in its own dtype is all that is kept of x's size for the backward pass."""
-    acc = jnp.promote_types(xla.accumulator(x), mean.dtype)
+    acc = widest(xla.accumulator(x), mean.dtype)
     x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
     v = var + epsilon
     r = jnp.where(v == 0, 0.0, lax.rsqrt(jnp.where(v == 0, 1.0, v)))

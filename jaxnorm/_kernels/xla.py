@@ -39,9 +39,15 @@ class Statistics(NamedTuple):
     m2: Array  # real: the sum of |unit * (x - mean)|**2
 
 
+def widest(*dtypes):
+    """The dtype that holds all of these, whatever the user's own setting for implicit promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def accumulator(x: Array):
     """The dtype for statistics and for the affine arithmetic: x's own, but float32 at least."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return widest(x.dtype, jnp.float32)
 
 
 def square(z: Array) -> Array:
@@ -106,7 +112,7 @@ def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Arr
     """
     d = _difference(x, keep, shift)
     w = _weight(weights, n)
-    offset = (w * d).sum(how.axes, keepdims=True) / jnp.where(n == 0, 1.0, n)
+    offset = mean(d, w, n, how.axes)
     correction = n * square(offset * how.unit)
     m2 = (w * square(d * how.unit)).sum(how.axes, keepdims=True) - correction
     constant = m2 <= 2.0**-18 * correction
@@ -122,8 +128,18 @@ def two_pass(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
 
     Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
     """
-    total = (_weight(weights, n) * _difference(x, keep, None)).sum(how.axes, keepdims=True)
-    return about(x, keep, weights, n, total / jnp.where(n == 0, 1.0, n), how)
+    shift = mean(_difference(x, keep, None), _weight(weights, n), n, how.axes)
+    return about(x, keep, weights, n, shift, how)
+
+
+def mean(x: Array, w: Array, n: Array, axes: tuple[int, ...]) -> Array:
+    """sum(w x) / n over axes, and 0 where n is 0."""
+    return (w.astype(x.dtype) * x).sum(axes, keepdims=True) / safe(n).astype(x.dtype)
+
+
+def safe(n: Array) -> Array:
+    """n, but 1 where it is 0: a divisor for sums that are 0 there."""
+    return jnp.where(n == 0, 1.0, n)
 
 
 def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
@@ -139,8 +155,8 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     def combine(a, b):
         (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
         total = n_a + n_b
-        part, gap = jnp.where(total == 0, 0.0, n_b / jnp.where(total == 0, 1.0, total)), mean_b - mean_a
-        return total, mean_a + gap * part, m2_a + m2_b + square(gap * unit) * (n_a * part)
+        part, gap = n_b / safe(total), mean_b - mean_a
+        return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap * unit) * (n_a * part)
 
     zero = np.zeros((), n.dtype)
     _, offset, m2 = lax.reduce((w, d, jnp.zeros_like(w)), (zero, np.zeros((), d.dtype), zero), combine, how.axes)

@@ -1,0 +1,134 @@
+"""Law 1: within 2e-6 of the truth whatever the mean, never E[x^2] - E[x]^2, constants exact, 1e20 in range."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
+
+import jaxnorm as jn
+from jaxnorm._kernels import xla
+
+MEANS = (0.0, 1.0, 1e2, 1e4)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_output_and_gradients_are_exact_at_every_mean(row, rng):
+    params, g = row.params(rng), draw(rng, row.shape)
+
+    @jax.jit
+    def both(params, x):
+        y, vjp = jax.vjp(row.apply, params, x)
+        return y, *vjp(jnp.asarray(g))
+
+    for mean in MEANS:
+        x = draw(rng, row.shape, mean)
+        y, dparams, dx = both(params, x)
+        # The goal of the law, flat in the mean (its limit is 2e-6 + 1e-7 |m|); larger only as the output is.
+        truth = row.truth(params, x)
+        np.testing.assert_allclose(y, truth.y, rtol=1e-6, atol=2e-6, err_msg=f"mean {mean}")
+        dx_true, *dparams_true = row.gradients(params, x, g)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=4e-6 * max(1, np.abs(b).max()))
+        close(dx, dx_true)
+        for got, true in zip(dparams, dparams_true, strict=True):
+            if got is not None:
+                close(np.reshape(got, true.shape), true)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("constant", [0.0, 1.0, -3.3, 1e4 / 3, 1e20, 1e-20])
+def test_a_constant_gives_the_bias(row, constant, rng):
+    params = row.params(rng)
+    y = row.apply(params, np.full(row.shape, constant, np.float32))
+    if row.centered:
+        bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param)
+        np.testing.assert_allclose(y, np.broadcast_to(bias, row.shape), atol=1e-6)
+    else:
+        np.testing.assert_allclose(y, row.truth(params, np.full(row.shape, np.float32(constant))).y, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("row", EACH, ids=str)
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-4, 1e10, 1e20, 1e28])
+def test_any_magnitude(row, magnitude, rng):
+    params, x, g = row.params(rng), draw(rng, row.shape, 1.0) * np.float32(magnitude), draw(rng, row.shape)
+    y, vjp = jax.vjp(lambda x: row.apply(params, x), x)
+    np.testing.assert_allclose(y, row.truth(params, x).y, rtol=1e-6, atol=2e-6)
+    dx = row.gradients(params, x, g)[0]
+    if magnitude <= 1e20:
+        np.testing.assert_allclose(vjp(jnp.asarray(g))[0], dx, rtol=1e-5, atol=4e-6 * np.abs(dx).max())
+
+
+@pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
+def test_one_outlier_among_the_samples_of_the_pilot_costs_nothing(row, rng):
+    x = draw(rng, row.shape, 3.0)
+    x[0] = 1e5
+    params = row.params(rng)
+    np.testing.assert_allclose(row.apply(params, x), row.truth(params, x).y, rtol=1e-5, atol=5e-6)
+
+
+def test_no_epsilon_is_allowed_even_where_nothing_varies(rng):
+    x = np.stack([np.full(8, 3.0, np.float32), draw(rng, 8)])
+    y = jn.layer_norm(x, epsilon=0.0)
+    assert np.all(y[0] == 0)
+    np.testing.assert_allclose(y[1], oracle.normalize(x, np.indices(x.shape)[0], None, None, epsilon=0.0).y[1], atol=1e-6)
+    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(jnp.sin(jn.layer_norm(x, epsilon=0.0))))(x)))
+
+
+@pytest.mark.parametrize("formula", [xla.two_pass, xla.welford])
+@pytest.mark.parametrize("mean", MEANS)
+def test_the_formulas_of_each_platform_agree(formula, mean, rng):
+    """What runs on GPU and TPU only is run here by name."""
+    x = draw(rng, (16, 7, 300), mean)
+    for axes in ((2,), (1, 2), (0, 2)):
+        n = xla.count(x, None, None, axes)
+        shift, offset, m2 = jax.jit(lambda x, n, axes=axes: formula(x, None, None, n, xla.Reduction(axes)))(x, n)
+        true = x.astype(np.float64)
+        got = np.float64(shift) + np.float64(offset)
+        np.testing.assert_allclose(got, true.mean(axes, keepdims=True), rtol=1e-13, atol=5e-6)  # one chain on CPU; a tree on GPU
+        np.testing.assert_allclose(m2 / n, true.var(axes, keepdims=True), rtol=4e-6)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_moments(mean, rng):
+    x = draw(rng, (40, 6, 9), mean)
+    w = rng.uniform(0, 2, x.shape).astype(np.float32)
+    for axes in ((0,), (0, 2), (0, 1, 2)):
+        count, got, m2 = jn.moments(x, axes, weights=w)
+        true, w64 = x.astype(np.float64), w.astype(np.float64)
+        n = w64.sum(axes)
+        true_mean = (w64 * true).sum(axes, keepdims=True) / w64.sum(axes, keepdims=True)
+        np.testing.assert_allclose(count, n, rtol=1e-6)
+        np.testing.assert_allclose(got, true_mean.squeeze(), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(m2, (w64 * (true - true_mean) ** 2).sum(axes), rtol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["layer", "group-nhwc", "batch-nhwc", "instance-nhwc", "rms"])
+def test_complex(name, rng):
+    row = by_name[name]
+    x = (draw(rng, row.shape, 2.0) + 1j * draw(rng, row.shape, -1.0)).astype(np.complex64)
+    params = row.params(rng)
+    state = row.state()
+    state = state._replace(mean=state.mean.astype(jnp.complex64)) if row.batch else state
+    apply = lambda params, x: row.spec.apply(params, state, x, train=True)[0]
+    y = apply(params, x)
+    assert y.dtype == np.complex64
+    np.testing.assert_allclose(y, row.truth(params, x).y, rtol=1e-5, atol=3e-6)
+
+    # The derivative, against the same function of real and imaginary parts written plainly.
+    def plain(params, x):
+        total = lambda a: jax.ops.segment_sum(a.ravel(), row.labels.ravel())[row.labels.ravel()].reshape(a.shape)
+        n = total(jnp.ones(x.shape))
+        mean = total(x) / n.astype(x.dtype) if row.centered else jnp.zeros_like(x)
+        var = total(jnp.square((x - mean).real) + jnp.square((x - mean).imag)) / n
+        y = (x - mean) * jax.lax.rsqrt(var + row.spec.epsilon).astype(x.dtype)
+        scale, bias = (
+            0.0 if p is None else jnp.broadcast_to(p.reshape(row.param), x.shape).astype(x.dtype) for p in params
+        )
+        return y * scale + bias
+
+    g = (draw(rng, row.shape) + 1j * draw(rng, row.shape)).astype(np.complex64)
+    got, want = (jax.vjp(f, params, x)[1](jnp.asarray(g)) for f in (apply, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+    got, want = (jax.jvp(f, (params, x), (params, g))[1] for f in (apply, plain))
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)

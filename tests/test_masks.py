@@ -1,0 +1,128 @@
+"""Law 3: true counts; what is masked out is removed before any arithmetic; empty rows are finite; weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from catalogue import BATCH_NORMS, ROWS, by_name, draw
+
+import jaxnorm as jn
+
+
+def masks(row, rng):
+    """Every shape a mask may have: x's own, broadcasting, and x's leading axes."""
+    full = rng.random(row.shape) < 0.6
+    yield "full", full
+    yield "broadcasting", full[:1] if row.shape[0] > 1 else full
+    yield "leading", full[..., 0].reshape(row.shape[:-1])
+    yield "examples", full.reshape(row.shape[0], -1)[:, 0].reshape(row.shape[0], *(1,) * (len(row.shape) - 1))
+
+
+def in_rank(mask, shape):
+    return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_true_counts_forward_and_backward(row, rng):
+    params, x, g = row.params(rng), draw(rng, row.shape, 5.0), draw(rng, row.shape)
+    for kind, mask in masks(row, rng):
+        y, vjp = jax.vjp(lambda p, x, mask=mask: row.apply(p, x, mask=mask), params, x)
+        full = in_rank(mask, row.shape)
+        truth = row.truth(params, x, mask=full)
+        # A row of one element has r = 1000 and amplifies rounding; an absent element of an empty row is the bias plus 0.
+        np.testing.assert_allclose(y[full], truth.y[full], rtol=2e-5, atol=2e-5, err_msg=kind)
+        few = truth.n < 3
+        np.testing.assert_allclose(np.where(few, 0, y), np.where(few, 0, truth.y), rtol=2e-5, atol=2e-5, err_msg=kind)
+        dparams, dx = vjp(jnp.asarray(np.where(few, 0, g).astype(np.float32)))
+        dx_true, *dparams_true = row.gradients(params, x, np.where(few, 0, g), mask=full)
+        np.testing.assert_allclose(dx, dx_true, rtol=1e-3, atol=1e-5 * np.abs(dx_true).max(), err_msg=kind)
+        for got, true in zip(dparams, dparams_true, strict=True):
+            if got is not None:
+                true = true.reshape(got.shape)
+                np.testing.assert_allclose(got, true, rtol=1e-3, atol=1e-5 * np.abs(true).max(), err_msg=kind)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_poison_in_the_padding_reaches_nothing(row, poison, rng):
+    params, x, g = row.params(rng), draw(rng, row.shape), draw(rng, row.shape)
+    mask = rng.random(row.shape[:-1]) < 0.7
+    full = in_rank(mask, row.shape)
+    g = np.where(full, g, 0.0).astype(np.float32)  # the loss looks at valid elements only
+    apply = lambda params, x: row.apply(params, x, mask=mask)
+    clean, clean_vjp = jax.vjp(apply, params, np.where(full, x, np.float32(0.0)))
+    y, vjp = jax.vjp(apply, params, np.where(full, x, np.float32(poison)))
+    np.testing.assert_array_equal(y[full], clean[full])
+    assert np.all(np.isfinite(y))
+    for got, want in zip(jax.tree.leaves(vjp(g)), jax.tree.leaves(clean_vjp(g)), strict=True):
+        assert np.all(np.isfinite(got))
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    tangent = jax.jvp(apply, (params, np.where(full, x, np.float32(poison))), (params, jnp.asarray(x)))[1]
+    assert np.all(np.isfinite(tangent[full]))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_nothing_at_all_is_finite_and_still(row, rng):
+    params, x, g = row.params(rng), draw(rng, row.shape, dtype=np.float16), draw(rng, row.shape, dtype=np.float16)
+    mask = np.zeros(row.shape, bool)
+    y, vjp = jax.vjp(lambda p, x: row.apply(p, x, mask=mask), params, x)
+    bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param).astype(np.float16)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, row.shape))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(vjp(g)))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_mask_of_ones_is_no_mask(row, rng):
+    params, x = row.params(rng), draw(rng, row.shape, 3.0)
+    np.testing.assert_allclose(row.apply(params, x), row.apply(params, x, mask=np.ones(row.shape)), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
+def test_weights(row, rng):
+    params, x, g = row.params(rng), draw(rng, row.shape, 2.0), draw(rng, row.shape)
+    weights = rng.uniform(0.1, 2.0, row.shape).astype(np.float32)
+    weights[rng.random(row.shape) < 0.2] = 0.0
+    y, vjp = jax.vjp(lambda p, x: row.apply(p, x, weights=weights), params, x)
+    np.testing.assert_allclose(y, row.truth(params, x, weights=weights).y, rtol=1e-5, atol=1e-5)
+    dx = row.gradients(params, x, g, weights=weights)[0]
+    np.testing.assert_allclose(vjp(jnp.asarray(g))[1], dx, rtol=1e-4, atol=1e-5 * np.abs(dx).max())
+    # Weights are differentiable: against differences of the float64 truth.
+    dweights = jax.grad(lambda w: jnp.vdot(row.apply(params, x, weights=w), g))(weights)
+    direction = rng.normal(size=row.shape) * (weights > 0)
+    loss = lambda t: np.vdot(row.truth(params, x, weights=weights + t * direction).y, g)
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    np.testing.assert_allclose(np.vdot(dweights, direction), slope, rtol=2e-3, atol=1e-3)
+    # An element of weight zero is absent, whatever it holds.
+    holed = np.where(weights == 0, np.float32(np.nan), x)
+    np.testing.assert_array_equal(row.apply(params, holed, weights=weights)[weights > 0], y[weights > 0])
+
+
+def test_weights_and_mask_together_and_integer_weights_are_repeats(rng):
+    norm = jn.BatchNorm(unbiased_running_var=True, momentum=0.0)
+    params, state = norm.init(3)
+    x, repeats = draw(rng, (10, 3)), rng.integers(1, 4, 10)
+    _, once = norm.apply(params, state, np.repeat(x, repeats, 0), train=True)
+    _, weighed = norm.apply(params, state, x, train=True, weights=repeats.astype(np.float32)[:, None])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), once, weighed)
+    mask = np.arange(10) < 7
+    _, cut = norm.apply(params, state, x[:7], train=True, weights=repeats[:7].astype(np.float32)[:, None])
+    weights = repeats.astype(np.float32)[:, None]
+    _, masked = norm.apply(params, state, x, train=True, weights=weights, mask=mask[:, None])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), cut, masked)
+
+
+def test_the_mean_of_an_empty_set_is_zero_and_merging_it_changes_nothing(rng):
+    x = draw(rng, (5, 3), 7.0)
+    empty = jn.moments(x, 0, mask=np.zeros((5, 1), bool))
+    assert all(np.all(np.asarray(part) == 0) for part in empty)
+    some = jn.moments(x, 0)
+    jax.tree.map(np.testing.assert_array_equal, jn.merge(some, empty), some)
+
+
+def test_the_oracle_itself_against_numpy_on_a_masked_row():
+    x = np.array([[1.0, 2.0, 3.0, 50.0]])
+    truth = oracle.normalize(x, np.zeros((1, 4), int), None, None, epsilon=0.0, mask=np.array([[1, 1, 1, 0]], bool))
+    np.testing.assert_allclose(truth.mean[0, 0], 2.0)
+    np.testing.assert_allclose(truth.y[0, :3], (x[0, :3] - 2) / np.std(x[0, :3]))
+    assert by_name["layer"].labels.max() == 4 * 6 - 1
