@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -137,15 +137,15 @@ def batch_norm(
         warn_if_single(norm, x, axes, "channel in training")
     how = reduction(axes, axis_name, axis_index_groups, one_pass=True)
     args = (x, scale, bias, mask, weights)
+    recipe = recipe_for(epsilon, scale_offset, out, how)
     with bound_axes(norm, axis_name):
         if virtual_batch_size is None:
-            y, stats = standardize(recipe_for(epsilon, scale_offset, out, how), *args)
+            y, stats = standardize(recipe, *args)
         else:
-            y, stats = _by_ghost_batches(recipe_for(epsilon, scale_offset, out, how), args, virtual_batch_size)
+            y, stats = _by_ghost_batches(recipe, args, virtual_batch_size)
     new = state
     if update_stats:
-        unit = recipe_for(epsilon, scale_offset, out, how).how.unit
-        batch = _as_batch_moments(stats, features, unit)
+        batch = _as_batch_moments(stats, features, recipe.how.unit)
         new = _updated(state, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
     if train is not True:
         y = jnp.where(train, y, by_running())
@@ -157,12 +157,13 @@ def _updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_de
     """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
     acc = widest(state.var.dtype, batch.m2.dtype)
     old_mean, old_var = state.mean.astype(widest(acc, state.mean.dtype)), state.var.astype(acc)
+    batch = Moments(batch.count.astype(acc), batch.mean.astype(old_mean.dtype), batch.m2.astype(acc))
     freedom = 1.0 if unbiased else 0.0  # what the variance's divisor lacks of n
     seen = batch.count > 0 if min_count is None else (batch.count > 0) & (batch.count >= min_count)
     if skip_nonfinite:
         seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)
     has_var = batch.count > freedom
-    count = state.count
+    count = None if state.count is None else state.count.astype(acc)
     if momentum is None:
         old = Moments(count, old_mean, old_var * jnp.maximum(count - freedom, 0.0))
         count, mean, m2 = merge(old, batch)
@@ -214,13 +215,12 @@ def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
         a = jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)])
         return a.reshape(a.shape[:batch] + (ghosts, size) + a.shape[batch + 1 :])
 
-    local = reduction(tuple(a + 1 for a in how.axes), None, None, one_pass=True)
-    recipe_local = recipe_for(recipe.epsilon, recipe.scale_offset, recipe.dtype, local)
-    y, stats = standardize(recipe_local, *map(view, (x, scale, bias, mask, weights)))
+    local = replace(how, axes=tuple(a + 1 for a in how.axes), axis_name=None, groups=None)
+    y, stats = standardize(replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
     y = y.reshape(y.shape[:batch] + (ghosts * size,) + y.shape[batch + 2 :])
     y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
     stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
-    stats = combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), local.unit)
+    stats = combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
     return y, stats if how.axis_name is None else across(stats, how.axis_name, how.groups, how.unit)
 
 

@@ -11,7 +11,8 @@ from jax import lax
 
 def shrunk(row):
     """The same norm on a small x, where a full Hessian is cheap."""
-    shape = tuple(12 if n == 12 else min(n, m) for n, m in zip(row.shape, (4, 3, 2, 3), strict=False))
+    small = {2: (5, 3), 3: (4, 2, 5), 4: (4, 3, 2, 4)}[len(row.shape)]
+    shape = tuple(12 if n == 12 else min(n, m) for n, m in zip(row.shape, small, strict=True))
     labels, param = row.with_shape(shape)
     spec = row.spec
     if "ghost" in row.flags:
@@ -96,7 +97,7 @@ def test_without_jit(rng):
     row = shrunk(EACH[0])
     params, x, v = arguments(row, rng, np.float32)
     apply = lambda params, x: row.spec.apply(params, (), x)[0]
-    for name in ("value", "jvp", "vjp", "vmap of grad", "reverse over reverse"):
+    for name in ("value", "jvp", "vjp"):
         got, want = (modes(f, params, x, v, params, v)[name]() for f in (apply, row.reference))
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * max(1.0, float(jnp.abs(b).max())), err_msg=name)
