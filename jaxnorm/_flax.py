@@ -1,0 +1,214 @@
+"""What `jaxnorm.linen` and `jaxnorm.nnx` share: Flax's arguments, mapped onto jaxnorm's functions. No mathematics.
+
+A `layer` is a linen or an nnx module: their hyperparameters have the same names. Its feature axes are those of its
+parameters, which in Flax need not be the axes normalized over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import canonicalize_dtype
+from jax.core import Tracer
+from jax.nn import initializers
+
+from . import _batch, _group, _instance, _layer, _rms
+from ._normalize import Affine
+from ._spec import RunningStats
+
+Array = jax.Array
+Axes = int | Sequence[int]
+Initializer = Callable[..., Any]
+Shape = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """One call of a norm without state: the function, where its parameters belong, and its own keyword arguments."""
+
+    function: Callable[..., Array]
+    features: tuple[int, ...]
+    options: dict[str, Any]
+
+
+def layer_norm(layer, ndim: int) -> Layout:
+    axes = canonical(layer, "reduction_axes", ndim, layer.reduction_axes)
+    features = canonical(layer, "feature_axes", ndim, layer.feature_axes)
+    return Layout(_layer.layer_norm, features, dict(axis=axes))
+
+
+def rms_norm(layer, ndim: int) -> Layout:
+    axes = canonical(layer, "reduction_axes", ndim, layer.reduction_axes)
+    features = canonical(layer, "feature_axes", ndim, layer.feature_axes)
+    return Layout(_rms.rms_norm, features, dict(axis=axes, cast=layer.cast))
+
+
+def group_norm(layer, ndim: int, num_groups: int | None, group_size: int | None) -> Layout:
+    checked_groups(num_groups, group_size)
+    (channel,) = canonical(layer, "axis", ndim, layer.axis)
+    reduced = layer.reduction_axes
+    reduced = None if reduced is None else canonical(layer, "reduction_axes", ndim, reduced)
+    given = dict(num_groups=num_groups, group_size=group_size, axis=channel, reduction_axes=reduced)
+    return Layout(_group.group_norm, (channel,), given)
+
+
+def instance_norm(layer, ndim: int) -> Layout:
+    if layer.axis is not None and layer.feature_axes != -1:
+        raise ValueError(
+            f"InstanceNorm: axis is feature_axes by jaxnorm's name, got axis={layer.axis} and "
+            f"feature_axes={layer.feature_axes}. Write axis={layer.axis} alone."
+        )
+    features = layer.feature_axes if layer.axis is None else layer.axis
+    features = canonical(layer, "feature_axes", ndim, features)
+    if 0 in features:
+        raise ValueError(
+            f"InstanceNorm: the feature axes {features} include the batch axis 0; every example is normalized on its "
+            "own. Write feature_axes=-1."
+        )
+    return Layout(_instance.instance_norm, features, dict(axis=features))
+
+
+def normalized(layer, layout: Layout, x: Array, scale, bias, *, mask, dtype, axis_name) -> Array:
+    """x by a norm without state."""
+    if layout.function is _group.group_norm and x.ndim == 1:  # one example without a batch axis, as linen has it
+        layout.options.update(axis=1, reduction_axes=None)
+        return normalized(layer, layout._replace(features=(1,)), x[None], scale, bias,
+                          mask=mask, dtype=dtype, axis_name=axis_name)[0]  # fmt: skip
+    return layout.function(
+        x, scale, bias, mask=as_flax_has_it(mask, x.shape), dtype=dtype, **layout.options, **common(layer, axis_name)
+    )
+
+
+def batch_norm(layer, x: Array, scale, bias, stats: RunningStats, *, train, mask, weights, update_stats, dtype,
+               axis_name) -> tuple[Array, RunningStats]:  # fmt: skip
+    """x by batch norm, and the new statistics in the shape of the old ones."""
+    axes = batch_features(layer, x)
+    check_width(layer, "running statistics", stats.mean.shape, x.shape, axes)
+    state = reshaped(stats, tuple(x.shape[a] for a in axes))
+    if jnp.iscomplexobj(x):
+        state = state._replace(mean=state.mean.astype(promoted(state.mean, x)))
+    y, new = _batch.batch_norm(
+        x, Affine(scale, bias), state, train=train, axis=axes, mask=as_flax_has_it(mask, x.shape),
+        weights=as_flax_has_it(weights, x.shape), update_stats=update_stats, dtype=dtype, momentum=layer.momentum,
+        frozen=layer.frozen, skip_nonfinite=layer.skip_nonfinite, zero_debias=layer.zero_debias,
+        unbiased_running_var=layer.unbiased_running_var, virtual_batch_size=layer.virtual_batch_size,
+        min_count=layer.min_count, **common(layer, axis_name),
+    )  # fmt: skip
+    return y, reshaped(new, stats.mean.shape)
+
+
+def reshaped(stats: RunningStats, shape: Shape) -> RunningStats:
+    mean, var, count = stats
+    return RunningStats(mean.reshape(shape), var.reshape(shape), None if count is None else count.reshape(shape))
+
+
+def batch_features(layer, x: Array) -> tuple[int, ...]:
+    return canonical(layer, "axis", x.ndim, layer.axis)
+
+
+def common(layer, axis_name) -> dict[str, Any]:
+    """The keyword arguments that every function has."""
+    groups = None if axis_name is None else layer.axis_index_groups
+    return dict(
+        epsilon=layer.epsilon, scale_offset=layer.scale_offset, axis_name=axis_name, axis_index_groups=groups,
+        implementation=layer.implementation,
+    )  # fmt: skip
+
+
+def training(use_running_average) -> Any:
+    """Whether to train: a bool where that is known, else a traced one."""
+    traced = isinstance(use_running_average, Tracer)
+    return jnp.logical_not(use_running_average) if traced else not use_running_average
+
+
+def needs_count(layer) -> bool:
+    return layer.momentum is None or layer.zero_debias
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+def unit_scale(scale_offset: float) -> Initializer:
+    """An effective scale of 1, which is Flax's initial one where there is no offset."""
+    return initializers.constant(1.0 - scale_offset) if scale_offset else initializers.ones
+
+
+def refuse_owned(layer, **given: tuple[bool, Any]) -> None:
+    """A parameter comes from the layer or from the caller, not from both. Each is `name=(owned, given)`."""
+    for name, (owned, value) in given.items():
+        if owned and value is not None:
+            raise ValueError(
+                f"{type(layer).__name__}: {name}= was given at call time, but the layer has a learned {name} of its "
+                f"own. Write {type(layer).__name__}(..., use_{name}=False)."
+            )
+
+
+def placed(layer, what: str, param, shape: Shape, axes: tuple[int, ...], learned: bool) -> Array | None:
+    """A parameter with x's rank. A learned one fits the feature axes (or, as in Flax's nnx, is their flat form)."""
+    if param is None:
+        return None
+    param = jnp.asarray(param)
+    if learned:
+        check_width(layer, what, param.shape, shape, axes)
+    elif param.shape != tuple(shape[a] for a in axes):
+        return param
+    return param.reshape([s if a in axes else 1 for a, s in enumerate(shape)])
+
+
+def check_width(layer, what: str, given: Shape, shape: Shape, axes: tuple[int, ...]) -> None:
+    """A TypeError, as in Flax, whose reshape is the one to notice."""
+    features = tuple(shape[a] for a in axes)
+    if math.prod(given) != math.prod(features):
+        raise TypeError(
+            f"{type(layer).__name__}: the layer's {what} of shape {given} does not fit the {features} features of x "
+            f"{shape}. Make the layer for {features} features, or name x's feature axes."
+        )
+
+
+# --- Flax's rules -----------------------------------------------------------------------------------------------------
+
+
+def output_dtype(dtype, *args):
+    """Flax's rule, by Flax's function: what was asked for, else what the arguments promote to, whatever JAX's mode."""
+    with jax.numpy_dtype_promotion("standard"):
+        return canonicalize_dtype(*args, dtype=dtype)
+
+
+def promoted(*args: Array):
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*args)
+
+
+def canonical(layer, what: str, ndim: int, axes: Axes) -> tuple[int, ...]:
+    """Axes as Flax takes them: sorted, repeats dropped. AxisError is an IndexError, as Flax's, and a ValueError."""
+    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    for a in given:
+        if not -ndim <= a < ndim:
+            raise np.exceptions.AxisError(
+                f"{type(layer).__name__}: {what}={axes} is out of range for x of rank {ndim}, whose axes are "
+                f"{-ndim}..{ndim - 1}. Write {what}=-1 for the last one."
+            )
+    return tuple(sorted({a % ndim for a in given}))
+
+
+def as_flax_has_it(mask, shape: Shape) -> Array | None:
+    """A mask that broadcasts to x by NumPy's rule is taken so, also where it could cover x's leading axes instead."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    rest = len(shape) - mask.ndim
+    fits = rest >= 0 and all(m in (1, s) for m, s in zip(mask.shape, shape[rest:], strict=True))
+    return mask.reshape((1,) * rest + mask.shape) if fits else mask
+
+
+def checked_groups(num_groups: int | None, group_size: int | None) -> None:
+    """Flax's default of 32 groups stands in the way of a group size that is given alone."""
+    if num_groups is not None and group_size is not None:
+        raise ValueError(
+            f"GroupNorm: give one of num_groups, which is 32 by default, and group_size; got num_groups={num_groups} "
+            f"and group_size={group_size}. Write num_groups=None, group_size={group_size}."
+        )
