@@ -16,7 +16,13 @@ import numpy as np
 from jax import lax
 
 from ._checks import (
-    aligned_mask, aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon, checked_momentum,
+    aligned_mask,
+    aligned_param,
+    as_float_array,
+    checked_axes,
+    checked_dtype,
+    checked_epsilon,
+    checked_momentum,
     warn_if_single,
 )  # fmt: skip
 from ._kernels import checked_implementation
@@ -63,7 +69,7 @@ def batch_norm(
       x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
       params: `Affine(scale, bias)`, each (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)), or
         None; None for neither.
-      state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows to it.
+      state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       axis: the channel axis, or axes, at any position.
       momentum: the weight of the old statistics, as in Flax (1 - torch's). None: the exact cumulative statistics, those
@@ -92,15 +98,15 @@ def batch_norm(
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
 
     Raises:
-      ValueError: a bad axis, momentum, epsilon, room or virtual_batch_size; params, state or a mask that fits x nowhere.
+      ValueError: a bad axis, momentum, epsilon, room or virtual_batch_size; params, state or mask that fit x nowhere.
       TypeError: a dtype that cannot hold the result; a train that is no bool.
       NameError: axis_name is not bound here.
 
     Warns:
       UserWarning: one element per channel in training, where the output is the bias alone.
 
-    Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167. Ghost batches: Hoffer, Hubara, Soudry, "Train
-    longer, generalize better" (2017), arXiv:1705.08741.
+    Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167. Ghost batches: Hoffer, Hubara, Soudry,
+    "Train longer, generalize better" (2017), arXiv:1705.08741.
 
     >>> import jaxnorm as jn, numpy as np
     >>> state = jn.RunningStats(np.zeros(1, "f"), np.ones(1, "f"))
@@ -120,8 +126,8 @@ def batch_norm(
     train = _checked_flag(norm, train)
 
     def by_running() -> Array:
-        given = dict(epsilon=epsilon, scale_offset=scale_offset, axis=channels, dtype=dtype)
-        return normalize(x, state.mean, state.var, scale, bias, **given)
+        given = (x, state.mean, state.var, scale, bias)
+        return normalize(*given, epsilon=epsilon, scale_offset=scale_offset, axis=channels, dtype=dtype)
 
     if frozen or train is False:
         aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
@@ -165,13 +171,14 @@ def _updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_de
     has_var = batch.count > freedom
     count = None if state.count is None else state.count.astype(acc)
     if momentum is None:
+        assert count is not None  # _checked_state
         old = Moments(count, old_mean, old_var * jnp.maximum(count - freedom, 0.0))
         count, mean, m2 = merge(old, batch)
         var = m2 / safe(jnp.maximum(count - freedom, 0.0))
         has_var = count > freedom
     else:
         part = 1.0 - momentum
-        if zero_debias:
+        if zero_debias and count is not None:
             count = count + 1.0
             part = part / (1.0 - momentum**count) if momentum < 1 else 1.0 / count
         var = batch.m2 / safe(jnp.maximum(batch.count - freedom, 0.0))
@@ -213,11 +220,11 @@ def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
         if a.shape[batch] == 1 != x.shape[batch]:
             return jnp.expand_dims(a, batch)
         a = jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)])
-        return a.reshape(a.shape[:batch] + (ghosts, size) + a.shape[batch + 1 :])
+        return a.reshape(*a.shape[:batch], ghosts, size, *a.shape[batch + 1 :])
 
     local = replace(how, axes=tuple(a + 1 for a in how.axes), axis_name=None, groups=None)
     y, stats = standardize(replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
-    y = y.reshape(y.shape[:batch] + (ghosts * size,) + y.shape[batch + 2 :])
+    y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
     y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
     stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
     stats = combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
@@ -238,7 +245,8 @@ def _checked_state(norm: str, state, features: tuple[int, ...], x: Array, needs_
             f"{norm}: state must be a jaxnorm.RunningStats, got {type(state).__name__}. "
             "Write params, state = jaxnorm.BatchNorm().init(features)."
         )
-    mean, var, count = (None if a is None else jnp.asarray(a) for a in state)
+    mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
+    count = None if state.count is None else jnp.asarray(state.count)
     for what, a in (("mean", mean), ("var", var), ("count", count)):
         if a is not None and a.shape != features:
             raise ValueError(
@@ -292,7 +300,7 @@ class BatchNorm(Spec):
         return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
 
     def apply(
-        self, params: Affine | None, state: RunningStats, x, *, train, mask=None, weights=None, update_stats: bool = True
+        self, params: Affine | None, state: RunningStats, x, *, train, mask=None, weights=None, update_stats=True
     ) -> tuple[Array, RunningStats]:
         """The normalized x and the new running statistics. Arguments as for `batch_norm`."""
         call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)

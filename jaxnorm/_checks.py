@@ -46,7 +46,8 @@ def checked_dtype(norm: str, dtype, x: Array, *others: Array | None):
 def checked_axes(norm: str, ndim: int, axes: int | Sequence[int], *, what: str = "axis") -> tuple[int, ...]:
     """Axes as sorted non-negative ints; an int is one axis."""
     try:
-        given = tuple(operator.index(a) for a in (axes if isinstance(axes, (tuple, list, set, frozenset)) else (axes,)))
+        several = axes if isinstance(axes, (tuple, list, set, frozenset)) else (axes,)
+        given = tuple(operator.index(a) for a in several)  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise TypeError(
             f"{norm}: {what} must be an int or a tuple of ints, got {axes!r}. Write {what}=-1."
@@ -122,7 +123,7 @@ def checked_momentum(norm: str, momentum: float | None) -> None:
 
 
 def warn_if_single(norm: str, x: Array, axes: tuple[int, ...], per: str) -> None:
-    """Say so when every statistic would come from one element: the variance is zero and all that is left is the bias."""
+    """Say so when every statistic would come from one element: its variance is 0, and the output is the bias."""
     if x.size and math.prod(x.shape[a] for a in axes) == 1:
         warnings.warn(
             f"{norm}: x of shape {x.shape} has one element per {per}, so each is its own mean and the output is the "

@@ -82,9 +82,7 @@ def group_norm(
     # In the view the channel axis c is two: the groups at c, and the channels of a group at c + 1.
     reduced = tuple(a if a < channel else a + 1 for a in given)
 
-    def view(a):
-        if a is None:
-            return None
+    def view(a: Array) -> Array:
         split = (1, 1) if a.shape[channel] == 1 != x.shape[channel] else (groups, x.shape[channel] // max(groups, 1))
         return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
 

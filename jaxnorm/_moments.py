@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._checks import aligned_mask, as_float_array, checked_axes
 from ._kernels import xla
 from ._kernels.xla import Reduction, Statistics, safe
-from ._checks import aligned_mask, as_float_array, checked_axes
 
 Array = jax.Array
 AxisName = str | tuple[str, ...]
@@ -117,10 +117,11 @@ def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | No
     return _as_moments(across(_as_statistics(m), axis_name, checked_groups(axis_index_groups), 1.0))
 
 
-# --- the statistics behind every norm ------------------------------------------------------------------------------------
+# --- the statistics behind every norm ---------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # one program also where the caller does not jit
 def statistics(how: Reduction, x: Array, mask: Array | None, weights: Array | None) -> Statistics:
     """The statistics of x over `how.axes` and, where `how` names an axis, over its devices."""
     local = xla.statistics(x, mask, weights, how)
@@ -165,7 +166,8 @@ def tangent_sums(how, x, mask, weights, stats: Statistics, dx, dweights):
         sums[2] = 2.0 * total((jnp.conj(z) * dx).real if jnp.iscomplexobj(z) else z * dx)
     if dweights is not None:
         dw = jnp.broadcast_to(dweights.astype(stats.count.dtype), x.shape)
-        sums = [s + total(dw.astype(a.dtype) * a) for s, a in zip(sums, (jnp.ones_like(z.real), z, xla.square(z)), strict=True)]
+        factors = jnp.ones_like(z.real), z, xla.square(z)
+        sums = [s + total(dw.astype(a.dtype) * a) for s, a in zip(sums, factors, strict=True)]
     if how.axis_name is None or (dx is None and dweights is None):
         return sums
     return _sum_across(sums, how.axis_name, how.groups)
@@ -177,7 +179,7 @@ def varying_as(like: Array, a: Array) -> Array:
     return lax.pcast(a, missing, to="varying") if missing else a
 
 
-# --- merging -----------------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
 def _as_moments(s: Statistics, axes: tuple[int, ...] = ()) -> Moments:

@@ -7,6 +7,7 @@ xhat = (x - mean) r. All arithmetic is in float32 or wider; the output is rounde
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def _near_one(v: Array) -> tuple[Array, Array]:
 
 
 def affine(x, shift, offset, r, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
-    """y = ((x - shift) - offset) r (scale + scale_offset) + bias, rounded once to dtype (or xhat also, before scale)."""
+    """y = ((x - shift) - offset) r (scale + scale_offset) + bias, rounded once (or also before scale)."""
     y = ((x - shift) - offset) * r.astype(x.dtype)
     if round_before_scale:
         y = _rounded(y, dtype)
@@ -111,6 +112,7 @@ def _(recipe, primals, tangents):
     return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) -> Array:
     r = rsqrt(stats.m2, stats.count, recipe.how.unit, recipe.epsilon)
     x = xla.cleaned(x, mask, weights)
@@ -135,8 +137,8 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
     xhat = affine(clean, stats.shift, stats.offset, r, scale=None, bias=None, scale_offset=0.0, dtype=clean.dtype)
     s = effective_scale(scale, recipe.scale_offset, xhat.dtype)
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
+    dx = None if dx is None else dx.astype(xhat.dtype)  # here, once: its transpose then rounds the sum, not each part
     xhat, s, r = xhat.astype(wide), s.astype(wide), r.astype(wide)
-    dx = None if dx is None else dx.astype(wide)  # widened once: its transpose then rounds the sum, not each part
     times, plus, direct = [], [], 0.0
     if dx is not None or dweights is not None:
         dn, d1, d2 = tangent_sums(how, x, mask, weights, stats, dx, dweights)
@@ -146,7 +148,7 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         if how.centered:
             plus.append(-s * r * d1.astype(wide) / (n * unit).astype(wide))
     if dx is not None:
-        direct = s * r * dx
+        direct = s * r * dx.astype(wide)
     if dscale is not None:
         times.append(dscale.astype(wide))
     if dbias is not None:
@@ -155,7 +157,18 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
 
 
-def normalize(x, mean, var, scale=None, bias=None, *, epsilon=1e-5, scale_offset=0.0, axis=-1, dtype=None) -> Array:
+def normalize(
+    x,
+    mean,
+    var,
+    scale=None,
+    bias=None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    scale_offset: float = 0.0,
+    dtype=None,
+) -> Array:
     """Normalize by statistics that are given, as batch norm does at inference.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
@@ -188,6 +201,7 @@ def normalize(x, mean, var, scale=None, bias=None, *, epsilon=1e-5, scale_offset
     return _normalize_given(checked_epsilon("normalize", epsilon), scale_offset, out, x, mean, var, scale, bias)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1, 2))
 def _normalize_given(epsilon, scale_offset, dtype, x, mean, var, scale, bias):
     """Under checkpoint, so that x in its own dtype is all that is kept of x's size for the backward pass."""

@@ -74,7 +74,9 @@ def rms_norm(
 
 def checked_cast(cast: str) -> None:
     if cast not in ("after_scale", "before_scale"):
-        raise ValueError(f'rms_norm: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".')
+        raise ValueError(
+            f'rms_norm: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".'
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

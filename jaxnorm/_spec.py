@@ -85,9 +85,10 @@ class Spec:
         Raises:
           ValueError: features are not positive ints.
         """
-        shape = (features,) if isinstance(features, int) else tuple(features)
+        shape = features if isinstance(features, tuple) else (features,)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise ValueError(f"{type(self).__name__}.init: features must be ints >= 0, got {features}. Write init(64).")
+            name = type(self).__name__
+            raise ValueError(f"{name}.init: features must be ints >= 0, got {features!r}. Write init(64).")
         scale = jnp.full(shape, 1.0 - self.scale_offset, self.param_dtype) if self.use_scale else None
         return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None), self._init_state(shape)
 
@@ -141,7 +142,7 @@ def bound_axes(norm: str, axis_name):
 def normalize_rows(
     norm: str, x: Array, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation,
-    view: Callable[[Array | None], Array | None] = lambda a: a, reduced: tuple[int, ...] | None = None, **more,
+    view: Callable[[Array], Array] = lambda a: a, reduced: tuple[int, ...] | None = None, **more,
 ) -> Array:  # fmt: skip
     """A norm by each example's own statistics: arguments checked and brought to x's rank, then `standardize`.
 
@@ -157,5 +158,5 @@ def normalize_rows(
     how = reduction(axes if reduced is None else reduced, axis_name, axis_index_groups, **more)
     recipe = recipe_for(checked_epsilon(norm, epsilon), scale_offset, out, how, round_before_scale=before)
     with bound_axes(norm, axis_name):
-        y, _ = standardize(recipe, view(x), view(scale), view(bias), view(mask), None)
+        y, _ = standardize(recipe, *jax.tree.map(view, (x, scale, bias, mask, None)))
     return y.reshape(x.shape)

@@ -53,7 +53,7 @@ def normalize(x, labels, scale, bias, *, epsilon, centered=True, mask=None, weig
 def gradients(x, labels, scale, bias, g, *, epsilon, centered=True, mask=None, weights=None):
     """The cotangents of x, scale and bias for the cotangent g of y, written out:
 
-        dx = r (h - w / n (sum(h) + xhat sum(h xhat))) with h = g scale; no sum(h) where the mean is not taken out.
+    dx = r (h - w / n (sum(h) + xhat sum(h xhat))) with h = g scale; no sum(h) where the mean is not taken out.
     """
     truth = normalize(x, labels, scale, bias, epsilon=epsilon, centered=centered, mask=mask, weights=weights)
     w, g = weight(np.asarray(x), mask, weights), wide(g)

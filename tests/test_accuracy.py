@@ -45,7 +45,9 @@ def test_a_constant_gives_the_bias(row, constant, rng):
         bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param)
         np.testing.assert_allclose(y, np.broadcast_to(bias, row.shape), atol=1e-6)
     else:
-        np.testing.assert_allclose(y, row.truth(params, np.full(row.shape, np.float32(constant))).y, rtol=1e-6, atol=2e-6)
+        np.testing.assert_allclose(
+            y, row.truth(params, np.full(row.shape, np.float32(constant))).y, rtol=1e-6, atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("row", EACH, ids=str)
@@ -71,7 +73,9 @@ def test_no_epsilon_is_allowed_even_where_nothing_varies(rng):
     x = np.stack([np.full(8, 3.0, np.float32), draw(rng, 8)])
     y = jn.layer_norm(x, epsilon=0.0)
     assert np.all(y[0] == 0)
-    np.testing.assert_allclose(y[1], oracle.normalize(x, np.indices(x.shape)[0], None, None, epsilon=0.0).y[1], atol=1e-6)
+    np.testing.assert_allclose(
+        y[1], oracle.normalize(x, np.indices(x.shape)[0], None, None, epsilon=0.0).y[1], atol=1e-6
+    )
     assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(jnp.sin(jn.layer_norm(x, epsilon=0.0))))(x)))
 
 
@@ -85,7 +89,9 @@ def test_the_formulas_of_each_platform_agree(formula, mean, rng):
         shift, offset, m2 = jax.jit(lambda x, n, axes=axes: formula(x, None, None, n, xla.Reduction(axes)))(x, n)
         true = x.astype(np.float64)
         got = np.float64(shift) + np.float64(offset)
-        np.testing.assert_allclose(got, true.mean(axes, keepdims=True), rtol=1e-13, atol=5e-6)  # one chain on CPU; a tree on GPU
+        np.testing.assert_allclose(
+            got, true.mean(axes, keepdims=True), rtol=1e-13, atol=5e-6
+        )  # one chain on CPU; a tree on GPU
         np.testing.assert_allclose(m2 / n, true.var(axes, keepdims=True), rtol=4e-6)
 
 
@@ -110,12 +116,13 @@ def test_complex(name, rng):
     params = row.params(rng)
     state = row.state()
     state = state._replace(mean=state.mean.astype(jnp.complex64)) if row.batch else state
-    apply = lambda params, x: row.spec.apply(params, state, x, train=True)[0]
+    apply = jax.jit(lambda params, x: row.spec.apply(params, state, x, train=True)[0])
     y = apply(params, x)
     assert y.dtype == np.complex64
     np.testing.assert_allclose(y, row.truth(params, x).y, rtol=1e-5, atol=3e-6)
 
     # The derivative, against the same function of real and imaginary parts written plainly.
+    @jax.jit
     def plain(params, x):
         total = lambda a: jax.ops.segment_sum(a.ravel(), row.labels.ravel())[row.labels.ravel()].reshape(a.shape)
         n = total(jnp.ones(x.shape))

@@ -1,4 +1,4 @@
-"""Law 5: statistics over devices are those of one device with all the data, forward and backward. Eight real devices."""
+"""Law 5: over devices as on one device with all the data, forward and backward. Eight real devices."""
 
 import dataclasses
 import re
@@ -150,12 +150,16 @@ def test_one_all_reduce_forward_and_one_backward_for_each_layer(layers, masked, 
 
     both = mapped(gradients, (P(), data, data, data), (P(), data))
     assert collectives(both, params, x, mask, g) == ["all-reduce"] * 2 * layers
-    jaxpr = str(jax.make_jaxpr(jax.pmap(lambda x: network(params, x, None, False), axis_name="data"))(x.reshape(8, 4, 5, 6)))
+    jaxpr = str(
+        jax.make_jaxpr(jax.pmap(lambda x: network(params, x, None, False), axis_name="data"))(x.reshape(8, 4, 5, 6))
+    )
     assert "psum" not in jaxpr
 
 
 @pytest.mark.parametrize("where", ["shard_map", "pmap", "vmap"])
-@pytest.mark.parametrize("groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 6], [2, 5], [3, 4]], [[0], [1, 2, 3, 4, 5, 6, 7]]])
+@pytest.mark.parametrize(
+    "groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 6], [2, 5], [3, 4]], [[0], [1, 2, 3, 4, 5, 6, 7]]]
+)
 def test_groups_of_devices(where, groups, rng):
     norm = jn.BatchNorm(axis_name="data", axis_index_groups=groups)
     alone = jn.BatchNorm()
@@ -170,7 +174,9 @@ def test_groups_of_devices(where, groups, rng):
             return add(step(norm, params, state, x[0], g[0], m[0]))
 
         data = P("data")
-        mapped = jax.shard_map(body, mesh=mesh_of("auto"), in_specs=(P(), data, data, data), out_specs=(data, data, (P(None), data)))
+        mapped = jax.shard_map(
+            body, mesh=mesh_of("auto"), in_specs=(P(), data, data, data), out_specs=(data, data, (P(None), data))
+        )
         y, new, (dparams, dx) = jax.jit(mapped)(params, split(x), split(g), split(mask))
         dparams = jax.tree.map(lambda a: a[0], dparams)
     else:
@@ -193,7 +199,9 @@ def test_groups_of_devices(where, groups, rng):
 def test_groups_must_hold_every_index_once(rng):
     norm = jn.BatchNorm(axis_name="d", axis_index_groups=[[0, 1], [1, 2]])
     params, state = norm.init(6)
-    with pytest.raises(ValueError, match=r"every index 0\.\.3 of the axis once.*axis_index_groups=\[\[0, 1\], \[2, 3\]\]"):
+    with pytest.raises(
+        ValueError, match=r"every index 0\.\.3 of the axis once.*axis_index_groups=\[\[0, 1\], \[2, 3\]\]"
+    ):
         jax.vmap(lambda x: norm.apply(params, state, x, train=True)[0], axis_name="d")(draw(rng, (4, 5, 6)))
 
 
@@ -255,7 +263,9 @@ def test_large_statistics_merge_in_two_rounds(rng, monkeypatch):
     assert collectives(mapped, params, x, g, mask) == ["all-reduce"] * 3
     norm = dataclasses.replace(norm, axis_index_groups=[[0, 1, 2, 3, 4, 5, 6, 7]])
     split = lambda a: a.reshape(8, 4, *a.shape[1:])
-    y, new, _ = jax.vmap(lambda x, g, m: step(norm, params, state, x, g, m), axis_name="data")(*map(split, (x, g, mask)))
+    y, new, _ = jax.vmap(lambda x, g, m: step(norm, params, state, x, g, m), axis_name="data")(
+        *map(split, (x, g, mask))
+    )
     close((y.reshape(SHAPE), jax.tree.map(lambda a: a[0], new)), want[:2], rtol=1e-4, atol=1e-4)
     jax.clear_caches()
 
@@ -298,7 +308,9 @@ def test_no_axis_name_is_touched_at_init_and_at_inference(rng):
     params, state = norm.init(6)
     norm.apply(params, state, draw(rng, SHAPE), train=False)
     dataclasses.replace(norm, frozen=True).apply(params, state, draw(rng, SHAPE), train=True)
-    with pytest.raises(NameError, match=r"batch_norm: axis_name='nowhere' is not bound here: call it inside jax\.shard_map"):
+    with pytest.raises(
+        NameError, match=r"batch_norm: axis_name='nowhere' is not bound here: call it inside jax\.shard_map"
+    ):
         norm.apply(params, state, draw(rng, SHAPE), train=True)
     with pytest.raises(NameError, match="layer_norm: axis_name='nowhere' is not bound"):
         jn.layer_norm(draw(rng, SHAPE), axis_name="nowhere")

@@ -88,7 +88,7 @@ def test_x64(row, rng):
         y, vjp = jax.vjp(row.apply, params, x)
         assert y.dtype == np.float64
         np.testing.assert_allclose(y, row.truth(params, x).y, rtol=1e-8, atol=1e-8)
-        dparams, dx = vjp(g)
+        _, dx = vjp(g)
         np.testing.assert_allclose(dx, row.gradients(params, x, g)[0], rtol=1e-7, atol=1e-8)
         assert dx.dtype == np.float64
         assert row.apply(params, x.astype(np.float32)).dtype == np.float32

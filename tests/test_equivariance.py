@@ -114,7 +114,9 @@ def test_moments_and_merge_are_differentiable(rng):
     with jax.enable_x64(True):
         x, y = jnp.asarray(rng.normal(size=(6, 3))), jnp.asarray(rng.normal(size=(4, 3)) + 2)
         merged = lambda x, y: jn.merge(jn.moments(x, 0), jn.moments(y, 0))
-        plain = lambda x, y: (lambda z: (z.mean(0), jnp.square(z - z.mean(0, keepdims=True)).sum(0)))(jnp.concatenate([x, y]))
+        plain = lambda x, y: (lambda z: (z.mean(0), jnp.square(z - z.mean(0, keepdims=True)).sum(0)))(
+            jnp.concatenate([x, y])
+        )
         got, want = jax.jacrev(lambda *a: merged(*a)[1:], (0, 1))(x, y), jax.jacrev(plain, (0, 1))(x, y)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), got, want)
         got, want = (jax.jvp(f, (x, y), (x, y))[1] for f in (lambda *a: merged(*a)[1:], plain))

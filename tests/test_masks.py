@@ -30,7 +30,7 @@ def test_true_counts_forward_and_backward(row, rng):
         y, vjp = jax.vjp(lambda p, x, mask=mask: row.apply(p, x, mask=mask), params, x)
         full = in_rank(mask, row.shape)
         truth = row.truth(params, x, mask=full)
-        # A row of one element has r = 1000 and amplifies rounding; an absent element of an empty row is the bias plus 0.
+        # A row of one element has r = 1000 and amplifies rounding; an absent one of an empty row is the bias.
         np.testing.assert_allclose(y[full], truth.y[full], rtol=2e-5, atol=2e-5, err_msg=kind)
         few = truth.n < 3
         np.testing.assert_allclose(np.where(few, 0, y), np.where(few, 0, truth.y), rtol=2e-5, atol=2e-5, err_msg=kind)
@@ -75,7 +75,9 @@ def test_nothing_at_all_is_finite_and_still(row, rng):
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_mask_of_ones_is_no_mask(row, rng):
     params, x = row.params(rng), draw(rng, row.shape, 3.0)
-    np.testing.assert_allclose(row.apply(params, x), row.apply(params, x, mask=np.ones(row.shape)), rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(
+        row.apply(params, x), row.apply(params, x, mask=np.ones(row.shape)), rtol=1e-6, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)

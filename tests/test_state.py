@@ -187,7 +187,9 @@ def test_no_gradient_flows_into_the_state(rng):
     norm = jn.BatchNorm()
     params, state = norm.init(3)
     x = draw(rng, (8, 3), 1.0)
-    dx = jax.grad(lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(norm.apply(params, state, x, train=True)[1])))(x)
+    dx = jax.grad(
+        lambda x: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(norm.apply(params, state, x, train=True)[1]))
+    )(x)
     assert np.all(dx == 0)
 
 
@@ -199,7 +201,9 @@ def test_the_state_out_has_the_tree_of_the_state_in(rng):
             state = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), state)
             new = norm.apply(params, state, draw(rng, (8, 3), dtype=np.float16), train=True)[1]
             assert jax.tree.structure(new) == jax.tree.structure(state)
-            assert [(a.shape, a.dtype) for a in jax.tree.leaves(new)] == [(a.shape, a.dtype) for a in jax.tree.leaves(state)]
+            assert [(a.shape, a.dtype) for a in jax.tree.leaves(new)] == [
+                (a.shape, a.dtype) for a in jax.tree.leaves(state)
+            ]
 
 
 def test_ghost_batches_normalize_on_their_own(rng):

@@ -1,0 +1,163 @@
+"""The specs: equal by value, hashable, picklable, one trace for equal ones; the package around them."""
+
+import ast
+import dataclasses
+import inspect
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from catalogue import EACH, ROWS, draw
+
+import jaxnorm as jn
+
+SPECS = {r.name: type(r.spec) for r in EACH}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_equal_specs_are_equal_hash_equal_and_pickle(row):
+    again = dataclasses.replace(row.spec)
+    assert again == row.spec
+    assert hash(again) == hash(row.spec)
+    assert pickle.loads(pickle.dumps(row.spec)) == row.spec
+    assert isinstance(row.spec, jn.Norm)
+    assert dataclasses.replace(row.spec, epsilon=0.5) != row.spec
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.spec.epsilon = 1.0
+
+
+def test_spellings_of_one_spec_are_one_spec():
+    assert jn.LayerNorm(dtype="bfloat16") == jn.LayerNorm(dtype=jnp.bfloat16)
+    assert hash(jn.LayerNorm(param_dtype=np.float32)) == hash(jn.LayerNorm(param_dtype=jnp.float32))
+    groups = [[0, 1], [2, 3]]
+    listed = jn.BatchNorm(axis_name=["a", "b"], axis_index_groups=groups)
+    assert listed == jn.BatchNorm(axis_name=("a", "b"), axis_index_groups=((0, 1), (2, 3)))
+    assert hash(listed)
+
+
+@pytest.mark.parametrize("row", EACH, ids=str)
+def test_equal_specs_share_a_trace(row, rng):
+    traces = []
+
+    def apply(spec, params, x):
+        traces.append(spec)
+        return spec.apply(params, row.state(), x, train=True)[0]
+
+    run = jax.jit(apply, static_argnums=0)
+    for _ in range(3):
+        run(dataclasses.replace(row.spec), row.params(rng), draw(rng, row.shape))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_init_touches_no_data_and_makes_an_identity_of_parameters(row):
+    params, state = row.spec.init(row.features)
+    assert (params.scale is None) == (not row.spec.use_scale)
+    assert (params.bias is None) == (not row.spec.use_bias)
+    if params.scale is not None:
+        np.testing.assert_array_equal(params.scale + row.spec.scale_offset, 1.0)
+        assert params.scale.dtype == np.float32
+    if params.bias is not None:
+        np.testing.assert_array_equal(params.bias, 0.0)
+    assert (state == ()) != row.batch
+    shaped = jax.eval_shape(lambda: row.spec.init((3, 5)))
+    assert all(leaf.shape == (3, 5) for leaf in jax.tree.leaves(shaped))
+    half = dataclasses.replace(row.spec, param_dtype=jnp.bfloat16).init(row.features)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half[0]))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half[1]))
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.batch], ids=str)
+def test_a_norm_without_state_ignores_train(row, rng):
+    params, x = row.params(rng), draw(rng, row.shape)
+    for train in (True, False, jnp.array(True)):
+        y, state = row.spec.apply(params, (), x, train=train)
+        assert state == ()
+        np.testing.assert_allclose(y, row.apply(params, x), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_spec_says_what_its_function_says(name):
+    """Every field is a keyword of the function with the same default, and the function has no others but the call's."""
+    spec = SPECS[name]
+    function = getattr(jn, {"layer": "layer_norm", "rms": "rms_norm"}.get(name, name.split("-")[0] + "_norm"))
+    keywords = {k: p.default for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    fields = spec().options()
+    call = {"mask", "weights", "train", "update_stats"}
+    assert set(fields) == set(keywords) - call
+    if spec is jn.GroupNorm:
+        fields["num_groups"] = None  # the function wants one of two; the spec has the paper's 32
+    assert fields == {k: v for k, v in keywords.items() if k not in call}
+
+
+def test_params_and_state_pass_through_jax_trees_by_name():
+    params, state = jn.BatchNorm(momentum=None).init(3)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path((params, state))]
+    assert paths == ["[0].scale", "[0].bias", "[1].mean", "[1].var", "[1].count"]
+
+
+# --- the package ----------------------------------------------------------------------------------------------------
+
+PACKAGE = Path(jn.__file__).parent
+
+
+def test_every_public_name_is_listed_documented_and_shown():
+    assert set(jn.__all__) == {n for n in vars(jn) if not n.startswith("_") and not inspect.ismodule(getattr(jn, n))}
+    for name in jn.__all__:
+        thing = getattr(jn, name)
+        assert inspect.getdoc(thing), name
+        if inspect.isfunction(thing):
+            assert ">>> " in thing.__doc__, name
+            for argument in inspect.signature(thing).parameters:
+                mentioned = f"{argument}:" in thing.__doc__ or f"`{argument}`" in thing.__doc__
+                assert mentioned or name in ("as_affine", "merge"), (name, argument)
+
+
+def test_jaxnorm_needs_no_flax_and_costs_little_beside_jax():
+    """Counted, not timed: modules loaded beyond those of `import jax`, `jax.numpy` included, are our own few."""
+    code = (
+        "import sys, jax, jax.numpy; before = set(sys.modules); import jaxnorm;"
+        "print(sorted(m for m in set(sys.modules) - before if not m.startswith('jaxnorm')))"
+    )
+    loaded = ast.literal_eval(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    )
+    assert not [m for m in loaded if m.split(".")[0] not in ("jax", "jaxlib", "contextlib", "dataclasses")], loaded
+    assert len(loaded) < 10, loaded
+
+
+def test_arrows_point_down():
+    """Each module imports only from floors below it, and the mathematics knows nothing of Flax."""
+    floors = ["_kernels", "_checks", "_moments", "_normalize", "_spec"]
+    norms = ["_batch", "_layer", "_rms", "_group", "_instance"]
+    for path in PACKAGE.glob("_*.py"):
+        tree = ast.parse(path.read_text())
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
+        imported = {(n.module or a.name).split(".")[0] for n in nodes for a in n.names}
+        if path.stem in floors:
+            assert imported <= set(floors[: floors.index(path.stem)]), path.name
+        elif path.stem in norms:
+            assert imported <= set(floors), path.name
+
+
+def test_the_only_collectives_are_in_moments():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "_moments.py" and "demo" not in str(path):
+            text = path.read_text()
+            for name in ("psum", "pmean", "pmax", "all_gather", "ppermute", "all_to_all"):
+                assert f"lax.{name}(" not in text, (path.name, name)
+
+
+def test_backends():
+    rooms = jn.backends()
+    assert rooms["xla"].active
+    assert all(isinstance(room.reason, str) and room.reason for room in rooms.values())
+    rooms.clear()
+    assert jn.backends()  # a copy was handed out
+    x = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(jn.layer_norm(x, implementation="xla"), jn.layer_norm(x))
