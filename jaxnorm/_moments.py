@@ -158,25 +158,34 @@ def tangent_sums(how, x, mask, weights, stats: Statistics, dx, dweights):
     """
     z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
     total = lambda a: (a if mask is None else jnp.where(mask, a, 0.0)).sum(how.axes, keepdims=True)
-    sums: list = [0.0, 0.0, 0.0]
+    sums: list = []
     if dx is not None:
         dx = how.unit * dx.astype(z.dtype)
         dx = dx if weights is None else dx * weights.astype(z.dtype)
-        sums[1] = total(dx)
-        sums[2] = 2.0 * total((jnp.conj(z) * dx).real if jnp.iscomplexobj(z) else z * dx)
+        sums = [total(dx), 2.0 * total((jnp.conj(z) * dx).real if jnp.iscomplexobj(z) else z * dx)]
     if dweights is not None:
         dw = jnp.broadcast_to(dweights.astype(stats.count.dtype), x.shape)
-        factors = jnp.ones_like(z.real), z, xla.square(z)
-        sums = [s + total(dw.astype(a.dtype) * a) for s, a in zip(sums, factors, strict=True)]
-    if how.axis_name is None or (dx is None and dweights is None):
-        return sums
-    return _sum_across(sums, how.axis_name, how.groups)
+        of_weights = [total(dw.astype(a.dtype) * a) for a in (z, xla.square(z))]
+        sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
+        sums.append(total(dw))
+    if how.axis_name is not None and sums:
+        sums = _sum_across(sums, how.axis_name, how.groups)
+    d1, d2, dn = sums + [0.0] * (3 - len(sums))
+    return dn, d1, d2
 
 
 def varying_as(like: Array, a: Array) -> Array:
     """a, marked to vary over the manual mesh axes that `like` varies over, as shard_map wants of a tangent."""
-    missing = tuple(getattr(jax.typeof(like), "vma", frozenset()) - getattr(jax.typeof(a), "vma", frozenset()))
-    return lax.pcast(a, missing, to="varying") if missing else a
+    missing = tuple(_varying(like) - _varying(a))
+    if not missing:
+        return a
+    return lax.pcast(a, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, missing)
+
+
+def _varying(a: Array) -> frozenset:
+    """The manual axes that a varies over; the type says so under another name in newer versions of JAX."""
+    kind = jax.typeof(a)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

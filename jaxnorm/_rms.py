@@ -59,8 +59,8 @@ def rms_norm(
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467.
 
     >>> import jaxnorm as jn, numpy as np
-    >>> jn.rms_norm(np.array([[3., 4.]]), np.array([1., 10.]), epsilon=0.).round(3).tolist()
-    [[0.849, 11.314]]
+    >>> jn.rms_norm(np.array([[4., 0., 0., 0.]]), bias=np.ones(4), epsilon=0.).round(3).tolist()
+    [[3.0, 1.0, 1.0, 1.0]]
     """
     checked_cast(cast)
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
@@ -86,8 +86,8 @@ class RMSNorm(RowSpec):
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.RMSNorm(epsilon=0.)
     >>> params, state = norm.init(2)
-    >>> norm.apply(params, state, np.array([[3., 4.]]))[0].round(3).tolist()
-    [[0.849, 1.131]]
+    >>> norm.apply(params, state, np.array([[3., -3.]]))[0].round(3).tolist()
+    [[1.0, -1.0]]
     """
 
     use_bias: bool = False

@@ -217,6 +217,32 @@ def test_two_axis_names(rng):
     close(jax.jit(run)(params, x, g), want, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["scale", "bias", "x", "weights"])
+def test_one_tangent_alone_in_shard_map(name, rng):
+    """The tangent of y varies over devices as y does, also where that of a replicated parameter is all there is."""
+    norm = jn.BatchNorm(axis_name="data")
+    params, state, x, _ = case(norm, rng)
+    at = dict(scale=params.scale, bias=params.bias, x=jnp.asarray(x), weights=jnp.asarray(rng.uniform(1, 2, SHAPE)))
+    v = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), at)
+
+    def along(norm, at, v):
+        def f(value):
+            a = {**at, name: value}
+            y, _ = norm.apply(jn.Affine(a["scale"], a["bias"]), state, a["x"], train=True, weights=a["weights"])
+            return y
+
+        return jax.jvp(f, (at[name],), (v[name],))
+
+    specs = dict(scale=P(), bias=P(), x=P("data"), weights=P("data"))
+    run = jax.shard_map(
+        lambda at, v: along(norm, at, v),
+        mesh=mesh_of("auto"),
+        in_specs=(specs, specs),
+        out_specs=(P("data"), P("data")),
+    )
+    close(jax.jit(run)(at, v), along(jn.BatchNorm(), at, v), atol=2e-5)
+
+
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("name", ["layer", "rms", "group-nhwc", "instance-nhwc"])
 def test_reduced_axes_sharded_in_shard_map(name, kind, rng):
