@@ -179,7 +179,7 @@ def varying_as(like: Array, a: Array) -> Array:
     missing = tuple(_varying(like) - _varying(a))
     if not missing:
         return a
-    return lax.pcast(a, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, missing)
+    return lax.pcast(a, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _varying(a: Array) -> frozenset:

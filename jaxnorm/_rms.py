@@ -59,8 +59,8 @@ def rms_norm(
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467.
 
     >>> import jaxnorm as jn, numpy as np
-    >>> jn.rms_norm(np.array([[4., 0., 0., 0.]]), bias=np.ones(4), epsilon=0.).round(3).tolist()
-    [[3.0, 1.0, 1.0, 1.0]]
+    >>> jn.rms_norm(np.array([[2., -2.]]), bias=np.array([0., 1.]), epsilon=0.).round(3).tolist()
+    [[1.0, 0.0]]
     """
     checked_cast(cast)
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
