@@ -1,6 +1,9 @@
 """Law 1: within 2e-6 of the truth whatever the mean, never E[x^2] - E[x]^2, constants exact, 1e20 in range."""
 
+import re
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -141,3 +144,14 @@ def test_complex(name, rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
     got, want = (jax.jvp(f, (params, x), (params, g))[1] for f in (apply, plain))
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("platform", "reads"), [("cpu", False), ("cuda", True), ("rocm", True), ("tpu", True)])
+def test_the_formula_for_rows_is_chosen_at_lowering(platform, reads):
+    """Lowered for a GPU or TPU, on this machine that has none, the statistics are one reduction of three arrays."""
+    x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    lowered = jax.export.export(jax.jit(jn.layer_norm), platforms=[platform])(x).mlir_module()
+    at_once = re.search(r"stablehlo\.reduce\(.*\), \(.*\), \(", lowered)
+    assert bool(at_once) == reads
+    if platform == "cpu":
+        assert "conditional" not in jax.jit(jn.layer_norm).lower(x).compile().as_text()
