@@ -141,7 +141,9 @@ statistics.defjvp(_statistics_jvp, symbolic_zeros=True)
 
 def statistics_tangent(how, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
     """d(mean) is given to the offset: the shift is a constant, whichever it is."""
-    dn, d1, d2 = tangent_sums(how, x, mask, weights, stats, dx, dweights)
+    z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
+    dz = None if dx is None else how.unit * dx.astype(z.dtype)
+    dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
     like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
     mean = d1 / (safe(stats.count) * how.unit).astype(stats.offset.dtype) if how.centered else 0.0
     return Statistics(
@@ -149,22 +151,20 @@ def statistics_tangent(how, x, mask, weights, stats: Statistics, dx, dweights) -
     )
 
 
-def tangent_sums(how, x, mask, weights, stats: Statistics, dx, dweights):
-    """The sums that every tangent of a statistic is made of, over all devices; with z = unit (x - mean),
+def tangent_sums(how, z, mask, weights, dz, dweights):
+    """The sums that every tangent of a statistic is made of, over all devices; z is x without its mean, in some unit,
 
-        dn = sum(dw);   d1 = sum(w unit dx + dw z);   d2 = sum(2 w Re(conj(z) unit dx) + dw |z|**2).
+        dn = sum(dw);   d1 = sum(w dz + dw z);   d2 = sum(2 w Re(conj(z) dz) + dw |z|**2).
 
-    Linear in (dx, dweights), either of which may be None for zero.
+    Linear in (dz, dweights), either of which may be None for zero.
     """
-    z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
     total = lambda a: (a if mask is None else jnp.where(mask, a, 0.0)).sum(how.axes, keepdims=True)
     sums: list = []
-    if dx is not None:
-        dx = how.unit * dx.astype(z.dtype)
-        dx = dx if weights is None else dx * weights.astype(z.dtype)
-        sums = [total(dx), 2.0 * total((jnp.conj(z) * dx).real if jnp.iscomplexobj(z) else z * dx)]
+    if dz is not None:
+        dz = dz if weights is None else dz * weights.astype(z.dtype)
+        sums = [total(dz), 2.0 * total((jnp.conj(z) * dz).real if jnp.iscomplexobj(z) else z * dz)]
     if dweights is not None:
-        dw = jnp.broadcast_to(dweights.astype(stats.count.dtype), x.shape)
+        dw = jnp.broadcast_to(dweights.astype(z.real.dtype), z.shape)
         of_weights = [total(dw.astype(a.dtype) * a) for a in (z, xla.square(z))]
         sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
         sums.append(total(dw))

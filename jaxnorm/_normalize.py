@@ -123,37 +123,36 @@ def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) ->
 def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
     """The tangent of y; None is a tangent of zero. With s = scale + scale_offset, and means over all devices,
 
-        dy = s r dx + xhat (dscale - s mean(w xhat r dx)) + (dbias - s r mean(w dx))
+        dy = s r dx + xhat (dscale - s mean(w xhat r dx)) + (dbias - s mean(w r dx))
 
-    and a further r-term where weights have a tangent. Written so that, where s is constant along the reduced axes, the
+    and further terms where weights have a tangent. Written so that, where s is constant along the reduced axes, the
     two brackets are as small as the statistics: their transposes are then sum(g xhat) and sum(g), the gradients of
     scale and bias, and dx = s r (g - sum(g)/N - xhat sum(g xhat)/N) costs one all-reduce for both.
     """
     dx, dscale, dbias, dweights = tangents
-    how, unit = recipe.how, recipe.how.unit
-    n = safe(stats.count)
-    r = rsqrt(stats.m2, stats.count, unit, recipe.epsilon)
+    how, n = recipe.how, safe(stats.count)
+    r = rsqrt(stats.m2, stats.count, how.unit, recipe.epsilon)
     clean = xla.cleaned(x, mask, weights)
     xhat = affine(clean, stats.shift, stats.offset, r, scale=None, bias=None, scale_offset=0.0, dtype=clean.dtype)
     s = effective_scale(scale, recipe.scale_offset, xhat.dtype)
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
-    dx = None if dx is None else dx.astype(xhat.dtype)  # here, once: its transpose then rounds the sum, not each part
-    xhat, s, r = xhat.astype(wide), s.astype(wide), r.astype(wide)
-    times, plus, direct = [], [], 0.0
+    s, times, plus, direct = s.astype(wide), [], [], 0.0
     if dx is not None or dweights is not None:
-        dn, d1, d2 = tangent_sums(how, x, mask, weights, stats, dx, dweights)
-        var = stats.m2 / n
-        root, one = _near_one(safe(var + recipe.epsilon * unit**2))
-        times.append(-s * ((d2 - var * dn) / (2.0 * n) * root * root / one).astype(wide))
+        dx = None if dx is None else r.astype(xhat.dtype) * dx.astype(xhat.dtype)
+        dn, d1, d2 = tangent_sums(how, xhat, mask, weights, dx, dweights)
+        if dweights is not None:
+            v = stats.m2 / n
+            d2 = d2 - dn * v / safe(v + recipe.epsilon * how.unit**2)
+        times.append(-s * (d2 / (2.0 * n)).astype(wide))
         if how.centered:
-            plus.append(-s * r * d1.astype(wide) / (n * unit).astype(wide))
+            plus.append(-s * (d1 / n.astype(xhat.dtype)).astype(wide))
     if dx is not None:
-        direct = s * r * dx.astype(wide)
+        direct = s * dx.astype(wide)
     if dscale is not None:
         times.append(dscale.astype(wide))
     if dbias is not None:
         plus.append(dbias.astype(wide))
-    dy = direct + (xhat * sum(times) if times else 0.0) + (sum(plus) if plus else 0.0)
+    dy = direct + (xhat.astype(wide) * sum(times) if times else 0.0) + (sum(plus) if plus else 0.0)
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
 
 
