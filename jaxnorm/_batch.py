@@ -125,19 +125,18 @@ def batch_norm(
     checked_implementation(norm, implementation)
     epsilon = checked_epsilon(norm, epsilon)
     train = _checked_flag(norm, train)
+    mask, weights = aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
+    mask = None if mask is None else mask.astype(bool)
 
     def by_running() -> Array:
         given = (x, state.mean, state.var, scale, bias)
         return normalize(*given, epsilon=epsilon, scale_offset=scale_offset, axis=channels, dtype=dtype)
 
     if frozen or train is False:
-        aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
         return by_running(), state
 
     scale = aligned_param(norm, "scale", scale, x.shape, channels)
     bias = aligned_param(norm, "bias", bias, x.shape, channels)
-    mask, weights = aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
-    mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
     axes = tuple(a for a in range(x.ndim) if a not in channels)
     if axis_name is None:
