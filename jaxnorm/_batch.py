@@ -70,6 +70,7 @@ def batch_norm(
       params: `Affine(scale, bias)`, each (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)), or
         None; None for neither.
       state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in.
+        A variance below 1e-13 may be recorded as 0.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       axis: the channel axis, or axes, at any position.
       momentum: the weight of the old statistics, as in Flax (1 - torch's). None: the exact cumulative statistics, those
@@ -193,10 +194,10 @@ def _updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_de
 
 
 def _as_batch_moments(stats: Statistics, features, unit: float) -> Moments:
-    mean = stats.shift + stats.offset
-    return Moments(
-        *(jnp.broadcast_to(a, mean.shape).reshape(features) for a in (stats.count, mean, stats.m2 / unit / unit))
-    )
+    """In x's own units and of the feature shape; the count takes part in the sharding of the others."""
+    count = stats.count + jnp.zeros_like(stats.m2)
+    moments = Moments(count, stats.shift + stats.offset, stats.m2 / unit / unit)
+    return Moments(*(a.reshape(features) for a in moments))
 
 
 def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:

@@ -120,6 +120,33 @@ def test_jit_over_sharded_arrays(row, masked, kind, rng):
     assert backward == ["all-reduce"] * (3 if row.batch else 1)  # for the others: the gradients of scale and bias
 
 
+ANY = {
+    "layer": jn.LayerNorm(),
+    "rms": jn.RMSNorm(),
+    "group": jn.GroupNorm(num_groups=8),
+    "instance": jn.InstanceNorm(),
+    "batch": jn.BatchNorm(),
+}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("axis", [1, 2], ids=["positions", "features"])
+@pytest.mark.parametrize("norm", ANY.values(), ids=ANY)
+def test_jit_over_arrays_sharded_along_another_axis(norm, axis, kind, rng):
+    """What each device needs of the others are sums: nothing of x's size is ever gathered or moved."""
+    x, g = draw(rng, (4, 16, 32), 3.0), draw(rng, (4, 16, 32))
+    params, state = norm.init(32)
+    run = jax.jit(lambda p, s, x, g: step(norm, p, s, x, g, None))
+    want = run(params, state, x, g)
+    mesh, spec, feature = mesh_of(kind), P(*(None,) * axis, "data"), P("data" if axis == 2 else None)
+    with jax.set_mesh(mesh):
+        args = placed(mesh, (params, feature), (state, feature), (x, spec), (g, spec))
+        got = run(*args)
+        close(got, want, atol=2e-5)
+        assert set(collectives(run, *args)) <= {"all-reduce"}
+    assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+
+
 def collectives(f, *args) -> list[str]:
     """The collectives of a compiled program, each as often as it stands there."""
     text = f.lower(*args).compile().as_text()

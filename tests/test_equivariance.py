@@ -28,10 +28,8 @@ def test_a_permuted_batch_permutes(row, rng):
     near(row.apply(params, x[order]), row.apply(params, x)[order])
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [r for r in ROWS if r.centered], ids=str)
 def test_shift_and_scale_of_x(row, rng):
-    if not row.centered:
-        pytest.skip("RMS norm takes no mean out")
     params, x = row.params(rng), draw(rng, row.shape)
     spec = dataclasses.replace(row, spec=dataclasses.replace(row.spec, epsilon=0.0))
     np.testing.assert_allclose(spec.apply(params, 8.0 * x + 4.0), spec.apply(params, x), rtol=1e-5, atol=1e-5)
