@@ -64,6 +64,18 @@ def test_any_magnitude(row, magnitude, rng):
         np.testing.assert_allclose(vjp(jnp.asarray(g))[0], dx, rtol=1e-5, atol=4e-6 * np.abs(dx).max())
 
 
+@pytest.mark.parametrize("size", [1009, 67, 64, 17, 2])
+def test_a_batch_of_any_size_has_exact_statistics(size, rng):
+    """Sizes without divisors have no evenly spaced sample to start from; the first example is no substitute for one."""
+    norm = jn.BatchNorm()
+    params, state = norm.init(5)
+    x = draw(rng, (size, 5), 1e4)
+    x[0] += 300.0
+    labels = np.broadcast_to(np.arange(5), x.shape)
+    truth = oracle.normalize(x, labels, None, None, epsilon=norm.epsilon)
+    np.testing.assert_allclose(norm.apply(params, state, x, train=True)[0], truth.y, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
 def test_one_outlier_among_the_samples_of_the_pilot_costs_nothing(row, rng):
     x = draw(rng, row.shape, 3.0)

@@ -94,9 +94,10 @@ def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reducti
     if 0 in x.shape:
         zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
-    if how.one_pass and keep is None:
-        return Statistics(n, *about(*args, _pilot(x, how.axes), how))
-    if keep is not None or _sharded_axes(x):  # a reduction of three arrays at once would lose its sharding
+    pilot = _pilot(x, how.axes) if how.one_pass and keep is None else None
+    if pilot is not None:
+        return Statistics(n, *about(*args, pilot, how))
+    if how.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
         return Statistics(n, *two_pass(*args, how))
     rows = lambda formula: lambda *args: formula(*args, how)
     return Statistics(n, *lax.platform_dependent(*args, cpu=rows(two_pass), default=rows(welford)))
@@ -175,10 +176,11 @@ def _difference(x: Array, keep: Array | None, shift: Array | None) -> Array:
     return d if keep is None else jnp.where(keep, d, 0.0)
 
 
-def _pilot(x: Array, axes: tuple[int, ...]) -> Array:
+def _pilot(x: Array, axes: tuple[int, ...]) -> Array | None:
     """The mean of some 64 elements of each column, evenly spaced: the differences to it lose nothing when squared.
 
-    Taken by splitting axes, not by slicing them, so that of a sharded axis every device samples its own part.
+    Taken by splitting axes, not by slicing them, so that of a sharded axis every device samples its own part. None
+    where sizes without divisors leave so few elements that a single outlier among them could spoil the sums.
     """
     sharded, taken, block = _sharded_axes(x), 1, x
     for a in axes:
@@ -187,6 +189,8 @@ def _pilot(x: Array, axes: tuple[int, ...]) -> Array:
         part = max(k for k in range(1, min(size, most) + 1) if size % k == 0)
         split = block.reshape(*block.shape[:a], part, size // part, *block.shape[a + 1 :])
         block, taken = lax.index_in_dim(split, 0, a + 1, keepdims=False), taken * part
+    if taken < min(16, math.prod(x.shape[a] for a in axes)):
+        return None
     return block.astype(accumulator(x)).mean(axes, keepdims=True)
 
 
