@@ -204,13 +204,12 @@ def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
     """Each run of `size` examples by its own statistics; returns also the merged ones, over devices too."""
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"batch_norm: virtual_batch_size must be an int >= 1, got {size!r}. Write 32, or None.")
-    x, how = args[0], recipe.how
+    (x, scale, bias, mask, weights), how = args, recipe.how
     if not how.axes:
         raise ValueError(f"batch_norm: virtual_batch_size needs a batch axis, got x of shape {x.shape}. Write None.")
     batch = how.axes[0]
     ghosts = math.ceil(x.shape[batch] / size)
     padding = ghosts * size - x.shape[batch]
-    x, scale, bias, mask, weights = args
     if padding:
         real = jnp.ones(tuple(n if a == batch else 1 for a, n in enumerate(x.shape)), bool)
         mask = real if mask is None else mask & real

@@ -89,9 +89,9 @@ def group_norm(
     if axis_name is None:
         warn_if_single("group_norm", view(x), reduced, "group")
     return normalize_rows(
-        "group_norm", x, scale, bias, given, (channel,), epsilon=epsilon, scale_offset=scale_offset, mask=mask,
+        "group_norm", x, scale, bias, reduced, (channel,), epsilon=epsilon, scale_offset=scale_offset, mask=mask,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
-        view=view, reduced=reduced,
+        view=view,
     )  # fmt: skip
 
 

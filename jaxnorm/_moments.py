@@ -7,7 +7,6 @@ Legend: x is any shape; "reduced" means x's shape without `axes`; w is a weight 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -128,27 +127,24 @@ def statistics(how: Reduction, x: Array, mask: Array | None, weights: Array | No
     return local if how.axis_name is None else across(local, how.axis_name, how.groups, how.unit)
 
 
-def _statistics_jvp(how, primals, tangents):
-    x, mask, weights = primals
-    dx, _, dweights = (None if isinstance(t, _SymbolicZero) else t for t in tangents)
-    out = statistics(how, x, mask, weights)
-    return out, statistics_tangent(how, x, mask, weights, out, dx, dweights)
-
-
-_SymbolicZero = jax.custom_derivatives.SymbolicZero
-statistics.defjvp(_statistics_jvp, symbolic_zeros=True)
-
-
-def statistics_tangent(how, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
+@functools.partial(statistics.defjvp, symbolic_zeros=True)
+def _(how, primals, tangents):
     """d(mean) is given to the offset: the shift is a constant, whichever it is."""
+    x, mask, weights = primals
+    dx, _, dweights = none_for_zero(tangents)
+    stats = statistics(how, x, mask, weights)
     z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
     dz = None if dx is None else how.unit * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
     like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
     mean = d1 / (safe(stats.count) * how.unit).astype(stats.offset.dtype) if how.centered else 0.0
-    return Statistics(
-        like(dn, stats.count), jnp.zeros_like(stats.shift), like(mean, stats.offset), like(d2, stats.m2)
-    )
+    still = jnp.zeros_like(stats.shift)
+    return stats, Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
+
+
+def none_for_zero(tangents) -> list:
+    """The tangents of a rule with symbolic zeros, None for each that is zero."""
+    return [None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents]
 
 
 def tangent_sums(how, z, mask, weights, dz, dweights):
@@ -277,7 +273,7 @@ def _group_of(groups, size: int) -> np.ndarray:
             f"axis_index_groups must hold every index 0..{size - 1} of the axis once, got {groups}. "
             f"Write for example axis_index_groups={half}."
         )
-    table = np.zeros(math.prod([size]), np.int32)
+    table = np.zeros(size, np.int32)
     for number, members in enumerate(groups):
         table[list(members)] = number
     return table

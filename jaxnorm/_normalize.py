@@ -18,10 +18,9 @@ from jax import lax
 from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
 from ._kernels import xla
 from ._kernels.xla import Reduction, Statistics, safe, widest
-from ._moments import statistics, tangent_sums, varying_as
+from ._moments import none_for_zero, statistics, tangent_sums, varying_as
 
 Array = jax.Array
-_SymbolicZero = jax.custom_derivatives.SymbolicZero
 
 
 class Affine(NamedTuple):
@@ -59,11 +58,9 @@ def _near_one(v: Array) -> tuple[Array, Array]:
     return s, (v * s) * s
 
 
-def affine(x, shift, offset, r, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
-    """y = ((x - shift) - offset) r (scale + scale_offset) + bias, rounded once (or also before scale)."""
-    y = ((x - shift) - offset) * r.astype(x.dtype)
-    if round_before_scale:
-        y = _rounded(y, dtype)
+def affine(xhat, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
+    """y = xhat (scale + scale_offset) + bias, rounded once (or also before scale)."""
+    y = _rounded(xhat, dtype) if round_before_scale else xhat
     if scale is not None or scale_offset:
         s = effective_scale(scale, scale_offset, y.dtype)
         y = y.astype(s.dtype) * s
@@ -103,7 +100,7 @@ def standardize(
 @functools.partial(standardize.defjvp, symbolic_zeros=True)
 def _(recipe, primals, tangents):
     x, scale, bias, mask, weights = primals
-    dx, dscale, dbias, _, dweights = (None if isinstance(t, _SymbolicZero) else t for t in tangents)
+    dx, dscale, dbias, _, dweights = none_for_zero(tangents)
     stats = statistics(recipe.how, x, mask, weights)
     y = _output(recipe, x, mask, weights, stats, scale, bias)
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
@@ -114,10 +111,14 @@ def _(recipe, primals, tangents):
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) -> Array:
-    r = rsqrt(stats.m2, stats.count, recipe.how.unit, recipe.epsilon)
+    xhat, _ = _xhat_and_r(recipe, x, mask, weights, stats)
+    return affine(xhat, scale, bias, recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
+
+
+def _xhat_and_r(recipe: Recipe, x, mask, weights, stats: Statistics) -> tuple[Array, Array]:
     x = xla.cleaned(x, mask, weights)
-    last = (recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
-    return affine(x, stats.shift, stats.offset, r, scale, bias, *last)
+    r = rsqrt(stats.m2, stats.count, recipe.how.unit, recipe.epsilon).astype(x.dtype)
+    return ((x - stats.shift) - stats.offset) * r, r
 
 
 def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
@@ -131,14 +132,12 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
     """
     dx, dscale, dbias, dweights = tangents
     how, n = recipe.how, safe(stats.count)
-    r = rsqrt(stats.m2, stats.count, how.unit, recipe.epsilon)
-    clean = xla.cleaned(x, mask, weights)
-    xhat = affine(clean, stats.shift, stats.offset, r, scale=None, bias=None, scale_offset=0.0, dtype=clean.dtype)
+    xhat, r = _xhat_and_r(recipe, x, mask, weights, stats)
     s = effective_scale(scale, recipe.scale_offset, xhat.dtype)
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
     s, times, plus, direct = s.astype(wide), [], [], 0.0
     if dx is not None or dweights is not None:
-        dx = None if dx is None else r.astype(xhat.dtype) * dx.astype(xhat.dtype)
+        dx = None if dx is None else r * dx.astype(xhat.dtype)
         dn, d1, d2 = tangent_sums(how, xhat, mask, weights, dx, dweights)
         if dweights is not None:
             v = stats.m2 / n
@@ -206,9 +205,8 @@ def _normalize_given(epsilon, scale_offset, dtype, x, mean, var, scale, bias):
     """Under checkpoint, so that x in its own dtype is all that is kept of x's size for the backward pass."""
     acc = widest(xla.accumulator(x), mean.dtype)
     x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
-    v = var + epsilon
-    r = jnp.where(v == 0, 0.0, lax.rsqrt(jnp.where(v == 0, 1.0, v)))
-    return affine(x, mean, jnp.zeros((), acc), r, scale, bias, scale_offset, dtype)
+    r = rsqrt(var, jnp.ones((), var.dtype), 1.0, epsilon)
+    return affine((x - mean) * r.astype(acc), scale, bias, scale_offset, dtype)
 
 
 def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_offset: float = 0.0) -> Affine:

@@ -142,11 +142,11 @@ def bound_axes(norm: str, axis_name):
 def normalize_rows(
     norm: str, x: Array, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation,
-    view: Callable[[Array], Array] = lambda a: a, reduced: tuple[int, ...] | None = None, **more,
+    view: Callable[[Array], Array] = lambda a: a, **more,
 ) -> Array:  # fmt: skip
     """A norm by each example's own statistics: arguments checked and brought to x's rank, then `standardize`.
 
-    `view` maps x, and what broadcasts against it, to the shape whose axes `reduced` are the ones reduced.
+    `view` maps x, and what broadcasts against it, to the shape whose `axes` are the ones reduced.
     """
     checked_implementation(norm, implementation)
     scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
@@ -155,7 +155,7 @@ def normalize_rows(
     mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
     before = more.pop("round_before_scale", False)
-    how = reduction(axes if reduced is None else reduced, axis_name, axis_index_groups, **more)
+    how = reduction(axes, axis_name, axis_index_groups, **more)
     recipe = recipe_for(checked_epsilon(norm, epsilon), scale_offset, out, how, round_before_scale=before)
     with bound_axes(norm, axis_name):
         y, _ = standardize(recipe, *jax.tree.map(view, (x, scale, bias, mask, None)))
