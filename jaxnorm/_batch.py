@@ -144,10 +144,10 @@ def batch_norm(
         warn_if_single(norm, x, axes, "channel in training")
     how = reduction(axes, axis_name, axis_index_groups, one_pass=True)
     args = (x, scale, bias, mask, weights)
-    recipe = recipe_for(epsilon, scale_offset, out, how)
+    recipe = recipe_for(epsilon, scale_offset, out, how, implementation)
     with bound_axes(norm, axis_name):
         if virtual_batch_size is None:
-            y, stats = standardize(recipe, *args)
+            y, stats = standardize(norm, recipe, *args)
         else:
             y, stats = _by_ghost_batches(recipe, args, virtual_batch_size)
     new = state
@@ -223,7 +223,7 @@ def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
         return a.reshape(*a.shape[:batch], ghosts, size, *a.shape[batch + 1 :])
 
     local = replace(how, axes=tuple(a + 1 for a in how.axes), axis_name=None, groups=None)
-    y, stats = standardize(replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
+    y, stats = standardize("batch_norm", replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
     y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
     y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
     stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))

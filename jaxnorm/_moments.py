@@ -1,6 +1,6 @@
 """Moments: the algebra of count, mean and second moment under masks, weights, merging, and devices.
 
-Every statistic in the library comes from here, and `_sum_across` and `_max_across` are its only collectives.
+Every statistic in the library comes from here, and `sum_across` and `_max_across` are its only collectives.
 Legend: x is any shape; "reduced" means x's shape without `axes`; w is a weight per element, 1 where none is given.
 """
 
@@ -17,6 +17,7 @@ from jax import lax
 
 from ._checks import aligned_mask, as_float_array, checked_axes
 from ._kernels import xla
+from ._kernels.varying import varying_as
 from ._kernels.xla import Reduction, Statistics, safe
 
 Array = jax.Array
@@ -129,17 +130,21 @@ def statistics(how: Reduction, x: Array, mask: Array | None, weights: Array | No
 
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
 def _(how, primals, tangents):
-    """d(mean) is given to the offset: the shift is a constant, whichever it is."""
     x, mask, weights = primals
     dx, _, dweights = none_for_zero(tangents)
     stats = statistics(how, x, mask, weights)
+    return stats, statistics_tangent(how, x, mask, weights, stats, dx, dweights)
+
+
+def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
+    """The tangent of the statistics. d(mean) is given to the offset: the shift is a constant, whichever it is."""
     z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
     dz = None if dx is None else how.unit * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
     like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
     mean = d1 / (safe(stats.count) * how.unit).astype(stats.offset.dtype) if how.centered else 0.0
     still = jnp.zeros_like(stats.shift)
-    return stats, Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
+    return Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
 
 
 def none_for_zero(tangents) -> list:
@@ -165,23 +170,9 @@ def tangent_sums(how, z, mask, weights, dz, dweights):
         sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
         sums.append(total(dw))
     if how.axis_name is not None and sums:
-        sums = _sum_across(sums, how.axis_name, how.groups)
+        sums = sum_across(sums, how.axis_name, how.groups)
     d1, d2, dn = sums + [0.0] * (3 - len(sums))
     return dn, d1, d2
-
-
-def varying_as(like: Array, a: Array) -> Array:
-    """a, marked to vary over the manual mesh axes that `like` varies over, as shard_map wants of a tangent."""
-    missing = tuple(_varying(like) - _varying(a))
-    if not missing:
-        return a
-    return lax.pcast(a, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, missing)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _varying(a: Array) -> frozenset:
-    """The manual axes that a varies over; the type says so under another name in newer versions of JAX."""
-    kind = jax.typeof(a)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
@@ -216,7 +207,7 @@ def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistic
     s = Statistics(*jnp.broadcast_arrays(s.count, s.shift, s.offset, s.m2))
     if size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
         mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
-        slots = Statistics(*_sum_across([mine(a) for a in s], axis_name, None))
+        slots = Statistics(*sum_across([mine(a) for a in s], axis_name, None))
         if groups is not None:
             group = jnp.asarray(_group_of(groups, size))
             here = jnp.reshape(group == group[index], (size,) + (1,) * s.count.ndim)
@@ -225,12 +216,12 @@ def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistic
     shift = lax.stop_gradient(_max_across(s.shift, s.count > 0, axis_name, groups))
     gap = jnp.where(s.count > 0, (s.shift - shift) + s.offset, 0.0)
     parts = [s.count, s.count.astype(gap.dtype) * gap, s.m2 + s.count * xla.square(gap * unit)]
-    n, first, second = _sum_across(parts, axis_name, groups)
+    n, first, second = sum_across(parts, axis_name, groups)
     offset = first / safe(n).astype(first.dtype)
     return Statistics(n, shift, offset, jnp.maximum(second - n * xla.square(offset * unit), 0.0))
 
 
-def _sum_across(parts: list, axis_name: AxisName, groups) -> list:
+def sum_across(parts: list, axis_name: AxisName, groups) -> list:
     """The sums of arrays over devices: one all-reduce. With groups, each group has a slot in it and takes its own."""
     if groups is None:
         return list(lax.psum(tuple(parts), axis_name))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
-from ._kernels import xla
-from ._kernels.xla import Reduction, Statistics, safe, widest
-from ._moments import none_for_zero, statistics, tangent_sums, varying_as
+from ._kernels import cpu, xla
+from ._kernels.fused import Across, Fused
+from ._kernels.varying import varying_as
+from ._kernels.xla import Recipe, Statistics, safe, widest
+from ._moments import across, none_for_zero, statistics, statistics_tangent, sum_across, tangent_sums
 
 Array = jax.Array
 
@@ -28,17 +30,6 @@ class Affine(NamedTuple):
 
     scale: Array | None  # feature shape, any floating dtype
     bias: Array | None  # the same
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything static about normalizing: hashable, so that equal recipes share one trace."""
-
-    how: Reduction
-    epsilon: float
-    scale_offset: float
-    dtype: Any
-    round_before_scale: bool = False
 
 
 def rsqrt(m2: Array, n: Array, unit: float, epsilon: float) -> Array:
@@ -85,19 +76,31 @@ def _rounded(y: Array, dtype) -> Array:
     return lax.reduce_precision(y, info.nexp, info.nmant)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def standardize(
-    recipe: Recipe, x: Array, scale: Array | None, bias: Array | None, mask: Array | None, weights: Array | None
+    norm: str, recipe: Recipe, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None
 ) -> tuple[Array, Statistics]:
     """Normalize x by its own statistics. Returns the output, and the statistics as constants, without a derivative.
 
     For the backward pass only x, in its own dtype, and the statistics are kept.
     """
+    if recipe.room != "xla":
+        refusal = cpu.refusal(x, recipe.how, recipe.dtype, scale, bias, mask, weights)
+        if refusal is None:
+            return _by_room(recipe, x, scale, bias)
+        if recipe.room is not None:
+            raise ValueError(
+                f"{norm}: implementation={recipe.room!r} cannot run here: {refusal}. Write implementation=None."
+            )
+    return _by_xla(recipe, x, scale, bias, mask, weights)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_xla(recipe: Recipe, x, scale, bias, mask, weights) -> tuple[Array, Statistics]:
     stats = statistics(recipe.how, x, mask, weights)
     return _output(recipe, x, mask, weights, stats, scale, bias), stats
 
 
-@functools.partial(standardize.defjvp, symbolic_zeros=True)
+@functools.partial(_by_xla.defjvp, symbolic_zeros=True)
 def _(recipe, primals, tangents):
     x, scale, bias, mask, weights = primals
     dx, dscale, dbias, _, dweights = none_for_zero(tangents)
@@ -106,6 +109,61 @@ def _(recipe, primals, tangents):
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
     tangent = jax.checkpoint(functools.partial(_output_tangent, recipe), prevent_cse=False)
     dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights))
+    return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+
+
+# The same where a room of kernels may run it: one primitive forward, and one, linear, for the tangent.
+
+
+def _by_room(recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
+    """The kernels' arithmetic has one dtype, and its scale no offset."""
+    acc = xla.accumulator(x)
+    scale = None if scale is None else effective_scale(scale, recipe.scale_offset, acc)
+    bias = None if bias is None else bias.astype(acc)
+    return _in_room(replace(recipe, scale_offset=0.0), x, scale, bias)
+
+
+_fused = Fused(
+    output=lambda recipe, x, scale, bias: _by_xla(recipe, x, scale, bias, None, None),
+    tangent=lambda recipe, x, stats, scale, tangents: _output_tangent(
+        recipe, x, None, None, stats, scale, (*tangents, None)
+    ),
+    across=Across(
+        merged=lambda stats, names, unit: across(stats, names, None, unit),
+        summed=lambda parts, names: sum_across(parts, names, None),
+    ),
+)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _in_room(recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
+    return _fused.forward(recipe, x, scale, bias)
+
+
+@functools.partial(_in_room.defjvp, symbolic_zeros=True)
+def _(recipe, primals, tangents):
+    (y, stats), (dy, _) = _in_room_with_tangent(recipe, primals, none_for_zero(tangents))
+    return (y, stats), (dy, jax.tree.map(jnp.zeros_like, stats))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable_in_room(recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
+    """The same, the statistics with their derivatives: what derivatives of higher order are made of."""
+    return _fused.forward(recipe, x, scale, bias)
+
+
+@functools.partial(_differentiable_in_room.defjvp, symbolic_zeros=True)
+def _(recipe, primals, tangents):
+    tangents = none_for_zero(tangents)
+    (y, stats), (dy, still) = _in_room_with_tangent(recipe, primals, tangents)
+    of_statistics = jax.checkpoint(functools.partial(statistics_tangent, recipe.how), prevent_cse=False)
+    return (y, stats), (dy, still if tangents[0] is None else of_statistics(primals[0], None, None, stats, tangents[0], None))
+
+
+def _in_room_with_tangent(recipe: Recipe, primals, tangents):
+    x, scale, _ = primals
+    y, stats = _differentiable_in_room(recipe, *primals)
+    dy = _fused.tangent(recipe, x, stats, scale, tangents)
     return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
 from ._kernels import checked_implementation
-from ._kernels.xla import Reduction
+from ._kernels.xla import Recipe, Reduction
 from ._moments import checked_groups
-from ._normalize import Affine, Recipe, standardize
+from ._normalize import Affine, standardize
 
 Array = jax.Array
 Features = int | tuple[int, ...]
@@ -111,13 +111,16 @@ class RowSpec(Spec):
         raise NotImplementedError
 
 
-def recipe_for(epsilon, scale_offset, dtype, how: Reduction, *, round_before_scale: bool = False) -> Recipe:
+def recipe_for(
+    epsilon, scale_offset, dtype, how: Reduction, implementation, *, round_before_scale: bool = False
+) -> Recipe:
     """The static part of a call, with the unit of its squares chosen.
 
     The unit leaves values of 1e30 in range of float32; what underflows for it is far below epsilon's own rounding.
     """
     unit = 2.0**-40 if epsilon >= 1e-8 else 2.0**-16
-    return Recipe(dataclasses.replace(how, unit=unit), epsilon, float(scale_offset), dtype, round_before_scale)
+    how = dataclasses.replace(how, unit=unit)
+    return Recipe(how, epsilon, float(scale_offset), dtype, round_before_scale, implementation)
 
 
 def reduction(axes, axis_name, axis_index_groups, **more) -> Reduction:
@@ -156,7 +159,8 @@ def normalize_rows(
     out = checked_dtype(norm, dtype, x, scale, bias)
     before = more.pop("round_before_scale", False)
     how = reduction(axes, axis_name, axis_index_groups, **more)
-    recipe = recipe_for(checked_epsilon(norm, epsilon), scale_offset, out, how, round_before_scale=before)
+    epsilon = checked_epsilon(norm, epsilon)
+    recipe = recipe_for(epsilon, scale_offset, out, how, implementation, round_before_scale=before)
     with bound_axes(norm, axis_name):
-        y, _ = standardize(recipe, *jax.tree.map(view, (x, scale, bias, mask, None)))
+        y, _ = standardize(norm, recipe, *jax.tree.map(view, (x, scale, bias, mask)))
     return y.reshape(x.shape)

@@ -1,4 +1,9 @@
-"""A strict climate: eight host devices, no silent promotion of dtype or rank; warnings are errors (see pyproject)."""
+"""A strict climate: eight host devices, no silent promotion of dtype or rank; warnings are errors (see pyproject).
+
+The laws are tested on the small arrays of the catalogue, which the default leaves to XLA. So that they are tested on the
+kernels, `--room native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
+`--room auto` leaves the default as users have it, and `--room absent` is an installation without the extension.
+"""
 
 import os
 
@@ -17,3 +22,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def rng(request) -> np.random.Generator:
     """A generator seeded by the test's own name: the same numbers each run, others for each test."""
     return np.random.default_rng(list(request.node.name.encode()))
+
+
+@pytest.fixture
+def kernels(request) -> bool:
+    """Whether the native kernels run wherever they take a call."""
+    return request.config.getoption("--room") == "native"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--room", choices=("native", "auto", "absent"), default="native")
+
+
+def pytest_configure(config):
+    room = config.getoption("--room")
+    if room == "absent":
+        os.environ["JAXNORM_NATIVE"] = "0"
+    from jaxnorm._kernels import cpu
+
+    if room == "native":
+        assert cpu.library().loaded, cpu.library().reason
+        cpu.pays = lambda view, dtype: True

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from . import cpu
+
 
 class Backend(NamedTuple):
     """One room of kernels, as `backends()` reports it."""
 
     active: bool  # True: `implementation=None` may choose it here
     reason: str  # what it is good for, or why it is not active
-
-
-_ROOMS = {"xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute")}
 
 
 def backends() -> dict[str, Backend]:
@@ -22,14 +21,18 @@ def backends() -> dict[str, Backend]:
     >>> jn.backends()["xla"].active
     True
     """
-    return dict(_ROOMS)
+    return {
+        "xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute"),
+        "native": Backend(*cpu.library()),
+    }
 
 
 def checked_implementation(norm: str, implementation: str | None) -> None:
     """A named room runs or says why it does not."""
-    if implementation is None or implementation in _ROOMS:
+    rooms = backends()
+    if implementation is None or implementation in rooms:
         return
     raise ValueError(
-        f"{norm}: implementation={implementation!r} is not a room of this build, which has {sorted(_ROOMS)}. "
+        f"{norm}: implementation={implementation!r} is not a room of this build, which has {sorted(rooms)}. "
         "Write implementation=None for the best one, and see jaxnorm.backends() for the reasons."
     )

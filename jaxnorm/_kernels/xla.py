@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,18 @@ class Reduction:
     unit: float = 1.0  # squares are sums of (unit * x)**2; a power of two, so exact, that keeps 1e20**2 in range
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything static about normalizing: hashable, so that equal recipes share one trace."""
+
+    how: Reduction
+    epsilon: float
+    scale_offset: float
+    dtype: Any  # of the output
+    round_before_scale: bool = False
+    room: str | None = None  # of kernels: "xla", "native", or None for the best
 
 
 class Statistics(NamedTuple):

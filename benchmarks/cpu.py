@@ -1,0 +1,595 @@
+"""What a norm costs on a CPU: jaxnorm and the field side by side, in units of a copy of the same bytes.
+
+    python -m benchmarks.cpu [--norms NORM ...] [--shapes SHAPE ...] [--dtypes DTYPE ...] [--only NAME ...]
+                             [--allocators NAME ...] [--rounds N] [--seconds S]
+                             [--markdown] [--json PATH] [--chart PATH]
+
+Contestants take turns: every round times each of them once, in another order, and a cell is the median over the rounds
+of the time over that of a copy in the same round. That copy is the fastest, in each case, of NumPy's on one thread,
+NumPy's on a thread for each core, and torch's. The JAX libraries share a process. torch has one whose idle threads
+sleep, and one whose spin, which is the faster where nobody else wants the cores. One process works at a time.
+"forward+backward" is one jitted call that returns y and, for a random cotangent, the gradients of x, scale and bias.
+Parameters are float32, y has x's dtype, and each contestant is held against float64 before it is timed. Images are
+NHWC: channels_last for torch, and NCHW for equinox, which knows no other layout.
+
+The allocator counts: where fresh outputs mean fresh pages, page faults drown the kernels, everybody's alike. "warm"
+runs the processes with a malloc that keeps its pages, "default" with malloc as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import peers
+from benchmarks._timing import ALLOCATORS, THREADS, Timed, Worker, in_turn, numpy_copies, quartiles
+from benchmarks.peers import EPSILON
+
+os.environ["XLA_FLAGS"] = " ".join(peers._flags)  # one device with all the cores, not the eight of the peers' table
+
+ROWS = ((8192, 1024), (65536, 256), (2048, 4096), (16384, 768), (256, 1024), (64, 256))
+IMAGES = ((32, 56, 56, 64), (64, 28, 28, 128), (16, 14, 14, 1024))
+SHAPES = {"layer": ROWS, "rms": ROWS, "batch": IMAGES, "group": IMAGES, "instance": IMAGES}
+DTYPES = ("float32", "bfloat16")
+PASSES = ("forward", "forward+backward")
+GROUPS = 32
+#: What a kernel that moves nothing twice would take: read x, write y, read x and g, write dx. A batch, unlike a row or
+#: an image, fits no cache, and its statistics take all of it, so that batch norm reads x, and then x and g, once more.
+LIMITS = {norm: 4.0 if norm == "batch" else 2.5 for norm in SHAPES}
+#: Of y and of the gradients, in the 2-norm, relative: enough to see that it is the norm that was asked for. (Some sum
+#: the gradients of the parameters in bfloat16, and lose a fifth of them.)
+TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (2e-2, 5e-1)}
+FIELD = ("flax.linen", "flax.nnx", "haiku", "equinox", "keras")
+RATIOS = {
+    "best of field / jaxnorm": FIELD,
+    "torch / jaxnorm": ("torch", "torch-spin"),
+    "jaxnorm-xla / jaxnorm": ("jaxnorm-xla",),
+}
+NOTES = """\
+{cpu}, {threads} threads, jax {jax}, jaxlib {jaxlib}; {date}.
+Cells: time over that of a copy of x's bytes, median of up to {rounds} rounds; "copy" is what one copy took.
+"-": no such norm; "failed": an error, or not the norm. "best of field": the fastest of {field}.
+"torch / jaxnorm" has the faster of torch's two in it."""
+
+
+# --- the contestants: norm(which, x, scale, bias) -> y, rms without bias ----------------------------------------------
+
+
+class Jaxnorm(peers.Jaxnorm):
+    implementation: str | None = None
+
+    def norm(self, which, x, *params):
+        import jaxnorm as jn
+
+        options = dict(epsilon=EPSILON, implementation=self.implementation)
+        if which == "batch":
+            _, state = jn.BatchNorm().init(x.shape[-1])
+            return jn.batch_norm(x, jn.Affine(*params), state, train=True, **options)[0]
+        groups = {"num_groups": GROUPS} if which == "group" else {}
+        return getattr(jn, f"{which}_norm")(x, *params, **groups, **options)
+
+
+class JaxnormXLA(Jaxnorm):
+    name, implementation = "jaxnorm-xla", "xla"
+
+
+FLAX = {
+    "layer": ("LayerNorm", {}),
+    "rms": ("RMSNorm", {}),
+    "batch": ("BatchNorm", {"use_running_average": False}),
+    "group": ("GroupNorm", {"num_groups": GROUPS}),
+    "instance": ("InstanceNorm", {}),
+}
+
+
+class Linen(peers.Linen):
+    def norm(self, which, x, *params):
+        import flax.linen as nn
+
+        name, options = FLAX[which]
+        stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
+        variables = {"params": dict(zip(("scale", "bias"), params, strict=False)), "batch_stats": stats}
+        norm = getattr(nn, name)(epsilon=EPSILON, dtype=x.dtype, **options)
+        return norm.apply(variables, x, mutable=["batch_stats"])[0]
+
+
+class NNX(peers.NNX):
+    def norm(self, which, x, *params):
+        from flax import nnx
+
+        name, options = FLAX[which]
+        norm = getattr(nnx, name)(x.shape[-1], epsilon=EPSILON, dtype=x.dtype, rngs=nnx.Rngs(0), **options)
+        for param, value in zip(("scale", "bias"), params, strict=False):
+            setattr(norm, param, nnx.Param(value))
+        return norm(x)
+
+
+class Haiku(peers.Haiku):
+    def norm(self, which, x, *params):
+        import haiku as hk
+
+        layer = {
+            "layer": lambda x: hk.LayerNorm(-1, True, True, eps=EPSILON)(x),
+            "rms": lambda x: hk.RMSNorm(-1, eps=EPSILON)(x),
+            "batch": lambda x: hk.BatchNorm(True, True, 0.9, eps=EPSILON)(x, is_training=True),
+            "group": lambda x: hk.GroupNorm(GROUPS, eps=EPSILON)(x),
+            "instance": lambda x: hk.InstanceNorm(True, True, eps=EPSILON)(x),
+        }[which]
+        norm = hk.transform_with_state(layer)
+        values = dict(zip(("scale", "offset"), params, strict=False))
+        own, state = norm.init(None, x)
+        fill = lambda param, like: values[param].astype(x.dtype).reshape(like.shape)
+        own = {module: {param: fill(param, a) for param, a in of.items()} for module, of in own.items()}
+        return norm.apply(own, state, None, x)[0]
+
+
+class Equinox(peers.Equinox):
+    norms = ("layer", "rms", "batch", "group")
+    channels_first = True
+
+    def norm(self, which, x, *params):
+        import equinox as eqx
+
+        channels = x.shape[1]
+        norm = {
+            "layer": lambda: eqx.nn.LayerNorm(channels, eps=EPSILON),
+            "rms": lambda: eqx.nn.RMSNorm(channels, eps=EPSILON, use_bias=False),
+            "batch": lambda: eqx.nn.BatchNorm(channels, "batch", eps=EPSILON, mode="batch"),
+            "group": lambda: eqx.nn.GroupNorm(GROUPS, channels, eps=EPSILON),
+        }[which]
+        norm, state = eqx.nn.make_with_state(norm)()
+        norm = eqx.tree_at(lambda n: (n.weight, n.bias)[: len(params)], norm, params)
+        y, _ = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+        return y.astype(x.dtype)  # its batch norm promotes
+
+
+class Keras(peers.Keras):
+    def norm(self, which, x, *params):
+        from keras import layers
+
+        policy = {"dtype": "mixed_bfloat16" if x.dtype == jnp.bfloat16 else "float32", "epsilon": EPSILON}
+        norm = {
+            "layer": lambda: layers.LayerNormalization(**policy),
+            "rms": lambda: layers.RMSNormalization(**policy),
+            "batch": lambda: layers.BatchNormalization(**policy),
+            "group": lambda: layers.GroupNormalization(GROUPS, **policy),
+            "instance": lambda: layers.GroupNormalization(-1, **policy),  # as its documentation says
+        }[which]()
+        norm.build(x.shape)
+        state = [v.value for v in norm.non_trainable_variables]
+        return norm.stateless_call(list(params), state, x, **({"training": True} if which == "batch" else {}))[0]
+
+
+class Standardize(peers.Standardize):
+    def norm(self, which, x, scale, bias=None):
+        view, axes = reduction(which, x.shape)
+        mean = jnp.zeros((), x.dtype) if which == "rms" else None
+        y = jax.nn.standardize(x.reshape(view), axes, mean, epsilon=EPSILON).reshape(x.shape) * scale.astype(x.dtype)
+        return y if bias is None else y + bias.astype(x.dtype)
+
+
+class Tokamax(peers.Peer):
+    name, package = "tokamax", "tokamax"
+    norms = ("layer", "rms")
+
+    def norm(self, which, x, scale, bias=None):
+        import tokamax
+
+        return tokamax.layer_norm(x, scale, bias, epsilon=EPSILON, subtract_mean=which == "layer")
+
+
+class Torch(peers.Peer):
+    """Its idle threads sleep (`TorchContest`)."""
+
+    name, package = "torch", "torch"
+    channels_first = True
+
+    def norm(self, which, x, scale, bias=None):
+        from torch.nn import functional
+
+        return {
+            "layer": lambda: functional.layer_norm(x, scale.shape, scale, bias, EPSILON),
+            "rms": lambda: functional.rms_norm(x, scale.shape, scale.to(x.dtype), EPSILON),
+            "batch": lambda: functional.batch_norm(x, None, None, scale, bias, training=True, eps=EPSILON),
+            "group": lambda: functional.group_norm(x, GROUPS, scale, bias, EPSILON),
+            "instance": lambda: functional.instance_norm(x, weight=scale, bias=bias, eps=EPSILON),
+        }[which]()
+
+
+class TorchSpinning(Torch):
+    """Its idle threads spin for some milliseconds, as is OpenMP's default: far slower where the cores are not free."""
+
+    name = "torch-spin"
+
+
+# --- a case, its data, and the truth ----------------------------------------------------------------------------------
+
+
+def reduction(norm: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A view of x, and its axes that share a statistic."""
+    if norm == "group":
+        return (*shape[:-1], GROUPS, shape[-1] // GROUPS), (1, 2, 4)
+    return shape, {"batch": (0, 1, 2), "instance": (1, 2)}.get(norm, (len(shape) - 1,))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A norm of one array."""
+
+    norm: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def data(self) -> list[np.ndarray]:
+        """A cotangent, x, scale, and, but for rms, bias."""
+        normal = np.random.default_rng(0).standard_normal
+        g, x = (normal(self.shape, np.float32).astype(self.dtype) for _ in range(2))
+        scale, bias = (mean + normal(self.shape[-1], np.float32) / 8 for mean in (1, 0))
+        return [g, x, scale] if self.norm == "rms" else [g, x, scale, bias]
+
+    def truth(self, g, x, scale, *bias) -> list[np.ndarray]:
+        """y and the gradients of x, scale and bias, in float64."""
+        view, axes = reduction(self.norm, x.shape)
+        spread = lambda a: np.broadcast_to(a, view).reshape(x.shape)
+        mean = lambda a: spread(a.reshape(view).mean(axes, keepdims=True))
+        total = lambda a: a.reshape(-1, a.shape[-1]).sum(0)
+        centered = self.norm != "rms"
+        g, x = g.astype(np.float64), x.astype(np.float64)
+        x = x - centered * mean(x)
+        r = 1.0 / np.sqrt(mean(x * x) + EPSILON)
+        xhat, h = x * r, g * scale
+        dx = r * (h - centered * mean(h) - xhat * mean(h * xhat))
+        return [xhat * scale + sum(bias), dx, total(g * xhat), *([total(g)] if bias else [])]
+
+    def errors(self, got: list[np.ndarray], truth: list[np.ndarray]) -> list[float]:
+        """The relative error of each of these; raises where they are not the norm's."""
+        dtypes = [self.dtype, self.dtype, "float32", "float32"]
+        for a, t, dtype in zip(got, truth, dtypes, strict=False):
+            if a.dtype.name != dtype or a.shape != t.shape:
+                raise TypeError(f"got {a.dtype.name}{a.shape} where {dtype}{t.shape} is due")
+        norm = np.linalg.norm
+        errors = [float(norm(a - t) / norm(t)) for a, t in zip(got, truth, strict=False)]
+        for_y, for_gradients = TOLERANCE[self.dtype]
+        if not all(error <= (for_gradients if i else for_y) for i, error in enumerate(errors)):
+            raise ValueError(f"relative errors of {', '.join(f'{error:.1e}' for error in errors)}")
+        return errors
+
+
+# --- what the processes do --------------------------------------------------------------------------------------------
+
+
+class Contest(Timed):
+    """The contestants of one process. A subclass says which, and how its library makes and runs their calls."""
+
+    kinds: tuple[type[peers.Peer], ...]
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        self.peers = []
+        for kind in self.kinds:
+            with suppress(ImportError):
+                self.peers += [kind()] if kind.name in names else []
+
+    def versions(self) -> dict[str, str]:
+        return {peer.name: peer.version for peer in self.peers}
+
+    def prepare(self, case: Case) -> dict[str, list[float] | str]:
+        """Make the calls of a case. By contestant, its errors, or why it is left out."""
+        self.clear()
+        data = case.data()
+        truth = case.truth(*data)
+        for name, copy in self.copies(data[1]).items():
+            self.add((name, "copy"), copy)
+        able = [peer for peer in self.peers if case.norm in getattr(peer, "norms", SHAPES)]
+        return {peer.name: self._entered(peer, case, data, truth) for peer in able}
+
+    def _entered(self, peer, case: Case, data: list[np.ndarray], truth: list[np.ndarray]) -> list[float] | str:
+        first = len(case.shape) == 4 and getattr(peer, "channels_first", False)
+        try:
+            calls = self.made(partial(peer.norm, case.norm), [_moved(a, -1, 1) if first else a for a in data])
+            for call in calls:
+                got = self.as_numpy(call())
+                errors = case.errors([_moved(a, 1, -1) if first else a for a in got], truth)
+        except Exception as raised:
+            return f"{type(raised).__name__}: {raised}"
+        for which, call in zip(PASSES, calls, strict=True):
+            self.add((peer.name, which), call)
+        return errors
+
+
+def _moved(a: np.ndarray, channels: int, to: int) -> np.ndarray:
+    return np.moveaxis(a, channels, to) if a.ndim == 4 else a
+
+
+class JaxContest(Contest):
+    kinds = (Jaxnorm, JaxnormXLA, Linen, NNX, Haiku, Equinox, Keras, Standardize, Tokamax)
+
+    def about(self) -> dict:
+        import jaxlib
+
+        import jaxnorm as jn
+
+        rooms = {room: [backend.active, backend.reason] for room, backend in jn.backends().items()}
+        found = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "devices": jax.device_count()}
+        return {**found, "rooms": rooms}
+
+    def copies(self, x: np.ndarray) -> dict[str, Callable]:
+        return numpy_copies(x)
+
+    def made(self, norm: Callable, data: list[np.ndarray]) -> tuple[Callable, Callable]:
+        g, *args = (jnp.asarray(np.ascontiguousarray(a)) for a in data)
+
+        def both(g, *args):
+            y, backward = jax.vjp(norm, *args)
+            return y, *backward(g)
+
+        forward, both = jax.jit(lambda *args: (norm(*args),)), jax.jit(both)
+        return lambda: jax.block_until_ready(forward(*args)), lambda: jax.block_until_ready(both(g, *args))
+
+    def as_numpy(self, result) -> list[np.ndarray]:
+        return [np.asarray(a) for a in result]
+
+
+class TorchContest(Contest):
+    kinds = (Torch,)
+    environment: ClassVar = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__(names)
+        if self.peers:
+            import torch
+
+            torch.set_num_threads(THREADS)
+
+    def copies(self, x: np.ndarray) -> dict[str, Callable]:
+        source = self._tensor(x) if self.peers else None
+        return {peer.name: partial(source.clone().copy_, source) for peer in self.peers}
+
+    def made(self, norm: Callable, data: list[np.ndarray]) -> tuple[Callable, Callable]:
+        import torch
+
+        g, *args = map(self._tensor, data)
+        args = [a.requires_grad_() for a in args]
+
+        def both():
+            y = norm(*args)
+            return y, *torch.autograd.grad(y, args, g)
+
+        return torch.no_grad()(lambda: (norm(*args),)), both
+
+    def as_numpy(self, result) -> list[np.ndarray]:
+        return [a.detach().float().numpy().astype(str(a.dtype).removeprefix("torch.")) for a in result]
+
+    def _tensor(self, a: np.ndarray):
+        import torch
+
+        return torch.from_numpy(a.astype(np.float32)).to(getattr(torch, a.dtype.name))  # NumPy's strides are kept
+
+
+class TorchSpinningContest(TorchContest):
+    kinds = (TorchSpinning,)
+    environment: ClassVar = {}
+    rest = 0.02
+
+
+CONTESTS = (JaxContest, TorchContest, TorchSpinningContest)
+NAMES = tuple(kind.name for contest in CONTESTS for kind in contest.kinds)
+
+
+# --- the measurement --------------------------------------------------------------------------------------------------
+
+
+def measured(case: Case, workers: list[Worker], rounds: int, seconds: float) -> list[dict]:
+    """Both passes of a case."""
+    outcome = {name: value for worker in workers for name, value in worker.ask("prepare", case).items()}
+    failures = {name: value for name, value in outcome.items() if isinstance(value, str)}
+    for name, why in failures.items():
+        print(f"{name}, {case}: {why}", file=sys.stderr)
+    results = []
+    for which in PASSES:
+        keys = {key: worker for worker in workers for key in worker.ask("keys") if key[1] in (which, "copy")}
+        taken = in_turn(keys, rounds, seconds)
+        copies = {name: taken.pop((name, kind))[:, 0] for name, kind in keys if kind == "copy"}
+        best = min(copies, key=lambda name: np.median(copies[name]))
+        contestants = {
+            name: {
+                "copies": quartiles(samples[:, 0] / copies[best]),
+                "seconds": quartiles(samples[:, 0]),
+                "page_faults": float(np.median(samples[:, 1])),
+                "errors": outcome[name],
+            }
+            for (name, _), samples in taken.items()
+        }
+        results.append({
+            **asdict(case), "pass": which, "rounds": len(copies[best]), "copy": best,
+            "copy_seconds": {name: quartiles(times) for name, times in copies.items()},
+            "contestants": contestants, "failures": failures,
+        })  # fmt: skip
+    return results
+
+
+def run(cases: list[Case], names: tuple[str, ...], allocators: list[str], rounds: int, seconds: float) -> dict:
+    """All cases under each allocator, and what they were measured with."""
+    contests = [c for c in CONTESTS if c is JaxContest or any(kind.name in names for kind in c.kinds)]
+    results, about, versions = [], {}, {}
+    for allocator in allocators:
+        workers = [Worker(contest, allocator, names) for contest in contests]
+        about = workers[0].ask("about")
+        versions = {name: version for worker in workers for name, version in worker.ask("versions").items()}
+        for i, case in enumerate(cases, 1):
+            print(f"{allocator}, {i} of {len(cases)}: {case}", file=sys.stderr)
+            results += [{"allocator": allocator, **result} for result in measured(case, workers, rounds, seconds)]
+        for worker in workers:
+            worker.close()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
+        "cpu": cpu_model(),
+        "threads": THREADS,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **about,
+        "versions": versions,
+        "missing": [name for name in names if name not in versions],
+        "rounds": rounds,
+        "seconds": seconds,
+        "allocators": {name: ALLOCATORS[name] for name in allocators},
+        "results": results,
+    }
+
+
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", path.read_text(encoding="utf-8") if path.exists() else "")
+    return found[1] if found else platform.machine()
+
+
+# --- tables and chart -------------------------------------------------------------------------------------------------
+
+
+def shape_of(result: dict) -> str:
+    return "x".join(map(str, result["shape"]))
+
+
+def copies_of(result: dict, names: tuple[str, ...] | list[str]) -> float | None:
+    """The fastest of these, as they were in this case."""
+    return min((result["contestants"][n]["copies"][1] for n in names if n in result["contestants"]), default=None)
+
+
+def grouped(results: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[key] for key in keys), []).append(result)
+    return groups
+
+
+def table(report: dict, results: list[dict]) -> list[list[str]]:
+    """A line for each result, in copies."""
+    present = [name for name in NAMES if any(name in result["contestants"] for result in results)]
+    lines = [["", "copy", *(f"{name} {report['versions'][name]}" for name in present)]]
+    for result in results:
+        line = [f"{shape_of(result)} {result['dtype']} {result['pass']}"]
+        line.append(f"{1e6 * result['copy_seconds'][result['copy']][1]:.4g} us")
+        for name in present:
+            copies = copies_of(result, [name])
+            line.append(f"{copies:.3g}" if copies else "failed" if name in result["failures"] else "-")
+        lines.append(line)
+    return lines
+
+
+def summary(results: list[dict]) -> list[list[str]]:
+    """How many times as long as jaxnorm others take: the geometric mean over the shapes, and the range."""
+    lines = [["", *RATIOS]]
+    for keys, of in grouped(results, "norm", "dtype", "pass").items():
+        line = [" ".join(keys)]
+        for names in RATIOS.values():
+            pairs = [(copies_of(result, names), copies_of(result, ["jaxnorm"])) for result in of]
+            ratios = [theirs / ours for theirs, ours in pairs if theirs and ours]
+            mean = math.exp(np.mean(np.log(ratios))) if ratios else 0
+            line.append(f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-")
+        lines.append(line)
+    return lines
+
+
+def page(report: dict, markdown: bool) -> str:
+    """Everything that is printed."""
+    form, heading = (peers.as_markdown, "### {}\n") if markdown else (peers.as_text, "{}\n")
+    parts = []
+    for allocator in report["allocators"]:
+        results = [result for result in report["results"] if result["allocator"] == allocator]
+        for (norm,), of in grouped(results, "norm").items():
+            parts += [heading.format(f"{norm} norm, {allocator} allocator"), form(table(report, of)), ""]
+        parts += [heading.format(f"times jaxnorm's time, {allocator} allocator"), form(summary(results)), ""]
+    parts.append(NOTES.format(**report, field=", ".join(FIELD)))
+    if report["missing"]:
+        parts.append(f"Not installed, left out: {', '.join(report['missing'])}.")
+    return "\n".join(parts)
+
+
+def draw(report: dict, path: str) -> None:
+    """Bars of forward+backward for the first shape and dtype of each norm, under the first allocator."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    chosen = [of[0] for keys, of in grouped(report["results"], "norm", "pass").items() if keys[1] == PASSES[1]]
+    columns = min(2, len(chosen))
+    lines = math.ceil(len(chosen) / columns)
+    figure = Figure(figsize=(5.2 * columns, 0.4 + 3.1 * lines), dpi=160, facecolor="white", layout="constrained")
+    for i, result in enumerate(chosen):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        bars = sorted(((v["copies"], name) for name, v in result["contestants"].items()), key=lambda bar: -bar[0][1])
+        low, middle, high = np.array([copies for copies, _ in bars]).T
+        colours = ["#0072B2" if name == "jaxnorm" else "#b8bcc4" for _, name in bars]
+        axes.barh([name for _, name in bars], middle, color=colours)
+        axes.errorbar(middle, range(len(bars)), xerr=(middle - low, high - middle), fmt="none", ecolor="#6b7280")
+        for y, copies in enumerate(middle):
+            axes.text(high[y], y, f"  {copies:.3g}", va="center")
+        limit = LIMITS[result["norm"]]
+        axes.axvline(limit, color="#D55E00", linewidth=1.5)
+        axes.text(limit, len(bars) - 0.35, f"limit {limit:g}", color="#D55E00", ha="center", va="bottom", fontsize=9)
+        axes.set_xscale("log")
+        axes.set_xlim(min(limit, middle.min()) / 1.5, max(limit, high.max()) * 1.8)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high.max() < 100 else (1,)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        title = f"{result['norm']} norm, {shape_of(result)} {result['dtype']}"
+        axes.set_title(title, pad=18, loc="left", weight="bold")
+        axes.set_xlabel("forward+backward, in copies of x")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def cases_of(norms: list[str], shapes: list[tuple[int, ...]] | None, dtypes: list[str]) -> list[Case]:
+    """Those of the table, or these shapes for each norm that takes arrays of their rank."""
+    fitting = {norm: [s for s in shapes or SHAPES[norm] if len(s) == len(SHAPES[norm][0])] for norm in norms}
+    return [Case(norm, shape, dtype) for norm in norms for shape in fitting[norm] for dtype in dtypes]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    shape = lambda text: tuple(int(n) for n in text.split("x"))
+    add("--norms", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NORM", help=f"of {', '.join(SHAPES)}")
+    add("--shapes", nargs="+", type=shape, metavar="SHAPE", help="such as 8192x1024, or 32x56x56x64 of an image norm")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
+    add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"these alone, of {', '.join(NAMES)}")
+    add("--allocators", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS), metavar="NAME",
+        help=f"of {', '.join(ALLOCATORS)}")  # fmt: skip
+    add("--rounds", type=int, default=30, help="samples of each contestant in each case, at most")
+    add("--seconds", type=float, default=10.0, help="after so many no round begins in a case that has three")
+    add("--markdown", action="store_true", help="print tables for a README")
+    add("--json", metavar="PATH", help="also write every number to this file")
+    add("--chart", metavar="PATH", help="also draw a picture of some cases")
+    options = parser.parse_args()
+    cases = cases_of(options.norms, options.shapes, options.dtypes)
+    if not cases:
+        parser.error(f"no norm of {options.norms} takes arrays of the rank of these shapes")
+    report = run(cases, tuple(options.only), options.allocators, options.rounds, options.seconds)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(page(report, options.markdown))
+    if options.chart:
+        draw(report, options.chart)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The CPU room: C++ kernels that XLA calls inside a compiled program, on its own threads.
+
+This file loads the library, sees a norm as the shape that its kernels know (`View`), and calls them. It knows nothing of
+derivatives, which are the seam's. Legend: (B, N, S, G, D, P) as in view.h; "statistics" are (B, N, G), row-major.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..xla import Reduction, accumulator, widest
+
+Array = jax.Array
+
+_TARGETS = ("forward", "moments", "normalize", "backward", "gradient_sums", "gradient")
+_NAME = "jaxnorm_cpu"
+
+
+class Library(NamedTuple):
+    """The shared library, as far as it could be brought in."""
+
+    loaded: bool
+    reason: str  # the instruction set in use, or what is missing and the line that mends it
+
+
+@functools.cache
+def library() -> Library:
+    """Load the library and register its kernels with XLA, once."""
+    if os.environ.get("JAXNORM_NATIVE") == "0":
+        return Library(False, "switched off by JAXNORM_NATIVE=0 in the environment")
+    found = [file for folder in __path__ for file in Path(folder).glob(f"{_NAME}.*") if file.suffix in (".so", ".dylib")]
+    if not found:
+        return Library(
+            False,
+            "not built: no C++17 compiler (GCC or Clang) was found when jaxnorm was installed. "
+            "Install one and run: pip install --force-reinstall --no-deps --no-cache-dir --no-binary jaxnorm jaxnorm",
+        )
+    try:
+        kernels = ctypes.cdll.LoadLibrary(str(found[0]))
+        for target in _TARGETS:
+            capsule = jax.ffi.pycapsule(getattr(kernels, f"jaxnorm_{target}"))
+            jax.ffi.register_ffi_target(f"jaxnorm_{target}", capsule, platform="cpu")
+    except Exception as error:  # a library built for another jaxlib or another system: the room stays shut
+        return Library(
+            False,
+            f"{found[0].name} cannot be loaded by jaxlib {jax.lib.__version__}: {error}. "
+            "Build it anew: pip install --force-reinstall --no-deps --no-cache-dir --no-binary jaxnorm jaxnorm",
+        )
+    kernels.jaxnorm_instruction_set.restype = ctypes.c_char_p
+    return Library(True, f"C++ kernels for {kernels.jaxnorm_instruction_set().decode()}")
+
+
+# --- the shape -------------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """x's axes grouped into (B, N, S, G, D, P): sizes, and which of them a scale or a bias is spread over."""
+
+    sizes: tuple[int, ...]
+    parameters: tuple[int, ...]  # x's rank: the sizes of the axes that belong to B, G and D, 1 elsewhere
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of one statistic."""
+        return math.prod(self.sizes[slot] for slot in _REDUCED)
+
+
+_B, _N, _S, _G, _D, _P = range(6)
+_REDUCED = (_S, _D, _P)
+_VARIES = (_B, _G, _D)  # slots that parameters have an axis for
+_RUN = 64  # pixels of a plane from which a loop over it is better than one over columns
+
+
+def view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[int]) -> View | None:
+    """The view of an x of this shape, reduced over `axes`, with parameters along the axes `varying`; None if there is none.
+
+    >>> view_of((8, 7, 7, 64), (0, 1, 2), frozenset({3})).sizes     # batch norm, channels last
+    (1, 1, 392, 64, 1, 1)
+    """
+    runs: list[tuple[bool, bool, list[int]]] = []  # neighbouring axes of one kind, those of size 1 left out
+    for axis, size in enumerate(shape):
+        kind = (axis in axes, axis in varying)
+        if size == 1:
+            continue
+        if runs and runs[-1][:2] == kind:
+            runs[-1][2].append(axis)
+        else:
+            runs.append((*kind, [axis]))
+
+    def fits(slots) -> bool:
+        return all(
+            (slot in _REDUCED) == reduced and (not varies or slot in _VARIES)
+            for slot, (reduced, varies, _) in zip(slots, runs, strict=True)
+        )
+
+    def cost(slots) -> tuple:
+        sizes = dict(zip(slots, (math.prod(shape[a] for a in run) for *_, run in runs), strict=True))
+        short = _P in sizes and _S in sizes and sizes[_P] < _RUN
+        # Parameters for each example only where they are; rows before slabs; planes where they are long enough.
+        return (_B in slots, _S in slots, short, _P not in slots)
+
+    fitting = [slots for slots in itertools.combinations(range(6), len(runs)) if fits(slots)]
+    if not fitting:
+        return None
+    sizes, parameters = [1] * 6, [1] * len(shape)
+    for slot, (*_, run) in zip(min(fitting, key=cost), runs, strict=True):
+        sizes[slot] = math.prod(shape[a] for a in run)
+        for axis in run if slot in _VARIES else ():
+            parameters[axis] = shape[axis]
+    return View(tuple(sizes), tuple(parameters))
+
+
+def varying_axes(*parameters: Array | None) -> frozenset[int]:
+    """The axes along which a scale or a bias, of x's rank, has more than one value."""
+    return frozenset(a for p in parameters if p is not None for a, size in enumerate(p.shape) if size != 1)
+
+
+# --- what the room takes ---------------------------------------------------------------------------------------------
+
+_HALVES = ("float16", "bfloat16")
+_PAIRS = {(t, t) for t in (*_HALVES, "float32", "float64")}
+_PAIRS |= {pair for half in _HALVES for pair in ((half, "float32"), ("float32", half))}
+
+
+def refusal(x: Array, how: Reduction, dtype, scale: Array | None, bias: Array | None, mask, weights) -> str | None:
+    """Why the room does not take this norm, or None if it does. Of shapes and dtypes alone."""
+    if not library().loaded:
+        return library().reason
+    if mask is not None or weights is not None:
+        return "masks and weights are XLA's"
+    if how.axis_name is not None:
+        return "statistics over an axis name are merged by XLA"
+    pair = (x.dtype.name, jnp.dtype(dtype).name)
+    if pair not in _PAIRS:
+        return f"there is no kernel from {pair[0]} to {pair[1]}"
+    for p in (scale, bias):
+        if p is not None and widest(p.dtype, accumulator(x)) != accumulator(x):
+            return f"a parameter of {p.dtype} is wider than the arithmetic for {x.dtype}"
+    if view_of(x.shape, how.axes, varying_axes(scale, bias)) is None:
+        return f"no kernel reduces axes {how.axes} of {x.shape} with such parameters without transposing"
+    return None
+
+
+def pays(view: View, dtype) -> bool:
+    """Whether the kernels beat XLA for this shape: the rule of the default, from benchmarks/results/cpu.json."""
+    return math.prod(view.sizes) >= 1 << 13
+
+
+# --- the calls -------------------------------------------------------------------------------------------------------
+
+
+class Static(NamedTuple):
+    """What a kernel has to know of a norm besides its arrays."""
+
+    view: View
+    count: float  # the elements of one statistic, on all devices
+    epsilon: float
+    unit: float
+    centered: bool
+    round_first: bool = False
+
+    def attributes(self):
+        return dict(
+            view=np.array(self.view.sizes, np.int64), count=np.float64(self.count), epsilon=np.float64(self.epsilon),
+            unit=np.float64(self.unit), centered=np.bool_(self.centered), round_first=np.bool_(self.round_first),
+        )  # fmt: skip
+
+
+def _call(target: str, static: Static, results, *args):
+    vma = frozenset().union(*(getattr(jax.typeof(a), "vma", frozenset()) for a in args))
+    shaped = [jax.ShapeDtypeStruct(shape, dtype, **(dict(vma=vma) if vma else {})) for shape, dtype in results]
+    out = jax.ffi.ffi_call(f"jaxnorm_{target}", shaped)(*args, **static.attributes())
+    return tuple(out)
+
+
+def _parameter(p: Array | None, x: Array, view: View) -> Array:
+    """A scale or bias for every (b, g, d), in the accumulator's dtype; of no elements where it is absent."""
+    if p is None:
+        return jnp.zeros((0,), accumulator(x))
+    return jnp.broadcast_to(p.astype(accumulator(x)), view.parameters)
+
+
+def _statistics(x: Array, axes) -> tuple:
+    return tuple(1 if a in axes else n for a, n in enumerate(x.shape)), accumulator(x)
+
+
+def _gradient(x: Array, static: Static) -> tuple:
+    return static.view.parameters, accumulator(x)
+
+
+def forward(static: Static, axes, dtype, x, scale, bias) -> tuple[Array, Array, Array, Array]:
+    """y, and shift, offset and m2 of x's rank."""
+    parameters = (_parameter(p, x, static.view) for p in (scale, bias))
+    return _call("forward", static, [(x.shape, dtype), *[_statistics(x, axes)] * 3], x, *parameters)
+
+
+def backward(static: Static, x, shift, offset, m2, scale, g) -> tuple[Array, Array, Array]:
+    """dx, and the gradients of scale and bias for every (b, g, d), of x's rank."""
+    args = (x, g, shift, offset, m2, _parameter(scale, x, static.view))
+    return _call("backward", static, [(x.shape, x.dtype), *[_gradient(x, static)] * 2], *args)
+
+
+# The same in parts, between which statistics and sums can be merged over devices.
+
+
+def moments(static: Static, axes, x) -> tuple[Array, Array, Array]:
+    return _call("moments", static, [_statistics(x, axes)] * 3, x)
+
+
+def normalize(static: Static, dtype, x, shift, offset, m2, scale, bias) -> Array:
+    parameters = (_parameter(p, x, static.view) for p in (scale, bias))
+    return _call("normalize", static, [(x.shape, dtype)], x, shift, offset, m2, *parameters)[0]
+
+
+def gradient_sums(static: Static, axes, x, shift, offset, m2, scale, g) -> tuple[Array, Array, Array, Array]:
+    """The sums of h = g scale and of h xhat for every statistic, and the gradients of scale and bias."""
+    args = (x, g, shift, offset, m2, _parameter(scale, x, static.view))
+    return _call("gradient_sums", static, [*[_statistics(x, axes)] * 2, *[_gradient(x, static)] * 2], *args)
+
+
+def gradient(static: Static, x, shift, offset, m2, scale, g, h, hx) -> Array:
+    """dx, from such sums."""
+    args = (x, g, shift, offset, m2, _parameter(scale, x, static.view), h, hx)
+    return _call("gradient", static, [(x.shape, x.dtype)], *args)[0]

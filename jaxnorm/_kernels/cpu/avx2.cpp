@@ -1,0 +1,16 @@
+// The kernels for AVX2 with FMA and F16C; see CMakeLists.txt for the flags that this file alone is compiled with.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "view.h"
+
+namespace jaxnorm::avx2 {
+namespace {
+#include "simd.h"
+#include "kernels.h"
+}  // namespace
+
+extern const Table<float> float_table = table_float;
+extern const Table<double> double_table = table_double;
+}  // namespace jaxnorm::avx2

@@ -1,0 +1,275 @@
+// The room's door: XLA calls these handlers. Everything that comes in is checked here, and whatever goes wrong leaves as
+// an error of the call; Python sees an exception.
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <string>
+
+#include "norm.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxnorm {
+
+#define JN_TABLES(isa)                      \
+  namespace isa {                           \
+  extern const Table<float> float_table;    \
+  extern const Table<double> double_table;  \
+  }
+JN_TABLES(baseline)
+#if defined(__x86_64__)
+JN_TABLES(avx2)
+JN_TABLES(avx512)
+JN_TABLES(avx512bf16)
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  Table<float> of_float;
+  Table<double> of_double;
+};
+
+// The best that this processor has, or the one that JAXNORM_ISA names, where it has it: for tests of the others.
+InstructionSet chosen() {
+  const InstructionSet sets[] = {
+#if defined(__x86_64__)
+      {"avx512bf16", avx512bf16::float_table, avx512bf16::double_table},
+      {"avx512", avx512::float_table, avx512::double_table},
+      {"avx2", avx2::float_table, avx2::double_table},
+#endif
+      {"baseline", baseline::float_table, baseline::double_table},
+  };
+  const char* wanted = std::getenv("JAXNORM_ISA");
+  for (const InstructionSet& set : sets) {
+    bool has = true;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!std::strcmp(set.name, "avx2")) has = has_avx2;
+    if (!std::strcmp(set.name, "avx512")) has = has_avx512;
+    if (!std::strcmp(set.name, "avx512bf16")) has = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+    if (has && (!wanted || !std::strcmp(wanted, set.name))) return set;
+  }
+  return {"baseline", baseline::float_table, baseline::double_table};
+}
+
+const InstructionSet& instruction_set() {
+  static const InstructionSet set = chosen();
+  return set;
+}
+
+// An output of so many bytes will not be found in the cache by who reads it next: it is stored past it.
+constexpr int64_t stream_bytes = int64_t(4) << 20;
+
+struct Invalid {
+  std::string what;
+};
+
+void require(bool holds, const char* what) {
+  if (!holds) throw Invalid{std::string("jaxnorm: ") + what};
+}
+
+Type type_of(const ffi::AnyBuffer& a) {
+  switch (a.element_type()) {
+    case ffi::DataType::F32: return Type::f32;
+    case ffi::DataType::BF16: return Type::bf16;
+    case ffi::DataType::F16: return Type::f16;
+    case ffi::DataType::F64: return Type::f64;
+    default: throw Invalid{"jaxnorm: an array is not float16, bfloat16, float32 or float64"};
+  }
+}
+
+View view_of(ffi::Span<const int64_t> dims) {
+  require(dims.size() == 6, "a view has six sizes");
+  int64_t size = 1;
+  for (int64_t n : dims) {
+    require(n >= 0 && (n == 0 || size <= std::numeric_limits<int64_t>::max() / 64 / n), "a size is out of range");
+    size *= n == 0 ? 1 : n;
+  }
+  return {dims[0], dims[1], dims[2], dims[3], dims[4], dims[5]};
+}
+
+// What the attributes say; the same of every handler.
+struct Call {
+  View view;
+  double count, epsilon, unit;
+  bool centered, round_first;
+};
+
+// A buffer's data, once its size and type are what they must be.
+void* checked(const ffi::AnyBuffer& a, int64_t size, Type type, const char* what) {
+  require(int64_t(a.element_count()) == size, what);
+  require(type_of(a) == type, what);
+  return a.untyped_data();
+}
+
+// The buffers of one call, checked as they are asked for by name.
+template <class A> struct Arrays {
+  const View& v;
+  Type x, y;
+
+  static constexpr Type accumulated = std::is_same_v<A, double> ? Type::f64 : Type::f32;
+
+  void* of_x(const ffi::AnyBuffer& a) const { return checked(a, v.size(), x, "x and dx have the view's size and x's type"); }
+  void* of_y(const ffi::AnyBuffer& a) const { return checked(a, v.size(), y, "y and its cotangent have the view's size and y's type"); }
+  A* statistic(const ffi::AnyBuffer& a) const {
+    return static_cast<A*>(checked(a, v.statistics(), accumulated, "a statistic has a value for each group, of the accumulator's type"));
+  }
+  A* parameter(const ffi::AnyBuffer& a) const {  // null where it is absent, which is an array of no elements
+    if (a.element_count() == 0) return require(type_of(a) == accumulated, "a parameter has the accumulator's type"), nullptr;
+    return gradient(a);
+  }
+  A* gradient(const ffi::AnyBuffer& a) const {
+    return static_cast<A*>(checked(a, v.parameters(), accumulated, "a parameter has a value for each of (B, G, D), of the accumulator's type"));
+  }
+};
+
+// Finds the kernels for x and y, and calls run(arrays, job, kernels, threads) with errors turned into the call's.
+template <class Run>
+ffi::Error run(const Call& call, const ffi::ThreadPool& pool, const ffi::AnyBuffer& x, Type y, Run body) {
+  try {
+    const Type in = type_of(x);
+    ffi::ThreadPool own = pool;
+    const Threads threads(own.num_threads(), [&own](std::function<void()> task) { own.Schedule(std::move(task)); });
+    Job job;
+    job.view = call.view, job.count = call.count, job.epsilon = call.epsilon, job.unit = call.unit;
+    job.centered = call.centered, job.round_first = call.round_first;
+    const auto with = [&](auto zero, const auto* kernels) {
+      using A = decltype(zero);
+      require(kernels != nullptr, "there is no kernel for this pair of dtypes");
+      const Arrays<A> arrays{job.view, in, y};
+      job.x = arrays.of_x(x);
+      body(arrays, job, *kernels, threads);
+    };
+    if (in == Type::f64) with(double(0), instruction_set().of_double(in, y));
+    else with(float(0), instruction_set().of_float(in, y));
+    return ffi::Error::Success();
+  } catch (const Invalid& error) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what);
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "jaxnorm: no memory for partial sums");
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string("jaxnorm: ") + error.what());
+  }
+}
+
+// The arguments that every handler has, and how they are bound.
+#define JN_CALL                                                                                                \
+  ffi::ThreadPool pool, ffi::Span<const int64_t> dims, double count, double epsilon, double unit, bool centered, \
+      bool round_first
+#define JN_BIND                                                                                              \
+  ffi::Ffi::Bind()                                                                                           \
+      .Ctx<ffi::ThreadPool>()                                                                                \
+      .Attr<ffi::Span<const int64_t>>("view")                                                                \
+      .Attr<double>("count")                                                                                 \
+      .Attr<double>("epsilon")                                                                               \
+      .Attr<double>("unit")                                                                                  \
+      .Attr<bool>("centered")                                                                                \
+      .Attr<bool>("round_first")
+#define JN_BODY [&](const auto& arrays, Job & job, const auto& kernels, const Threads& threads)
+
+using In = const ffi::AnyBuffer&;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+template <class Body> ffi::Error guarded(JN_CALL, In x, const ffi::AnyBuffer* y, Body body) {
+  try {
+    return run({view_of(dims), count, epsilon, unit, centered, round_first}, pool, x, type_of(y ? *y : x), body);
+  } catch (const Invalid& error) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what);
+  }
+}
+#define JN_ARGS pool, dims, count, epsilon, unit, centered, round_first
+
+template <class Arrays> void place_statistics(Job& job, const Arrays& arrays, In shift, In offset, In m2) {
+  job.shift = arrays.statistic(shift), job.offset = arrays.statistic(offset), job.m2 = arrays.statistic(m2);
+}
+
+void place_output(Job& job, void* out, In buffer) {
+  job.out = out, job.stream = int64_t(buffer.size_bytes()) >= stream_bytes;
+}
+
+ffi::Error forward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, Out y, Out shift, Out offset,
+                   Out m2) {
+  return guarded(JN_ARGS, x, &*y, JN_BODY {
+    place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, *shift, *offset, *m2);
+    job.scale = arrays.parameter(scale), job.bias = arrays.parameter(bias);
+    Norm(job, kernels, threads).forward();
+  });
+}
+
+ffi::Error moments(JN_CALL, ffi::AnyBuffer x, Out shift, Out offset, Out m2) {
+  return guarded(JN_ARGS, x, nullptr, JN_BODY {
+    place_statistics(job, arrays, *shift, *offset, *m2);
+    Norm(job, kernels, threads).moments();
+  });
+}
+
+ffi::Error normalize(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer shift, ffi::AnyBuffer offset, ffi::AnyBuffer m2,
+                     ffi::AnyBuffer scale, ffi::AnyBuffer bias, Out y) {
+  return guarded(JN_ARGS, x, &*y, JN_BODY {
+    place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, shift, offset, m2);
+    job.scale = arrays.parameter(scale), job.bias = arrays.parameter(bias);
+    Norm(job, kernels, threads).normalize();
+  });
+}
+
+ffi::Error backward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer shift, ffi::AnyBuffer offset,
+                    ffi::AnyBuffer m2, ffi::AnyBuffer scale, Out dx, Out dscale, Out dbias) {
+  return guarded(JN_ARGS, x, &g, JN_BODY {
+    place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, shift, offset, m2);
+    job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
+    Norm(job, kernels, threads).backward(arrays.gradient(*dscale), arrays.gradient(*dbias));
+  });
+}
+
+ffi::Error gradient_sums(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer shift, ffi::AnyBuffer offset,
+                         ffi::AnyBuffer m2, ffi::AnyBuffer scale, Out h, Out hx, Out dscale, Out dbias) {
+  return guarded(JN_ARGS, x, &g, JN_BODY {
+    place_statistics(job, arrays, shift, offset, m2);
+    job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
+    Norm(job, kernels, threads)
+        .gradient_sums(arrays.statistic(*h), arrays.statistic(*hx), arrays.gradient(*dscale), arrays.gradient(*dbias));
+  });
+}
+
+ffi::Error gradient(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer shift, ffi::AnyBuffer offset,
+                    ffi::AnyBuffer m2, ffi::AnyBuffer scale, ffi::AnyBuffer h, ffi::AnyBuffer hx, Out dx) {
+  return guarded(JN_ARGS, x, &g, JN_BODY {
+    place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, shift, offset, m2);
+    job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
+    Norm(job, kernels, threads).gradient(arrays.statistic(h), arrays.statistic(hx));
+  });
+}
+
+}  // namespace
+}  // namespace jaxnorm
+
+#define JN_IN(n) JN_IN##n
+#define JN_IN1 .Arg<ffi::AnyBuffer>()
+#define JN_IN3 JN_IN1 JN_IN1 JN_IN1
+#define JN_IN6 JN_IN3 JN_IN3
+#define JN_IN8 JN_IN6 JN_IN1 JN_IN1
+#define JN_OUT1 .Ret<ffi::AnyBuffer>()
+#define JN_OUT3 JN_OUT1 JN_OUT1 JN_OUT1
+#define JN_OUT4 JN_OUT3 JN_OUT1
+#define JN_SYMBOL extern "C" __attribute__((visibility("default")))
+#define JN_HANDLER(name, in, out)                                   \
+  JN_SYMBOL XLA_FFI_Error* jaxnorm_##name(XLA_FFI_CallFrame* frame); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_##name, jaxnorm::name, JN_BIND in out)
+
+JN_HANDLER(forward, JN_IN3, JN_OUT4);
+JN_HANDLER(moments, JN_IN1, JN_OUT3);
+JN_HANDLER(normalize, JN_IN6, JN_OUT1);
+JN_HANDLER(backward, JN_IN6, JN_OUT3);
+JN_HANDLER(gradient_sums, JN_IN6, JN_OUT4);
+JN_HANDLER(gradient, JN_IN8, JN_OUT1);
+
+JN_SYMBOL const char* jaxnorm_instruction_set() { return jaxnorm::instruction_set().name; }

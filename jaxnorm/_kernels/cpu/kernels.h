@@ -1,0 +1,412 @@
+// The loops, for one instruction set. Included after simd.h, inside the same namespace.
+//
+// A Value is what a loop multiplies or subtracts at position i: the same number everywhere (Same), or one for each
+// position (Each). Rows have the same mean and a scale for each position; slabs have both for each; planes of pixels
+// have the same of both. So the formulas stand here once for all layouts.
+
+template <class A> struct Same {
+  V<A> value;
+  explicit Same(A a) : value(all(a)) {}
+  template <class At> JN_INLINE V<A> at(int64_t, At) const { return value; }
+};
+
+template <class A> struct Each {
+  const A* values;
+  template <class At> JN_INLINE V<A> at(int64_t i, At a) const { return a.load(values + i); }
+};
+
+#define JN_BODY(i, at, u) [&](int64_t i, auto at, [[maybe_unused]] int u) __attribute__((always_inline))
+
+template <class A> struct Pair { A first, second; };
+
+// Sums of x - shift and of (unit (x - shift))^2 over a run of n elements. `scaled` is false where the unit is 1.
+template <class T, bool scaled, class A = typename accumulator<T>::type>
+Pair<A> run_sums(const T* x, int64_t n, A shift, A unit) {
+  V<A> s[4]{}, q[4]{};
+  const V<A> from = all(shift), in = all(unit);
+  over<A, 4>(n, JN_BODY(i, at, u) {
+    const V<A> d = at.kept(at.load(x + i) - from), z = scaled ? d * in : d;
+    s[u] += d;
+    q[u] += z * z;
+  });
+  return {sum<A>((s[0] + s[1]) + (s[2] + s[3])), sum<A>((q[0] + q[1]) + (q[2] + q[3]))};
+}
+
+template <class T, class A = typename accumulator<T>::type> A run_sum(const T* x, int64_t n) {
+  V<A> s{};
+  over<A, 1>(n, JN_BODY(i, at, u) { s += at.load(x + i); });
+  return sum<A>(s);
+}
+
+// In one pass about a shift near the mean; `settled` says when that was near enough, and what the sums come to.
+template <class T, class A = typename accumulator<T>::type>
+Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
+  const A unit = A(job.unit);
+  Statistic<A> s{0, 0, 0};
+  if (n == 0) return s;
+  if (job.centered) {
+    const int64_t few = n < 4 * lanes<A> ? n : 4 * lanes<A>;
+    s.shift = run_sum(x, few) / A(few);
+  }
+  for (bool again = false;; again = true) {
+    Pair<A> sums = run_sums<T, false, A>(x, n, s.shift, A(1));
+    if (in_range(sums.second)) sums.second = sums.second * unit * unit;
+    else sums = run_sums<T, true, A>(x, n, s.shift, unit);
+    if (settled(job, double(sums.first), double(sums.second), again, s)) return s;
+  }
+}
+
+// y = ((x - shift) - offset) r scale + bias for `lines` lines, `stride` apart, of n elements.
+template <class T, class U, bool round_first, bool stream, int lines, class Stat, class Param,
+          class A = typename accumulator<T>::type>
+void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, Stat shift, Stat offset, Stat r, Param scale,
+                     Param bias) {
+  over<A, 1>(n, JN_BODY(i, at, u) {
+    const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
+    const V<A> times = scale.at(i, at), plus = bias.at(i, at);
+    for (int line = 0; line < lines; ++line) {
+      V<A> xhat = ((at.load(x + line * stride + i) - from) - rest) * by;
+      if constexpr (round_first) xhat = decoded(U{}, encoded(U{}, xhat));
+      const V<A> v = xhat * times + plus;
+      if constexpr (stream) at.stream(y + line * stride + i, v);
+      else at.store(y + line * stride + i, v);
+    }
+  });
+}
+
+// dx = r (g scale - mean_h - xhat mean_hx), likewise.
+template <class T, class U, bool stream, int lines, class Stat, class Param, class A = typename accumulator<T>::type>
+void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, Stat shift, Stat offset, Stat r,
+                    Stat mean_h, Stat mean_hx, Param scale) {
+  over<A, 1>(n, JN_BODY(i, at, u) {
+    const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
+    const V<A> first = mean_h.at(i, at), second = mean_hx.at(i, at), times = scale.at(i, at);
+    for (int line = 0; line < lines; ++line) {
+      const V<A> xhat = ((at.load(x + line * stride + i) - from) - rest) * by;
+      const V<A> v = by * (at.load(g + line * stride + i) * times - first - xhat * second);
+      if constexpr (stream) at.stream(dx + line * stride + i, v);
+      else at.store(dx + line * stride + i, v);
+    }
+  });
+}
+
+// Sums of g scale and g scale xhat over a run; the mean and r are taken in at the end.
+template <class T, class U, class Param, class A = typename accumulator<T>::type>
+Pair<A> run_gradient_sums(const T* x, const U* g, int64_t n, Statistic<A> s, A r, Param scale) {
+  V<A> h[4]{}, hx[4]{};
+  const V<A> from = all(s.shift);
+  over<A, 4>(n, JN_BODY(i, at, u) {
+    const V<A> gs = at.load(g + i) * scale.at(i, at);
+    h[u] += gs;
+    hx[u] += at.kept(gs * (at.load(x + i) - from));
+  });
+  const A of_h = sum<A>((h[0] + h[1]) + (h[2] + h[3])), of_hx = sum<A>((hx[0] + hx[1]) + (hx[2] + hx[3]));
+  return {of_h, (of_hx - s.offset * of_h) * r};
+}
+
+// Whether stores past the cache may be used from here on in steps of `step` elements: every vector must be aligned.
+template <class T, class A> bool streams(const Job& job, const T* p, int64_t step) {
+  constexpr int64_t size = sizeof(Stored<T>);
+  return job.stream && reinterpret_cast<uintptr_t>(p) % size == 0 && step * int64_t(sizeof(T)) % size == 0;
+}
+
+JN_INLINE void fence(const Job& job) {
+#if defined(__SSE2__)
+  if (job.stream) _mm_sfence();
+#endif
+}
+
+// --- rows ------------------------------------------------------------------------------------------------------------
+
+template <class T, class U, bool round_first> struct Rows {
+  using A = typename accumulator<T>::type;
+
+  const Job& job;
+  const View& view = job.view;
+  const int64_t n = view.row();
+  const T* x = static_cast<const T*>(job.x);
+  A *shift = static_cast<A*>(job.shift), *offset = static_cast<A*>(job.offset), *m2 = static_cast<A*>(job.m2);
+
+  const A* parameter(const void* table, int64_t row) const {
+    return static_cast<const A*>(table) + (row / (view.N * view.G) * view.G + row % view.G) * view.D;
+  }
+  Statistic<A> statistic(int64_t row) const { return {shift[row], offset[row], m2[row]}; }
+
+  template <bool stream> void normalize(int64_t row, Statistic<A> s, U* y) const {
+    const Same<A> from(s.shift), rest(s.offset), by(rstd<A>(job, s.m2));
+    const A *scale = parameter(job.scale, row), *bias = parameter(job.bias, row);
+    if (view.P == 1) {
+      normalize_lines<T, U, round_first, stream, 1>(x + row * n, y, n, 0, from, rest, by, Each<A>{scale}, Each<A>{bias});
+      return;
+    }
+    for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
+      normalize_lines<T, U, round_first, stream, 1>(x + row * n + at, y + at, view.P, 0, from, rest, by,
+                                                    Same<A>(scale[d]), Same<A>(bias[d]));
+  }
+
+  void forward(int64_t first, int64_t last) const {
+    for (int64_t row = first; row < last; ++row) {
+      const Statistic<A> s = row_statistic(job, x + row * n, n);
+      shift[row] = s.shift, offset[row] = s.offset, m2[row] = s.m2;
+      U* y = static_cast<U*>(job.out) + row * n;
+      if (streams<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row, s, y);
+      else normalize<false>(row, s, y);
+    }
+    fence(job);
+  }
+
+  // `lines` rows that share their scale: their statistics in one pass, then dx, dscale and dbias in another.
+  template <bool stream, int lines> void backward_each(int64_t row, A* dscale, A* dbias) const {
+    const U* g = static_cast<const U*>(job.g) + row * n;
+    const T* at_x = x + row * n;
+    T* dx = static_cast<T*>(job.out) + row * n;
+    const Each<A> scale{parameter(job.scale, row)};
+    V<A> from[lines], rest[lines], by[lines], first[lines], second[lines];
+    for (int k = 0; k < lines; ++k) {
+      const Statistic<A> s = statistic(row + k);
+      const A r = rstd<A>(job, s.m2);
+      const auto [h, hx] = run_gradient_sums<T, U>(at_x + k * n, g + k * n, n, s, r, scale);
+      from[k] = all(s.shift), rest[k] = all(s.offset), by[k] = all(r);
+      first[k] = all(job.centered ? h / A(n) : A(0)), second[k] = all(hx / A(n));
+    }
+    over<A, 1>(n, JN_BODY(i, at, u) {
+      const V<A> times = scale.at(i, at);
+      V<A> ds{}, db{};
+      for (int k = 0; k < lines; ++k) {
+        const V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k], gk = at.load(g + k * n + i);
+        const V<A> v = by[k] * (gk * times - first[k] - xhat * second[k]);
+        if constexpr (stream) at.stream(dx + k * n + i, v);
+        else at.store(dx + k * n + i, v);
+        ds += gk * xhat;
+        db += gk;
+      }
+      at.store(dscale + i, at.load(dscale + i) + ds);
+      at.store(dbias + i, at.load(dbias + i) + db);
+    });
+  }
+
+  // A row whose scale is the same along each of D runs of P elements.
+  template <bool stream> void backward_runs(int64_t row, A* dscale, A* dbias) const {
+    const U* g = static_cast<const U*>(job.g) + row * n;
+    T* dx = static_cast<T*>(job.out) + row * n;
+    const A* scale = parameter(job.scale, row);
+    const Statistic<A> s = statistic(row);
+    const A r = rstd<A>(job, s.m2);
+    A h = 0, hx = 0;
+    for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P) {
+      const auto [of_g, of_gx] = run_gradient_sums<T, U>(x + row * n + at, g + at, view.P, s, r, Same<A>(1));
+      dscale[d] += of_gx, dbias[d] += of_g;
+      h += scale[d] * of_g, hx += scale[d] * of_gx;
+    }
+    const Same<A> from(s.shift), rest(s.offset), by(r), first(job.centered ? h / A(n) : A(0)), second(hx / A(n));
+    for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
+      gradient_lines<T, U, stream, 1>(x + row * n + at, g + at, dx + at, view.P, 0, from, rest, by, first, second,
+                                      Same<A>(scale[d]));
+  }
+
+  void backward(int64_t first, int64_t last, A* dscale, A* dbias) const {
+    constexpr int together = 4;
+    for (int64_t row = first; row < last;) {
+      const int64_t group = row % view.G * view.D;
+      const bool stream = streams<T, A>(job, static_cast<T*>(job.out) + row * n, view.P == 1 ? n : view.P);
+      if (view.P > 1) {
+        if (stream) backward_runs<true>(row, dscale + group, dbias + group);
+        else backward_runs<false>(row, dscale + group, dbias + group);
+        ++row;
+      } else if (view.G == 1 && row + together <= last) {
+        if (stream) backward_each<true, together>(row, dscale, dbias);
+        else backward_each<false, together>(row, dscale, dbias);
+        row += together;
+      } else {
+        backward_each<false, 1>(row++, dscale + group, dbias + group);
+      }
+    }
+    fence(job);
+  }
+};
+
+template <class T, class U> void rows_forward(const Job& job, int64_t first, int64_t last) {
+  if (job.round_first && sizeof(U) == 2) Rows<T, U, sizeof(U) == 2>{job}.forward(first, last);
+  else Rows<T, U, false>{job}.forward(first, last);
+}
+
+template <class T, class U, class A = typename accumulator<T>::type>
+void rows_backward(const Job& job, int64_t first, int64_t last, A* dscale, A* dbias) {
+  Rows<T, U, false>{job}.backward(first, last, dscale, dbias);
+}
+
+// --- slabs -----------------------------------------------------------------------------------------------------------
+
+// The lines of a block in groups of 4, then one by one: call(offset into x, Lines) with Lines::value in {4, 1}.
+template <int lines> struct Lines { static constexpr int value = lines; };
+
+template <class Call> JN_INLINE void over_lines(const View& view, const Block& b, Call call) {
+  const int64_t stride = b.step * view.line();
+  int64_t at = b.slab * view.slab() + b.first * view.line() + b.begin * view.P, left = b.lines;
+  for (; left >= 4; left -= 4, at += 4 * stride) call(at, Lines<4>{});
+  for (; left > 0; --left, at += stride) call(at, Lines<1>{});
+}
+
+// The planes of a block: call(offset into x, column) for each column of each line.
+template <class Call> JN_INLINE void over_planes(const View& view, const Block& b, Call call) {
+  for (int64_t line = 0; line < b.lines; ++line) {
+    const int64_t at = b.slab * view.slab() + (b.first + line * b.step) * view.line();
+    for (int64_t k = b.begin; k < b.end; ++k) call(at + k * view.P, k);
+  }
+}
+
+template <class T, bool scaled, class A = typename accumulator<T>::type>
+void slab_sums_in(const Job& job, const Block& b, int64_t run, A unit, const A* shift, A* total, A* square) {
+  const T* x = static_cast<const T*>(job.x);
+  const int64_t stride = b.step * job.view.line();
+  if (job.view.P > 1) {
+    over_planes(job.view, b, [&](int64_t at, int64_t k) {
+      const auto [s, q] = run_sums<T, scaled, A>(x + at, run, shift[k], unit);
+      total[k] += s, square[k] += q;
+    });
+    return;
+  }
+  const V<A> in = all(unit);
+  over_lines(job.view, b, [&](int64_t from, auto lines) {
+    over<A, 1>(b.end - b.begin, JN_BODY(i, at, u) {
+      const int64_t k = b.begin + i;
+      const V<A> about = at.load(shift + k);
+      V<A> s{}, q{};
+      for (int line = 0; line < lines.value; ++line) {
+        const V<A> d = at.load(x + from + line * stride + i) - about, z = scaled ? d * in : d;
+        s += d;
+        q += z * z;
+      }
+      at.store(total + k, at.load(total + k) + s);
+      at.store(square + k, at.load(square + k) + q);
+    });
+  });
+}
+
+template <class T, class A = typename accumulator<T>::type>
+void slab_sums(const Job& job, const Block& b, int64_t run, A unit, const A* shift, A* total, A* square) {
+  if (unit == 1) slab_sums_in<T, false>(job, b, run, unit, shift, total, square);
+  else slab_sums_in<T, true>(job, b, run, unit, shift, total, square);
+}
+
+template <class T, class U, class A = typename accumulator<T>::type>
+void slab_gradient_sums(const Job& job, const Block& b, const Columns<A>& c, A* total_gx, A* total_g) {
+  const T* x = static_cast<const T*>(job.x);
+  const U* g = static_cast<const U*>(job.g);
+  const int64_t stride = b.step * job.view.line();
+  if (job.view.P > 1) {
+    over_planes(job.view, b, [&](int64_t at, int64_t k) {
+      const Statistic<A> s{c.shift[k], c.offset[k], 0};
+      const auto [of_g, of_gx] = run_gradient_sums<T, U>(x + at, g + at, job.view.P, s, c.r[k], Same<A>(1));
+      total_gx[k] += of_gx, total_g[k] += of_g;
+    });
+    return;
+  }
+  over_lines(job.view, b, [&](int64_t from, auto lines) {
+    over<A, 1>(b.end - b.begin, JN_BODY(i, at, u) {
+      const int64_t k = b.begin + i;
+      const V<A> shift = at.load(c.shift + k), offset = at.load(c.offset + k), r = at.load(c.r + k);
+      V<A> gx{}, gs{};
+      for (int line = 0; line < lines.value; ++line) {
+        const V<A> one = at.load(g + from + line * stride + i);
+        gx += one * (((at.load(x + from + line * stride + i) - shift) - offset) * r);
+        gs += one;
+      }
+      at.store(total_gx + k, at.load(total_gx + k) + gx);
+      at.store(total_g + k, at.load(total_g + k) + gs);
+    });
+  });
+}
+
+template <class T, class U, bool round_first, bool stream, class A = typename accumulator<T>::type>
+void slab_normalize_by(const Job& job, const Block& b, const Columns<A>& c) {
+  const T* x = static_cast<const T*>(job.x);
+  U* y = static_cast<U*>(job.out);
+  if (job.view.P > 1) {
+    over_planes(job.view, b, [&](int64_t at, int64_t k) {
+      normalize_lines<T, U, round_first, stream, 1>(x + at, y + at, job.view.P, 0, Same<A>(c.shift[k]),
+                                                    Same<A>(c.offset[k]), Same<A>(c.r[k]), Same<A>(c.scale[k]),
+                                                    Same<A>(c.bias[k]));
+    });
+    return;
+  }
+  const auto each = [&](const A* table) { return Each<A>{table + b.begin}; };
+  over_lines(job.view, b, [&](int64_t at, auto lines) {
+    normalize_lines<T, U, round_first, stream, lines.value>(x + at, y + at, b.end - b.begin, b.step * job.view.line(),
+                                                            each(c.shift), each(c.offset), each(c.r), each(c.scale),
+                                                            each(c.bias));
+  });
+}
+
+template <class T, class U, class A = typename accumulator<T>::type>
+void slab_normalize(const Job& job, const Block& b, const Columns<A>& c) {
+  const U* y = static_cast<const U*>(job.out);
+  const int64_t step = job.view.P > 1 ? job.view.P : job.view.line();
+  const bool stream = streams<U, A>(job, y, step) && b.begin * int64_t(sizeof(U)) % int64_t(sizeof(Stored<U>)) == 0;
+  constexpr bool half = sizeof(U) == 2;
+  if (half && job.round_first)
+    return stream ? slab_normalize_by<T, U, half, true>(job, b, c) : slab_normalize_by<T, U, half, false>(job, b, c);
+  stream ? slab_normalize_by<T, U, false, true>(job, b, c) : slab_normalize_by<T, U, false, false>(job, b, c);
+  fence(job);
+}
+
+template <class T, class U, bool stream, class A = typename accumulator<T>::type>
+void slab_gradient_by(const Job& job, const Block& b, const Columns<A>& c) {
+  const T* x = static_cast<const T*>(job.x);
+  const U* g = static_cast<const U*>(job.g);
+  T* dx = static_cast<T*>(job.out);
+  if (job.view.P > 1) {
+    over_planes(job.view, b, [&](int64_t at, int64_t k) {
+      gradient_lines<T, U, stream, 1>(x + at, g + at, dx + at, job.view.P, 0, Same<A>(c.shift[k]),
+                                      Same<A>(c.offset[k]), Same<A>(c.r[k]), Same<A>(c.mean_h[k]),
+                                      Same<A>(c.mean_hx[k]), Same<A>(c.scale[k]));
+    });
+    return;
+  }
+  const auto each = [&](const A* table) { return Each<A>{table + b.begin}; };
+  over_lines(job.view, b, [&](int64_t at, auto lines) {
+    gradient_lines<T, U, stream, lines.value>(x + at, g + at, dx + at, b.end - b.begin, b.step * job.view.line(),
+                                              each(c.shift), each(c.offset), each(c.r), each(c.mean_h),
+                                              each(c.mean_hx), each(c.scale));
+  });
+}
+
+template <class T, class U, class A = typename accumulator<T>::type>
+void slab_gradient(const Job& job, const Block& b, const Columns<A>& c) {
+  const T* dx = static_cast<const T*>(job.out);
+  const int64_t step = job.view.P > 1 ? job.view.P : job.view.line();
+  const bool stream = streams<T, A>(job, dx, step) && b.begin * int64_t(sizeof(T)) % int64_t(sizeof(Stored<T>)) == 0;
+  stream ? slab_gradient_by<T, U, true>(job, b, c) : slab_gradient_by<T, U, false>(job, b, c);
+  fence(job);
+}
+
+// --- the table -------------------------------------------------------------------------------------------------------
+
+template <class T, class U, class A = typename accumulator<T>::type> const Kernels<A>* kernels_of() {
+  static constexpr Kernels<A> table{rows_forward<T, U>,          rows_backward<T, U>,   slab_sums<T>,
+                                    slab_gradient_sums<T, U>, slab_normalize<T, U>, slab_gradient<T, U>};
+  return &table;
+}
+
+inline const Kernels<float>* table_float(Type x, Type y) {
+  if (x == Type::bf16 && y == Type::bf16) return kernels_of<bfloat16, bfloat16>();
+  if (x == Type::f32 && y == Type::bf16) return kernels_of<float, bfloat16>();
+  if (x == Type::bf16 && y == Type::f32) return kernels_of<bfloat16, float>();
+#if defined(__AVX512BF16__)
+  return avx512::float_table(x, y);  // what has no bfloat16 in it is compiled once
+#else
+  if (x == Type::f32 && y == Type::f32) return kernels_of<float, float>();
+  if (x == Type::f16 && y == Type::f16) return kernels_of<float16, float16>();
+  if (x == Type::f32 && y == Type::f16) return kernels_of<float, float16>();
+  if (x == Type::f16 && y == Type::f32) return kernels_of<float16, float>();
+  return nullptr;
+#endif
+}
+
+inline const Kernels<double>* table_double(Type x, Type y) {
+#if defined(__AVX512BF16__)
+  return avx512::double_table(x, y);
+#else
+  return x == Type::f64 && y == Type::f64 ? kernels_of<double, double>() : nullptr;
+#endif
+}

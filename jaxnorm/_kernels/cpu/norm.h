@@ -1,0 +1,275 @@
+// A whole norm: how its work is cut into tasks, and what is done between the passes. For every instruction set alike.
+//
+// The cuts depend on shapes alone, never on the number of threads or on which thread was first, and partial sums are
+// joined in the order of the cuts: equal inputs give equal bits.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "parallel.h"
+#include "view.h"
+
+namespace jaxnorm {
+
+template <class A> class Norm {
+ public:
+  Norm(Job job, const Kernels<A>& kernels, const Threads& threads)
+      : job_(job), view_(job_.view), kernels_(kernels), threads_(view_.size() < serial ? alone_ : threads) {
+    if (!job_.scale) ones_.assign(view_.parameters(), A(1)), job_.scale = ones_.data();
+    if (!job_.bias) zeros_.assign(view_.parameters(), A(0)), job_.bias = zeros_.data();
+  }
+
+  // Statistics and y in one go.
+  void forward() {
+    if (view_.S == 1) {
+      const int64_t rows = view_.B * view_.N * view_.G, step = per_task(view_.row());
+      threads_.each(parts(rows, step), [&](int64_t i) {
+        kernels_.rows_forward(job_, i * step, std::min(rows, (i + 1) * step));
+      });
+      return;
+    }
+    each_slab([&](int64_t slab, const Threads& threads) {
+      moments(slab, threads);
+      normalize(slab, threads);
+    });
+  }
+
+  // Statistics alone, and y from statistics that are given.
+  void moments() {
+    each_slab([&](int64_t slab, const Threads& threads) { moments(slab, threads); });
+  }
+  void normalize() {
+    each_slab([&](int64_t slab, const Threads& threads) { normalize(slab, threads); });
+  }
+
+  // dx, and the sums (B, G, D) of g xhat and of g.
+  void backward(A* dscale, A* dbias) {
+    if (view_.S == 1)
+      return with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads&, A* ds, A* db) {
+        kernels_.rows_backward(job_, first * view_.G, last * view_.G, ds, db);
+      });
+    with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, A* ds, A* db) {
+      std::vector<A> h(view_.G), hx(view_.G);
+      for (int64_t slab = first; slab < last; ++slab) {
+        Tables t = tables(slab);
+        gradient_sums(slab, threads, t, h.data(), hx.data(), ds, db);
+        gradient(slab, threads, t, h.data(), hx.data());
+      }
+    });
+  }
+
+  // The two halves of it: the sums (B, N, G) of h = g scale and of h xhat with those for scale and bias, and dx from
+  // such sums, which may be over more devices than this one.
+  void gradient_sums(A* h, A* hx, A* dscale, A* dbias) {
+    with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, A* ds, A* db) {
+      for (int64_t slab = first; slab < last; ++slab)
+        gradient_sums(slab, threads, tables(slab), h + slab * view_.G, hx + slab * view_.G, ds, db);
+    });
+  }
+  void gradient(const A* h, const A* hx) {
+    each_slab([&](int64_t slab, const Threads& threads) {
+      Tables t = tables(slab);
+      gradient(slab, threads, t, h + slab * view_.G, hx + slab * view_.G);
+    });
+  }
+
+ private:
+  static constexpr int64_t serial = 1 << 14;   // below so many elements one thread is as fast as several
+  static constexpr int64_t cut = 1 << 15;      // elements of a task at least: what its own overhead is small beside
+  static constexpr int64_t most = 64;          // tasks at the most, where the cut allows
+  static constexpr int64_t width_cut = 2048;   // columns of a task: their sums stay in the first cache
+  static constexpr int64_t samples = 64;       // lines that the shift of a slab is taken from
+
+  static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
+  static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+  int64_t task_size() const { return std::max(cut, view_.size() / most); }
+  int64_t per_task(int64_t each) const { return std::max<int64_t>(1, task_size() / std::max<int64_t>(1, each)); }
+
+  bool slabs_in_parallel() const { return view_.B * view_.N >= 2 * 8; }
+
+  // Slabs are tasks of their own where there are many, and are cut into lines and columns where there are few.
+  template <class Run> void each_slab(Run run) {
+    const int64_t slabs = view_.B * view_.N;
+    if (!slabs_in_parallel()) {
+      for (int64_t slab = 0; slab < slabs; ++slab) run(slab, threads_);
+      return;
+    }
+    const int64_t step = per_task(view_.slab());
+    threads_.each(parts(slabs, step), [&](int64_t i) {
+      for (int64_t slab = i * step; slab < std::min(slabs, (i + 1) * step); ++slab) run(slab, alone_);
+    });
+  }
+
+  // run(first, last, threads, dscale, dbias) over examples [first, last) that share their parameters, each run with
+  // sums of its own, which are joined.
+  template <class Run> void with_partial(A* dscale, A* dbias, Run run) {
+    const bool cut_slabs = view_.S > 1 && !slabs_in_parallel();  // then the threads are inside a slab
+    const int64_t examples = cut_slabs ? view_.N : per_task(view_.slab()), cuts = parts(view_.N, examples);
+    const int64_t width = padded(view_.columns());
+    std::vector<A> partial(view_.B * cuts * 2 * width);
+    (cut_slabs ? alone_ : threads_).each(view_.B * cuts, [&](int64_t i) {
+      const int64_t b = i / cuts, first = b * view_.N + i % cuts * examples;
+      A* sums = partial.data() + i * 2 * width;
+      run(first, std::min((b + 1) * view_.N, first + examples), cut_slabs ? threads_ : alone_, sums, sums + width);
+    });
+    for (int64_t b = 0; b < view_.B; ++b) {
+      join(partial.data() + b * cuts * 2 * width, cuts, 2 * width, dscale + b * view_.columns());
+      join(partial.data() + b * cuts * 2 * width + width, cuts, 2 * width, dbias + b * view_.columns());
+    }
+  }
+
+  // A slab in blocks of lines by columns: so small that sums of one block are short chains, which rounds them little.
+  struct Blocks {
+    int64_t lines, columns, down, across;
+    int64_t count() const { return down * across; }
+    Block operator()(const View& v, int64_t slab, int64_t i) const {
+      const int64_t line = i / across * lines, column = i % across * columns;
+      return {slab, line, 1, std::min(lines, v.S - line), column, std::min(v.columns(), column + columns)};
+    }
+  };
+  Blocks blocks() const {
+    Blocks b;
+    b.columns = view_.P == 1 ? width_cut : std::max<int64_t>(1, width_cut * 4 / view_.P);
+    b.columns = std::min(b.columns, view_.columns());
+    const int64_t size = std::min(task_size(), int64_t(1) << 18);
+    b.lines = std::max<int64_t>(1, size / std::max<int64_t>(1, b.columns * view_.P)), b.lines = std::min(b.lines, view_.S);
+    b.down = view_.S ? parts(view_.S, b.lines) : 0, b.across = view_.columns() ? parts(view_.columns(), b.columns) : 0;
+    return b;
+  }
+
+  // Two sums for each column, over all blocks of a slab, in the order of the blocks.
+  template <class Run> std::pair<std::vector<A>, std::vector<A>> sums(int64_t slab, const Threads& threads, Run run) {
+    const Blocks cuts = blocks();
+    const int64_t k = view_.columns(), width = padded(k);
+    std::vector<A> partial(std::max<int64_t>(1, cuts.down) * 2 * width);
+    threads.each(cuts.count(), [&](int64_t i) {
+      A* first = &partial[i / cuts.across * 2 * width];
+      run(cuts(view_, slab, i), first, first + width);
+    });
+    std::pair<std::vector<A>, std::vector<A>> total{std::vector<A>(k), std::vector<A>(k)};
+    join(partial.data(), cuts.down, 2 * width, total.first.data());
+    join(partial.data() + width, cuts.down, 2 * width, total.second.data());
+    return total;
+  }
+
+  // total[k] = the sum of the cuts' partial sums, in their order.
+  void join(const A* partial, int64_t cuts, int64_t stride, A* total) const {
+    for (int64_t k = 0; k < view_.columns(); ++k) total[k] = A(0);
+    for (int64_t i = 0; i < cuts; ++i)
+      for (int64_t k = 0; k < view_.columns(); ++k) total[k] += partial[i * stride + k];
+  }
+
+  // The sums of each group's D columns, of values `weight` times as large where a weight is given.
+  std::vector<double> by_group(const std::vector<A>& columns, const A* weight = nullptr) const {
+    std::vector<double> total(view_.G);
+    for (int64_t g = 0; g < view_.G; ++g)
+      for (int64_t d = 0; d < view_.D; ++d)
+        total[g] += double(columns[g * view_.D + d]) * (weight ? double(weight[g * view_.D + d]) : 1.0);
+    return total;
+  }
+
+  A* statistics(void* of, int64_t slab) const { return static_cast<A*>(of) + slab * view_.G; }
+
+  // In one pass about a shift near the mean, again about the mean itself where the shift was not near enough.
+  void moments(int64_t slab, const Threads& threads) {
+    A *shift = statistics(job_.shift, slab), *offset = statistics(job_.offset, slab), *m2 = statistics(job_.m2, slab);
+    std::fill_n(shift, view_.G, A(0)), std::fill_n(offset, view_.G, A(0)), std::fill_n(m2, view_.G, A(0));
+    if (view_.count() == 0) return;
+    if (job_.centered) sample(slab, shift);
+    bool done = false;
+    for (bool again = false; !done; again = true) {
+      const std::vector<A> about = spread(shift);
+      const auto in_unit = [&](A unit) {
+        return sums(slab, threads, [&](const Block& b, A* s, A* q) {
+          kernels_.sums(job_, b, view_.P, unit, about.data(), s, q);
+        });
+      };
+      auto [total, square] = in_unit(A(1));
+      double rescale = job_.unit * job_.unit;
+      if (!std::all_of(square.begin(), square.end(), in_range<A>))
+        std::tie(total, square) = in_unit(A(job_.unit)), rescale = 1;
+      const std::vector<double> s = by_group(total), q = by_group(square);
+      done = true;
+      for (int64_t g = 0; g < view_.G; ++g) {
+        Statistic<A> one{shift[g], offset[g], m2[g]};
+        if (!settled(job_, s[g], q[g] * rescale, again, one)) done = false;
+        shift[g] = one.shift, offset[g] = one.offset, m2[g] = one.m2;
+      }
+    }
+  }
+
+  // The mean of some evenly spaced lines, and of the first pixels of their planes.
+  void sample(int64_t slab, A* shift) {
+    const int64_t step = std::max<int64_t>(1, view_.S / samples), lines = std::min(samples, view_.S);
+    const int64_t run = view_.P == 1 ? 1 : std::min<int64_t>(view_.P, 64);
+    const std::vector<A> zero(view_.columns());
+    std::vector<A> total(view_.columns()), square(view_.columns());
+    kernels_.sums(job_, {slab, 0, step, lines, 0, view_.columns()}, run, A(1), zero.data(), total.data(), square.data());
+    const std::vector<double> s = by_group(total);
+    for (int64_t g = 0; g < view_.G; ++g) shift[g] = A(s[g] / double(lines * run * view_.D));
+  }
+
+  // A value for each column from one for each group.
+  std::vector<A> spread(const A* groups) const {
+    std::vector<A> columns(view_.columns());
+    for (int64_t g = 0; g < view_.G; ++g) std::fill_n(&columns[g * view_.D], view_.D, groups[g]);
+    return columns;
+  }
+
+  // The columns of one slab, with room for what its tables point at.
+  struct Tables {
+    std::vector<A> shift, offset, r, mean_h, mean_hx;
+    Columns<A> columns;
+  };
+  Tables tables(int64_t slab) const {
+    Tables t;
+    t.shift = spread(statistics(job_.shift, slab)), t.offset = spread(statistics(job_.offset, slab));
+    std::vector<A> r(view_.G);
+    for (int64_t g = 0; g < view_.G; ++g) r[g] = rstd<A>(job_, statistics(job_.m2, slab)[g]);
+    t.r = spread(r.data());
+    const int64_t at = slab / view_.N * view_.columns();
+    t.columns = {t.shift.data(), t.offset.data(), t.r.data(), static_cast<const A*>(job_.scale) + at,
+                 static_cast<const A*>(job_.bias) + at, nullptr, nullptr};
+    return t;
+  }
+
+  template <class Run> void each_block(int64_t slab, const Threads& threads, Run run) {
+    const Blocks cuts = blocks();
+    threads.each(cuts.count(), [&](int64_t i) { run(cuts(view_, slab, i)); });
+  }
+
+  void normalize(int64_t slab, const Threads& threads) {
+    const Tables t = tables(slab);
+    each_block(slab, threads, [&](const Block& b) { kernels_.normalize(job_, b, t.columns); });
+  }
+
+  void gradient_sums(int64_t slab, const Threads& threads, const Tables& t, A* h, A* hx, A* dscale, A* dbias) {
+    const auto [gx, g] = sums(slab, threads, [&](const Block& b, A* of_gx, A* of_g) {
+      kernels_.gradient_sums(job_, b, t.columns, of_gx, of_g);
+    });
+    for (int64_t k = 0; k < view_.columns(); ++k) dscale[k] += gx[k], dbias[k] += g[k];
+    const std::vector<double> of_h = by_group(g, t.columns.scale), of_hx = by_group(gx, t.columns.scale);
+    for (int64_t i = 0; i < view_.G; ++i) h[i] = A(of_h[i]), hx[i] = A(of_hx[i]);
+  }
+
+  void gradient(int64_t slab, const Threads& threads, Tables& t, const A* h, const A* hx) {
+    std::vector<A> mean_h(view_.G), mean_hx(view_.G);
+    for (int64_t i = 0; job_.count > 0 && i < view_.G; ++i)
+      mean_h[i] = job_.centered ? A(h[i] / job_.count) : A(0), mean_hx[i] = A(hx[i] / job_.count);
+    t.mean_h = spread(mean_h.data()), t.mean_hx = spread(mean_hx.data());
+    t.columns.mean_h = t.mean_h.data(), t.columns.mean_hx = t.mean_hx.data();
+    each_block(slab, threads, [&](const Block& b) { kernels_.gradient(job_, b, t.columns); });
+  }
+
+  Job job_;
+  const View view_;
+  const Kernels<A>& kernels_;
+  const Threads alone_ = Threads::none();
+  const Threads& threads_;
+  std::vector<A> ones_, zeros_;
+};
+
+}  // namespace jaxnorm

@@ -1,0 +1,99 @@
+// What every file of this room shares: the shape of a problem, and the table of kernels that an instruction set fills.
+//
+// Every norm is seen as one shape, row-major,
+//
+//     x: (B, N, S, G, D, P)      statistics over S, D and P, one for each (b, n, g);      n = S D P
+//
+// with scale and bias of shape (B, G, D). Layer norm is N rows of D; batch norm is S examples of G channels (NHWC) with
+// P pixels each (NCHW); group norm is N images of S pixels of G groups of D channels, or of G x D planes of P pixels.
+// A "line" is what follows S: K = G D columns of P elements. No layout is ever transposed.
+//
+// Where S is 1 an example is a run of rows of D P elements, each with its statistic ("rows"); else it is a slab of S
+// lines whose statistics run down the columns ("slab").
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace jaxnorm {
+
+struct View {
+  int64_t B, N, S, G, D, P;
+
+  int64_t columns() const { return G * D; }
+  int64_t row() const { return D * P; }
+  int64_t line() const { return G * D * P; }
+  int64_t slab() const { return S * line(); }
+  int64_t count() const { return S * D * P; }  // the elements of one statistic
+  int64_t statistics() const { return B * N * G; }
+  int64_t parameters() const { return B * G * D; }
+  int64_t size() const { return B * N * slab(); }
+};
+
+// The element types of x and of y; what is added up is A, float for all but double.
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+template <class T> struct accumulator { using type = float; };
+template <> struct accumulator<double> { using type = double; };
+
+enum class Type { f32, bf16, f16, f64 };
+
+// A statistic as the library keeps it: mean == shift + offset, and m2 the sum of (unit (x - mean))^2.
+template <class A> struct Statistic { A shift, offset, m2; };
+
+// One value for each column of a slab, and what a kernel needs of the statistics there.
+template <class A> struct Columns { const A *shift, *offset, *r, *scale, *bias, *mean_h, *mean_hx; };
+
+struct Job {
+  View view;
+  const void *x = nullptr, *g = nullptr;                         // x of type T; the cotangent of y, of type U
+  void *out = nullptr;                                           // y (U) or dx (T)
+  void *shift = nullptr, *offset = nullptr, *m2 = nullptr;       // (B, N, G), A
+  const void *scale = nullptr, *bias = nullptr;                  // (B, G, D), A: never null, ones and zeros stand in
+  double epsilon = 0, unit = 1, count = 0;                       // count: elements of a statistic, on all devices
+  bool centered = true, round_first = false;
+  bool stream = false;                                           // the output is too large to stay in the cache
+};
+
+// r = 1 / sqrt(var + epsilon); 0 where that is 1 / 0, and where nothing was counted.
+template <class A> inline A rstd(const Job& job, A m2) {
+  const double v = job.count == 0 ? 0.0 : double(m2) / job.count + job.epsilon * job.unit * job.unit;
+  return v == 0 ? A(0) : A(job.unit / __builtin_sqrt(v));
+}
+
+// Whether a sum of squares can be trusted: where it overflowed it is taken again in a smaller unit.
+template <class A> inline bool in_range(A square) { return square < A(1e37); }
+
+// From sums about s.shift, of x - shift and of (unit (x - shift))^2, to the statistic: the formula, and the rule for
+// constants, are those of `about` in xla.py. False where the shift was so far from the mean that the two terms of m2
+// cancel: then the shift is brought to the mean, for the caller to sum again.
+template <class A> inline bool settled(const Job& job, double sum, double square, bool again, Statistic<A>& s) {
+  const double n = double(job.view.count()), offset = job.centered ? sum / n : 0.0;
+  const double correction = n * (offset * job.unit) * (offset * job.unit), m2 = square - correction;
+  const bool constant = m2 <= 0x1p-18 * correction, far = !again && correction > 4 * m2;
+  if (constant || far) s.shift += A(offset);
+  s.offset = constant ? A(0) : A(offset), s.m2 = constant ? A(0) : A(m2);
+  return !far;
+}
+
+// Lines first, first + step, ... of one slab, `lines` of them, and of each the columns [begin, end).
+struct Block { int64_t slab, first, step, lines, begin, end; };
+
+template <class A> struct Kernels {
+  // Rows [first, last): statistics and y; statistics given, dx, and sums over the rows added to (G, D) dscale, dbias.
+  void (*rows_forward)(const Job&, int64_t first, int64_t last);
+  void (*rows_backward)(const Job&, int64_t first, int64_t last, A* dscale, A* dbias);
+  // Sums down the columns, added to `sum` and `square`: of x - shift and (unit (x - shift))^2 over the first `run`
+  // elements of each column's P ...
+  void (*sums)(const Job&, const Block&, int64_t run, A unit, const A* shift, A* sum, A* square);
+  // ... and of g xhat and g.
+  void (*gradient_sums)(const Job&, const Block&, const Columns<A>&, A* gx, A* g);
+  // y, and dx = r (g scale - mean_h - xhat mean_hx).
+  void (*normalize)(const Job&, const Block&, const Columns<A>&);
+  void (*gradient)(const Job&, const Block&, const Columns<A>&);
+};
+
+// The kernels of one instruction set for x of type T and y of type U; null where there is no such pair.
+template <class A> using Table = const Kernels<A>* (*)(Type x, Type y);
+
+}  // namespace jaxnorm

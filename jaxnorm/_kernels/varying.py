@@ -1,0 +1,32 @@
+"""What shard_map's types ask for: which manual mesh axes a value varies over, and making values agree on it."""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+
+Array = jax.Array
+
+
+def varying_as(like: Array, a: Array) -> Array:
+    """a, marked to vary over the manual mesh axes that `like` varies over, as shard_map wants of a tangent."""
+    return _varying_over(varying(like), a)
+
+
+def varying_together(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays marked to vary over all that any of them varies over."""
+    over = frozenset().union(*map(varying, arrays))
+    return tuple(_varying_over(over, a) for a in arrays)
+
+
+def varying(a: Array) -> frozenset:
+    """The manual axes that a varies over; the type says so under another name in newer versions of JAX."""
+    kind = jax.typeof(a)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
+
+
+def _varying_over(axes: frozenset, a: Array) -> Array:
+    missing = tuple(axes - varying(a))
+    if not missing:
+        return a
+    return lax.pcast(a, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, missing)  # pyright: ignore[reportAttributeAccessIssue]
