@@ -108,24 +108,29 @@ class Fused:
 
         primitive.def_impl(lambda *operands, **static: compiled(**static)(*operands))
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
-        mlir.register_lowering(primitive, mlir.lower_fun(by_formula, multiple_results=True))
+        mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(by_formula, multiple_results=True)))
         if room is not None:
             partitioned = _partitioned(room, self._across)
 
-            def by_kernel(call, exported, *operands, recipe, given, shapes):
+            def by_kernel(call, pays, *operands, recipe, given, shapes):
                 x = operands[0]
                 view = cpu.view_of(x.shape, recipe.how.axes, _varying(shapes, *_unpacked(given, operands)))
-                pays = recipe.room == "native" or (not exported and cpu.pays(view, x.dtype))
-                if view is None or not pays:
+                if view is None or not pays(view, x.dtype):
                     return by_formula(*operands, recipe=recipe, given=given, shapes=shapes)
                 return list(call(recipe, given, shapes, *operands))
 
-            def on_cpu(context, *operands, **static):
+            def on_cpu(context, *operands, recipe, **static):
                 module = context.module_context
-                alone = getattr(module.axis_context, "num_devices", 0) == 1
-                exported = module.lowering_parameters.for_export  # a program for other processes: XLA's own operations
-                call = functools.partial(by_kernel, partitioned.fun if alone else partitioned, exported)
-                return mlir.lower_fun(call, multiple_results=True)(context, *operands, **static)
+                call = partitioned.fun if getattr(module.axis_context, "num_devices", 0) == 1 else partitioned
+                # A program for other processes, and one that is manual over some mesh axes only, are XLA's.
+                if module.lowering_parameters.for_export or _partly_manual(module.axis_context):
+                    pays = lambda view, dtype: False
+                else:
+                    pays = cpu.pays
+                if recipe.room == "native":
+                    pays = lambda view, dtype: True
+                lower = mlir.lower_fun(functools.partial(by_kernel, call, pays), multiple_results=True)
+                return lower(context, *operands, recipe=recipe, **static)
 
             if cpu.library().loaded:
                 mlir.register_lowering(primitive, on_cpu, platform="cpu")
@@ -165,6 +170,27 @@ class Fused:
     def _backward_jvp(self, recipe, shapes, primals, tangents):
         formula = functools.partial(self._backward_formula, recipe, shapes)
         return self._backward(recipe, shapes, *primals), jax.jvp(formula, primals, tangents)[1]
+
+
+def _elsewhere(lower: Callable) -> Callable:
+    """The lowering of a formula, where no room has one of its own. A room that is named runs or says that it cannot."""
+
+    def rule(context, *operands, recipe, given, shapes):
+        platforms = context.platforms or context.module_context.platforms
+        if recipe.room == "native" and any(p != "cpu" for p in platforms):
+            raise ValueError(
+                f"implementation='native' runs on CPU, and this program is for {', '.join(platforms)}. "
+                "Write implementation=None for the best room of each platform."
+            )
+        return lower(context, *operands, recipe=recipe, given=given, shapes=shapes)
+
+    return rule
+
+
+def _partly_manual(axis_context) -> bool:
+    """Inside a shard_map over some of the axes of its mesh."""
+    manual = getattr(axis_context, "manual_axes", frozenset())
+    return bool(manual) and set(manual) != set(axis_context.mesh.axis_names)
 
 
 def _bind(primitive: Primitive, recipe: Recipe, shapes, *operands) -> list[Array]:

@@ -152,8 +152,8 @@ def refusal(x: Array, how: Reduction, dtype, scale: Array | None, bias: Array | 
 
 
 def pays(view: View, dtype) -> bool:
-    """Whether the kernels beat XLA for this shape: the rule of the default, from benchmarks/results/cpu.json."""
-    return math.prod(view.sizes) >= 1 << 13
+    """Whether the kernels beat XLA for this shape, which `python -m benchmarks.break_even` measures."""
+    return math.prod(view.sizes) >= 512
 
 
 # --- the calls -------------------------------------------------------------------------------------------------------

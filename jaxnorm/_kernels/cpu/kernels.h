@@ -32,10 +32,16 @@ Pair<A> run_sums(const T* x, int64_t n, A shift, A unit) {
   return {sum<A>((s[0] + s[1]) + (s[2] + s[3])), sum<A>((q[0] + q[1]) + (q[2] + q[3]))};
 }
 
-template <class T, class A = typename accumulator<T>::type> A run_sum(const T* x, int64_t n) {
-  V<A> s{};
-  over<A, 1>(n, JN_BODY(i, at, u) { s += at.load(x + i); });
-  return sum<A>(s);
+// The mean of the first few elements: a shift for the others, near their mean but where they are peculiar.
+template <class T, class A = typename accumulator<T>::type> A sample(const T* x, int64_t n) {
+  constexpr int few = 16 / sizeof(A);
+  if (n >= lanes<A>) {
+    const V<A> v = Whole{}.load(x);
+    A total = 0;
+    for (int i = 0; i < few; ++i) total += v[i];
+    return total / few;
+  }
+  return sum<A>(Part{int(n)}.load(x)) / A(n);
 }
 
 // In one pass about a shift near the mean; `settled` says when that was near enough, and what the sums come to.
@@ -44,10 +50,7 @@ Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
   const A unit = A(job.unit);
   Statistic<A> s{0, 0, 0};
   if (n == 0) return s;
-  if (job.centered) {
-    const int64_t few = n < 4 * lanes<A> ? n : 4 * lanes<A>;
-    s.shift = run_sum(x, few) / A(few);
-  }
+  if (job.centered) s.shift = sample(x, n);
   for (bool again = false;; again = true) {
     Pair<A> sums = run_sums<T, false, A>(x, n, s.shift, A(1));
     if (in_range(sums.second)) sums.second = sums.second * unit * unit;
@@ -132,8 +135,8 @@ template <class T, class U, bool round_first> struct Rows {
   }
   Statistic<A> statistic(int64_t row) const { return {shift[row], offset[row], m2[row]}; }
 
-  template <bool stream> void normalize(int64_t row, Statistic<A> s, U* y) const {
-    const Same<A> from(s.shift), rest(s.offset), by(rstd<A>(job, s.m2));
+  template <bool stream> void normalize(int64_t row, Statistic<A> s, A r, U* y) const {
+    const Same<A> from(s.shift), rest(s.offset), by(r);
     const A *scale = parameter(job.scale, row), *bias = parameter(job.bias, row);
     if (view.P == 1) {
       normalize_lines<T, U, round_first, stream, 1>(x + row * n, y, n, 0, from, rest, by, Each<A>{scale}, Each<A>{bias});
@@ -144,13 +147,22 @@ template <class T, class U, bool round_first> struct Rows {
                                                     Same<A>(scale[d]), Same<A>(bias[d]));
   }
 
+  // Short rows go together, first all their statistics: the end of one sum overlaps the start of the next.
   void forward(int64_t first, int64_t last) const {
-    for (int64_t row = first; row < last; ++row) {
-      const Statistic<A> s = row_statistic(job, x + row * n, n);
-      shift[row] = s.shift, offset[row] = s.offset, m2[row] = s.m2;
-      U* y = static_cast<U*>(job.out) + row * n;
-      if (streams<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row, s, y);
-      else normalize<false>(row, s, y);
+    constexpr int most = 4;
+    const int together = n * int64_t(sizeof(T)) <= 4096 ? most : 1;
+    Statistic<A> s[most];
+    A r[most];
+    for (int64_t row = first; row < last; row += together) {
+      const int rows = last - row < together ? int(last - row) : together;
+      for (int k = 0; k < rows; ++k) s[k] = row_statistic(job, x + (row + k) * n, n);
+      for (int k = 0; k < rows; ++k) r[k] = rstd<A>(job, s[k].m2);
+      for (int k = 0; k < rows; ++k) {
+        shift[row + k] = s[k].shift, offset[row + k] = s[k].offset, m2[row + k] = s[k].m2;
+        U* y = static_cast<U*>(job.out) + (row + k) * n;
+        if (streams<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row + k, s[k], r[k], y);
+        else normalize<false>(row + k, s[k], r[k], y);
+      }
     }
     fence(job);
   }
@@ -173,6 +185,8 @@ template <class T, class U, bool round_first> struct Rows {
       const V<A> times = scale.at(i, at);
       V<A> ds{}, db{};
       for (int k = 0; k < lines; ++k) {
+        __builtin_prefetch(at_x + (k + lines) * n + i, 0, 2);
+        __builtin_prefetch(g + (k + lines) * n + i, 0, 2);
         const V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k], gk = at.load(g + k * n + i);
         const V<A> v = by[k] * (gk * times - first[k] - xhat * second[k]);
         if constexpr (stream) at.stream(dx + k * n + i, v);

@@ -24,6 +24,7 @@ template <class A> class Norm {
 
   // Statistics and y in one go.
   void forward() {
+    if (view_.size() == 0) return no_moments();
     if (view_.S == 1) {
       const int64_t rows = view_.B * view_.N * view_.G, step = per_task(view_.row());
       threads_.each(parts(rows, step), [&](int64_t i) {
@@ -39,6 +40,7 @@ template <class A> class Norm {
 
   // Statistics alone, and y from statistics that are given.
   void moments() {
+    if (view_.size() == 0) return no_moments();
     each_slab([&](int64_t slab, const Threads& threads) { moments(slab, threads); });
   }
   void normalize() {
@@ -64,6 +66,7 @@ template <class A> class Norm {
   // The two halves of it: the sums (B, N, G) of h = g scale and of h xhat with those for scale and bias, and dx from
   // such sums, which may be over more devices than this one.
   void gradient_sums(A* h, A* hx, A* dscale, A* dbias) {
+    std::fill_n(h, view_.statistics(), A(0)), std::fill_n(hx, view_.statistics(), A(0));
     with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, A* ds, A* db) {
       for (int64_t slab = first; slab < last; ++slab)
         gradient_sums(slab, threads, tables(slab), h + slab * view_.G, hx + slab * view_.G, ds, db);
@@ -86,12 +89,13 @@ template <class A> class Norm {
   static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
   int64_t task_size() const { return std::max(cut, view_.size() / most); }
-  int64_t per_task(int64_t each) const { return std::max<int64_t>(1, task_size() / std::max<int64_t>(1, each)); }
+  int64_t per_task(int64_t each) const { return std::max<int64_t>(1, task_size() / each); }
 
   bool slabs_in_parallel() const { return view_.B * view_.N >= 2 * 8; }
 
   // Slabs are tasks of their own where there are many, and are cut into lines and columns where there are few.
   template <class Run> void each_slab(Run run) {
+    if (view_.size() == 0) return;
     const int64_t slabs = view_.B * view_.N;
     if (!slabs_in_parallel()) {
       for (int64_t slab = 0; slab < slabs; ++slab) run(slab, threads_);
@@ -103,9 +107,16 @@ template <class A> class Norm {
     });
   }
 
+  // Of no elements: every statistic is 0.
+  void no_moments() {
+    for (void* a : {job_.shift, job_.offset, job_.m2}) std::fill_n(static_cast<A*>(a), view_.statistics(), A(0));
+  }
+
   // run(first, last, threads, dscale, dbias) over examples [first, last) that share their parameters, each run with
   // sums of its own, which are joined.
   template <class Run> void with_partial(A* dscale, A* dbias, Run run) {
+    std::fill_n(dscale, view_.parameters(), A(0)), std::fill_n(dbias, view_.parameters(), A(0));
+    if (view_.size() == 0) return;
     const bool cut_slabs = view_.S > 1 && !slabs_in_parallel();  // then the threads are inside a slab
     const int64_t examples = cut_slabs ? view_.N : per_task(view_.slab()), cuts = parts(view_.N, examples);
     const int64_t width = padded(view_.columns());
@@ -135,8 +146,8 @@ template <class A> class Norm {
     b.columns = view_.P == 1 ? width_cut : std::max<int64_t>(1, width_cut * 4 / view_.P);
     b.columns = std::min(b.columns, view_.columns());
     const int64_t size = std::min(task_size(), int64_t(1) << 18);
-    b.lines = std::max<int64_t>(1, size / std::max<int64_t>(1, b.columns * view_.P)), b.lines = std::min(b.lines, view_.S);
-    b.down = view_.S ? parts(view_.S, b.lines) : 0, b.across = view_.columns() ? parts(view_.columns(), b.columns) : 0;
+    b.lines = std::min(view_.S, std::max<int64_t>(1, size / (b.columns * view_.P)));
+    b.down = parts(view_.S, b.lines), b.across = parts(view_.columns(), b.columns);
     return b;
   }
 
@@ -144,7 +155,7 @@ template <class A> class Norm {
   template <class Run> std::pair<std::vector<A>, std::vector<A>> sums(int64_t slab, const Threads& threads, Run run) {
     const Blocks cuts = blocks();
     const int64_t k = view_.columns(), width = padded(k);
-    std::vector<A> partial(std::max<int64_t>(1, cuts.down) * 2 * width);
+    std::vector<A> partial(cuts.down * 2 * width);
     threads.each(cuts.count(), [&](int64_t i) {
       A* first = &partial[i / cuts.across * 2 * width];
       run(cuts(view_, slab, i), first, first + width);

@@ -91,12 +91,15 @@ template <class T> JN_INLINE U16 encoded(T, V<float> v) { return narrowed(T{}, v
 
 template <class A> JN_INLINE V<A> all(A a) { return V<A>{} + a; }
 
-template <class A> JN_INLINE A sum(V<A> v) {
-  A part[lanes<A>];
-  __builtin_memcpy(part, &v, sizeof v);
-  for (int width = lanes<A> / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  return part[0];
+// The sum of all lanes, by halves.
+template <class A, int size = bytes> JN_INLINE A sum(typename vector_of<A, size>::type v) {
+  if constexpr (size == 16) {
+    return sizeof(A) == 4 ? (v[0] + v[1]) + (v[2 % (16 / sizeof(A))] + v[3 % (16 / sizeof(A))]) : v[0] + v[1];
+  } else {
+    struct Halves { typename vector_of<A, size / 2>::type low, high; };
+    const Halves parts = as<Halves>(v);
+    return sum<A, size / 2>(parts.low + parts.high);
+  }
 }
 
 // A whole vector at a pointer.

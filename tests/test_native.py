@@ -1,0 +1,389 @@
+"""The native room: what it takes, what it runs, what it refuses, and what it does when it is misused."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from catalogue import EACH, ROWS, by_name, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm as jn
+from jaxnorm._kernels import cpu
+from jaxnorm._kernels.xla import Reduction
+
+pytestmark = pytest.mark.skipif(not cpu.library().loaded, reason=cpu.library().reason)
+
+REFUSED = {  # the reason, of the rows of the catalogue that the room leaves to XLA
+    "layer-nchw": "without transposing",
+    "batch-conditional": "without transposing",
+    "batch-ghost-remainder": "masks and weights are XLA's",
+}
+
+
+def forced(row):
+    return dataclasses.replace(row, spec=dataclasses.replace(row.spec, implementation="native"))
+
+
+def kernels_in(f, *args) -> list[str]:
+    """The kernels that a compiled program calls, each as often as it stands there."""
+    return re.findall(r'custom_call_target="jaxnorm_(\w+)"', jax.jit(f).lower(*args).compile().as_text())
+
+
+def gradients(f):
+    return lambda params, x, g: jax.vjp(f, params, x)[1](g)
+
+
+# --- what runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_forced_it_runs_or_says_why_not(row, rng):
+    params, x, g = row.params(rng), draw(rng, row.shape, 3.0), draw(rng, row.shape)
+    apply = forced(row).apply
+    if row.name in REFUSED:
+        with pytest.raises(ValueError, match=f"implementation='native' cannot run here: .*{REFUSED[row.name]}"):
+            apply(params, x)
+        return
+    assert kernels_in(apply, params, x) == ["forward"]
+    assert kernels_in(gradients(apply), params, x, g) == ["forward", "backward"]
+    y, vjp = jax.vjp(apply, params, x)
+    np.testing.assert_allclose(y, row.truth(params, x).y, rtol=1e-6, atol=2e-6)
+    dparams, dx = vjp(jnp.asarray(g))
+    for got, true in zip((dx, *dparams), row.gradients(params, x, g), strict=True):
+        if got is not None:
+            np.testing.assert_allclose(np.reshape(got, true.shape), true, rtol=1e-5, atol=4e-6 * np.abs(true).max())
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (dict(mask=np.ones((4, 8))), "masks and weights are XLA's"),
+        (dict(axis_name="d"), "statistics over an axis name are merged by XLA"),
+        (dict(dtype=jnp.complex64), "no kernel from float32 to complex64"),
+        (dict(axis=0, scale=np.ones((1, 8), np.float32)), None),
+        (dict(axis=0, scale=np.ones((4, 1), np.float32)), "no kernel reduces axes"),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_the_norm_the_reason_and_the_line_to_write(call, reason, rng):
+    run = lambda: jn.layer_norm(draw(rng, (4, 8)), implementation="native", **call)
+    if reason is None:
+        run()
+        return
+    with pytest.raises(ValueError, match=f"layer_norm: implementation='native' cannot .*{reason}.*implementation=None"):
+        run()
+
+
+def test_the_rule_of_the_default(monkeypatch, rng):
+    """Small arrays stay with XLA, where a kernel's own overhead would be the larger part."""
+    monkeypatch.setattr(cpu, "pays", getattr(cpu.pays, "rule", cpu.pays))
+    jax.clear_caches()
+    small, large = draw(rng, (8, 16)), draw(rng, (64, 256))
+    assert kernels_in(jn.layer_norm, small) == []
+    assert kernels_in(jn.layer_norm, large) == ["forward"]
+    assert kernels_in(lambda x: jn.layer_norm(x, implementation="xla"), large) == []
+    assert kernels_in(lambda x: jn.layer_norm(x, implementation="native"), small) == ["forward"]
+    jax.clear_caches()
+
+
+def test_the_last_axes_and_the_first_are_never_transposed(rng):
+    nchw = draw(rng, (8, 12, 9, 9))
+    state = jn.BatchNorm().init(12)[1]
+    for f in (
+        lambda x: jn.batch_norm(x, None, state, train=True, axis=1)[0],
+        lambda x: jn.group_norm(x, num_groups=3, axis=1),
+        lambda x: jn.instance_norm(x, axis=1),
+        lambda x: jn.group_norm(x, num_groups=3),
+    ):
+        text = jax.jit(lambda x, f=f: jax.vjp(f, x)[1](x)).lower(nchw).compile().as_text()
+        assert len(re.findall(r'custom_call_target="jaxnorm_', text)) == 2
+        assert " transpose(" not in text
+
+
+@pytest.mark.parametrize("row", EACH, ids=str)
+def test_vmap_is_more_rows_for_the_same_kernel(row, rng):
+    xs, g, params = draw(rng, (3, *row.shape)), draw(rng, (3, *row.shape)), row.params(rng)
+    many = jax.vmap(row.apply, (None, 0))
+    of_all = lambda params, xs, g: jax.vjp(many, params, xs)[1](g)
+    of_each = jax.vmap(gradients(row.apply), (None, 0, 0))
+    for f, args in ((many, (params, xs)), (of_all, (params, xs, g)), (of_each, (params, xs, g))):
+        assert len(kernels_in(f, *args)) == (1 if f is many else 2)
+    want = [gradients(row.apply)(params, x, c) for x, c in zip(xs, g, strict=True)]
+    stacked = jax.tree.map(lambda *a: np.stack(a), *want)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(near, of_each(params, xs, g), stacked)
+    dparams, dx = of_all(params, xs, g)
+    jax.tree.map(near, dx, stacked[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.sum(0), rtol=1e-5, atol=1e-5), dparams, stacked[0])
+
+
+PAIRS = [
+    (np.float32, np.float32), (np.float32, ml_dtypes.bfloat16), (ml_dtypes.bfloat16, np.float32),
+    (ml_dtypes.bfloat16, ml_dtypes.bfloat16), (np.float32, np.float16), (np.float16, np.float32),
+    (np.float16, np.float16), (np.float64, np.float64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("of_x", "of_y"), PAIRS, ids=lambda d: np.dtype(d).name)
+def test_every_pair_of_dtypes(of_x, of_y, rng):
+    row = by_name["group-nhwc"]
+    with jax.enable_x64(of_x == np.float64):
+        x, g = draw(rng, row.shape, 2.0, of_x), draw(rng, row.shape, dtype=of_y)
+        scale, bias = row.params(rng)
+        f = lambda x: jn.group_norm(x, scale, bias, num_groups=3, dtype=of_y, implementation="native")
+        y, vjp = jax.vjp(f, x)
+        (dx,) = vjp(jnp.asarray(g))
+        assert (y.dtype, dx.dtype) == (of_y, of_x)
+        eps = lambda d: float(ml_dtypes.finfo(d).eps)
+        params = jn.Affine(scale, bias)
+        truth, dx_true = row.truth(params, x).y, row.gradients(params, x, np.asarray(g, np.float64))[0]
+        np.testing.assert_allclose(np.float64(y), truth, rtol=0.51 * eps(of_y), atol=3e-6)
+        np.testing.assert_allclose(np.float64(dx), dx_true, rtol=0.51 * eps(of_x), atol=6e-6)
+
+
+# --- odd inputs -------------------------------------------------------------------------------------------------------
+
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 129])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(SIZES, min_size=1, max_size=5), st.data())
+def test_any_shape_reduced_over_any_axes(shape, data):
+    """The view is right or there is none: against the XLA room, which knows no views."""
+    while np.prod(shape) > 60_000:
+        shape[int(np.argmax(shape))] = 2
+    axes = tuple(data.draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, unique=True)))
+    varying = data.draw(st.lists(st.integers(0, len(shape) - 1), unique=True))
+    param = tuple(n if a in varying else 1 for a, n in enumerate(shape))
+    rng = np.random.default_rng(len(shape) + sum(shape))
+    x, g = draw(rng, shape, 1.0), draw(rng, shape)
+    scale = draw(rng, param)
+    view = cpu.view_of(tuple(shape), tuple(sorted(axes)), cpu.varying_axes(scale))
+    if view is None:
+        return
+    assert np.prod(view.sizes) == np.prod(shape)
+
+    def run(room):
+        y, vjp = jax.vjp(lambda x, s: jn.layer_norm(x, s, s, axis=axes, epsilon=0.01, implementation=room), x, scale)
+        return y, vjp(jnp.asarray(g))
+
+    for a, b in zip(jax.tree.leaves(run("native")), jax.tree.leaves(run("xla")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * max(1.0, float(np.abs(b).max(initial=0))))
+
+
+@pytest.mark.parametrize("shape", [(1, 300_001), (3, 70_001), (5, 1), (1, 1), (0, 7), (7, 0), (3, 2, 0, 4)], ids=str)
+def test_huge_single_and_empty_rows(shape, rng):
+    x, g = draw(rng, shape, 5.0), draw(rng, shape)
+    y, vjp = jax.vjp(lambda x: jn.layer_norm(x, implementation="native"), x)
+    truth = oracle.normalize(x, np.cumsum(np.ones(shape), 0, dtype=int) - 1, None, None, epsilon=1e-6)
+    if x.size and len(shape) == 2:
+        np.testing.assert_allclose(y, truth.y, atol=2e-6)
+    assert vjp(jnp.asarray(g))[0].shape == y.shape == shape
+
+
+def test_what_is_not_finite_stays_in_its_own_row(rng):
+    x, g = draw(rng, (9, 100)), draw(rng, (9, 100))
+    poisoned = x.copy()
+    poisoned[2, 5], poisoned[4, 99], poisoned[6, 0] = np.nan, np.inf, -np.inf
+    clean = np.array([0, 1, 3, 5, 7, 8])
+    for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):
+        f = lambda x: jn.layer_norm(x, implementation="native")
+        both = lambda x, dtype=dtype: (lambda y, vjp: (y, *vjp(jnp.asarray(g, dtype))))(*jax.vjp(f, jnp.asarray(x, dtype)))
+        for a, b in zip(both(poisoned), both(x), strict=True):
+            np.testing.assert_array_equal(np.asarray(a)[clean], np.asarray(b)[clean])
+        assert not np.any(np.isfinite(np.float32(both(poisoned)[0][2])))
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-38, 1e28], ids=str)
+def test_denormals_and_the_largest_numbers(magnitude, rng):
+    x = (rng.uniform(-1, 1, (4, 200)) * magnitude).astype(np.float32)
+    y = jn.layer_norm(x, implementation="native")
+    np.testing.assert_allclose(y, jn.layer_norm(x, implementation="xla"), atol=1e-5)
+    assert np.all(np.isfinite(y))
+
+
+def test_a_shift_far_from_the_mean_is_taken_back(rng):
+    """Where the sample that the sums are taken about is no sample at all: a border of zeros around data far from 0."""
+    image = draw(rng, (2, 40, 40, 8), 1e4)
+    image[:, ::4] = 0.0
+    image[:, 1::4] = 1e4
+    norm = jn.BatchNorm(implementation="native")
+    y = norm.apply(*norm.init(8), image, train=True)[0]
+    truth = oracle.normalize(image, np.indices(image.shape)[3], None, None, epsilon=1e-5)
+    np.testing.assert_allclose(y, truth.y, rtol=1e-6, atol=2e-6)
+    rows = np.concatenate([np.zeros((6, 64), np.float32), draw(rng, (6, 1000), 1e4)], -1)
+    truth = oracle.normalize(rows, np.indices(rows.shape)[0], None, None, epsilon=1e-6)
+    np.testing.assert_allclose(jn.layer_norm(rows, implementation="native"), truth.y, rtol=1e-6, atol=2e-6)
+
+
+# --- safety -----------------------------------------------------------------------------------------------------------
+
+
+def test_equal_inputs_give_equal_bits_also_at_once(rng):
+    x, g = draw(rng, (64, 31, 17, 40), 1.0), draw(rng, (64, 31, 17, 40))
+    f = jax.jit(lambda x, g: jax.vjp(lambda x: jn.group_norm(x, num_groups=4, implementation="native"), x)[1](g)[0])
+    want = np.asarray(f(x, g))
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: np.asarray(f(x, g)), range(24)):
+            np.testing.assert_array_equal(got, want)
+
+
+def misuse(target="forward", **changes):
+    """One call of a handler behind the binding's back."""
+    x = jnp.ones((4, 8))
+    view = cpu.view_of((4, 8), (1,), frozenset())
+    static = cpu.Static(view, 8.0, 1e-6, 1.0, True)._replace(**changes.pop("static", {}))
+    args = [x, jnp.zeros(0), jnp.zeros(0)]
+    results = [((4, 8), jnp.float32), *[((4, 1), jnp.float32)] * 3]
+    args, results = changes.get("args", args), changes.get("results", results)
+    return jax.jit(lambda *args: cpu._call(target, static, results, *args))(*args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(args=[jnp.ones((4, 9)), jnp.zeros(0), jnp.zeros(0)]), "x and dx have the view's size"),
+        (dict(args=[jnp.ones((4, 8)), jnp.ones(3), jnp.zeros(0)]), "a parameter has a value for each of"),
+        (dict(args=[jnp.ones((4, 8)), jnp.zeros(0, jnp.bfloat16), jnp.zeros(0)]), "of the accumulator's type|has the"),
+        (dict(args=[jnp.ones((4, 8), jnp.int32), jnp.zeros(0), jnp.zeros(0)]), "not float16, bfloat16, float32"),
+        (dict(results=[((4, 7), jnp.float32), *[((4, 1), jnp.float32)] * 3]), "y and its cotangent have the view's"),
+        (dict(results=[((4, 8), jnp.float32), *[((5, 1), jnp.float32)] * 3]), "a statistic has a value for each"),
+        (dict(results=[((4, 8), jnp.complex64), *[((4, 1), jnp.float32)] * 3]), "not float16, bfloat16, float32"),
+        (dict(static=dict(view=cpu.View((1, 4, 1, 1, 1, -8), ()))), "a size is out of range"),
+        (dict(static=dict(view=cpu.View((2**40, 2**40, 1, 1, 1, 8), ()))), "a size is out of range"),
+        (dict(static=dict(view=cpu.View((4, 8), ()))), "a view has six sizes"),
+    ],
+)
+def test_what_does_not_fit_is_an_exception_and_the_process_lives_on(changes, message):
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(misuse(**changes))
+    assert np.all(np.isfinite(misuse()[0]))
+
+
+def run_python(code: str, **env) -> str:
+    """A fresh interpreter, without what the tests set."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAXNORM_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, "JAX_PLATFORMS": "cpu", **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "baseline"])
+def test_every_instruction_set_computes_the_same(name):
+    code = """
+import jax, jax.numpy as jnp, jaxnorm as jn
+set_in_use = jn.backends()["native"].reason.split()[-1]
+worst = 0.0
+for shape, axis in (((40, 37), 1), ((40, 64), 1), ((9, 5, 5, 33), (0, 1, 2)), ((9, 33, 70), (0, 2))):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        x, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in (0, 1))
+        def both(room):
+            y, vjp = jax.vjp(lambda x: jn.layer_norm(x, axis=axis, implementation=room), x)
+            return jnp.stack([y, vjp(g)[0]]).astype(jnp.float32)
+        unit = float(jnp.finfo(dtype).eps)
+        error = jnp.abs(both("native") - both("xla")) / (unit * (1 + jnp.abs(both("xla"))))
+        worst = max(worst, float(error.max()) * (1 if unit > 1e-5 else 0.1))
+print(set_in_use, worst)
+"""
+    in_use, worst = run_python(code, JAXNORM_ISA=name).split()
+    if in_use != name:
+        pytest.skip(f"this processor has no {name}: {in_use} ran")
+    assert float(worst) <= 1.0  # one unit in the last place of a half-precision result; ten of float32
+
+
+def test_without_the_extension_everything_else_works():
+    code = """
+import jaxnorm as jn, numpy as np
+room = jn.backends()["native"]
+assert not room.active
+print(room.reason)
+x = np.arange(2048.0, dtype="f").reshape(8, 256)
+assert np.isfinite(jn.layer_norm(x)).all()
+try:
+    jn.layer_norm(x, implementation="native")
+except ValueError as error:
+    print(error)
+"""
+    reason, error = run_python(code, JAXNORM_NATIVE="0").splitlines()
+    assert "JAXNORM_NATIVE=0" in reason
+    assert reason in error
+    assert "Write implementation=None" in error
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_for_export_has_no_kernels_in_it(rng):
+    """An exported program may run where this library is not."""
+    x = draw(rng, (64, 256))
+    exported = jax.export.export(jax.jit(lambda x: jax.vjp(jn.layer_norm, x)[1](x)[0]))(x)
+    assert "jaxnorm_" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(x), jax.vjp(jn.layer_norm, x)[1](x)[0], atol=1e-5)
+
+
+def test_on_another_platform_the_named_room_says_so():
+    x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
+    run = jax.jit(lambda x: jn.layer_norm(x, implementation="native"))
+    with pytest.raises(ValueError, match=r"implementation='native' runs on CPU.*Write implementation=None"):
+        jax.export.export(run, platforms=["cuda"])(x)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", ["layer", "rms-per-head", "group-nhwc", "batch-nhwc", "instance-nchw"])
+def test_each_device_runs_the_kernel_on_its_own_part(name, kind, rng):
+    row = by_name[name]
+    shape = (16, *row.shape[1:])
+    params, x, g = row.params(rng), draw(rng, shape), draw(rng, shape)
+    step = gradients(forced(row).apply)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        put = lambda tree, spec: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
+        text = jax.jit(step).lower(put(params, P()), put(x, P("data")), put(g, P("data"))).compile().as_text()
+    split = name == "batch-nhwc"  # statistics are over all devices: in two halves, with a merge between them
+    want = ["moments", "normalize", "gradient_sums", "gradient"] if split else ["forward", "backward"]
+    found = re.findall(r'custom_call_target="jaxnorm_(\w+)"', text)
+    assert set(found) <= set(want)
+    assert found[-1] == want[-1]
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
+    local = np.prod(shape) // 8
+    for sizes in re.findall(r"view = (?:array<i64: |dense<\[)([\d, ]+)", text):
+        assert np.prod([int(n) for n in sizes.split(",")]) == local
+
+
+def test_a_shard_map_over_some_axes_of_a_mesh(rng):
+    x, scale = draw(rng, (8, 6, 32), 2.0), draw(rng, 32)
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    f = lambda x, s: jn.layer_norm(x, s)
+    run = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(P("a"), P()), out_specs=P("a"), axis_names={"a"}))
+    put = jax.device_put(x, NamedSharding(mesh, P("a", None, "b")))
+    np.testing.assert_allclose(run(put, scale), f(x, scale), atol=2e-6)
+
+
+def test_views():
+    """Rows before slabs, planes where they are long, parameters for each example only where they are."""
+    view = lambda shape, axes, varying: cpu.view_of(shape, axes, frozenset(varying)).sizes
+    assert view((8, 64), (1,), {1}) == (1, 8, 1, 1, 64, 1)
+    assert view((8, 64), (1,), {}) == (1, 8, 1, 1, 1, 64)
+    assert view((8, 7, 7, 32), (0, 1, 2), {3}) == (1, 1, 392, 32, 1, 1)
+    assert view((8, 32, 9, 9), (0, 2, 3), {1}) == (1, 1, 8, 32, 1, 81)
+    assert view((8, 32, 3, 3), (0, 2, 3), {1}) == (1, 1, 8, 32, 9, 1)
+    assert view((8, 7, 7, 4, 8), (1, 2, 4), {3, 4}) == (1, 8, 49, 4, 8, 1)
+    assert view((8, 4, 8, 7, 7), (2, 3, 4), {1, 2}) == (1, 8, 1, 4, 8, 49)
+    assert view((8, 5, 64), (2,), {0, 2}) == (8, 5, 1, 1, 64, 1)
+    assert cpu.view_of((8, 32, 9), (1,), frozenset({1})) is None
+    assert Reduction((1,)).axes == (1,)
