@@ -214,7 +214,7 @@ def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
         real = jnp.ones(tuple(n if a == batch else 1 for a, n in enumerate(x.shape)), bool)
         mask = real if mask is None else mask & real
 
-    def view(a):
+    def view(a) -> Any:
         if a is None:
             return None
         if a.shape[batch] == 1 != x.shape[batch]:

@@ -17,7 +17,8 @@ from jax import lax
 
 from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
 from ._kernels import cpu, xla
-from ._kernels.fused import Across, Fused
+from ._kernels.fused import Fused
+from ._kernels.partition import Across
 from ._kernels.varying import varying_as
 from ._kernels.xla import Recipe, Statistics, safe, widest
 from ._moments import across, none_for_zero, statistics, statistics_tangent, sum_across, tangent_sums
@@ -156,8 +157,9 @@ def _differentiable_in_room(recipe: Recipe, x, scale, bias) -> tuple[Array, Stat
 def _(recipe, primals, tangents):
     tangents = none_for_zero(tangents)
     (y, stats), (dy, still) = _in_room_with_tangent(recipe, primals, tangents)
+    (x, *_), (dx, *_) = primals, tangents
     of_statistics = jax.checkpoint(functools.partial(statistics_tangent, recipe.how), prevent_cse=False)
-    return (y, stats), (dy, still if tangents[0] is None else of_statistics(primals[0], None, None, stats, tangents[0], None))
+    return (y, stats), (dy, still if dx is None else of_statistics(x, None, None, stats, dx, None))
 
 
 def _in_room_with_tangent(recipe: Recipe, primals, tangents):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -142,6 +143,12 @@ def bound_axes(norm: str, axis_name):
         ) from error
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _kept_rows(mask: Array, x: Array) -> Array:
+    """x with rows that are out as a whole set to zero, which gives the bias as well. Keeps the mask as it came."""
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
 def normalize_rows(
     norm: str, x: Array, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation,
@@ -158,6 +165,8 @@ def normalize_rows(
     mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
     before = more.pop("round_before_scale", False)
+    if mask is not None and axis_name is None and all(view(mask).shape[a] == 1 for a in axes):
+        x, mask = _kept_rows(mask, x), None
     how = reduction(axes, axis_name, axis_index_groups, **more)
     epsilon = checked_epsilon(norm, epsilon)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, round_before_scale=before)

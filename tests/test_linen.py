@@ -388,12 +388,12 @@ def test_scale_offset(norm):
     plain, _ = init(getattr(jnn, norm)(**options, implementation="xla"), x, **call)
     y, variables = init(getattr(jnn, norm)(**options, scale_offset=1.0), x, **call)
     np.testing.assert_array_equal(variables["params"]["scale"], 0)
-    np.testing.assert_allclose(y, plain, rtol=1e-6)
+    np.testing.assert_allclose(y, plain, rtol=1e-6, atol=1e-7)  # the rooms round in another order
     y, variables = getattr(jnn, norm)(**options, scale_offset=1.0, scale_init=nn.initializers.ones).init_with_output(
         KEY, x, **call
     )
     np.testing.assert_array_equal(variables["params"]["scale"], 1)
-    np.testing.assert_allclose(y, 2 * plain, rtol=1e-6)
+    np.testing.assert_allclose(y, 2 * plain, rtol=1e-6, atol=2e-7)
 
 
 @pytest.mark.parametrize("norm", NAMES)

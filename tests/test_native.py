@@ -200,8 +200,11 @@ def test_what_is_not_finite_stays_in_its_own_row(rng):
     poisoned[2, 5], poisoned[4, 99], poisoned[6, 0] = np.nan, np.inf, -np.inf
     clean = np.array([0, 1, 3, 5, 7, 8])
     for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):
-        f = lambda x: jn.layer_norm(x, implementation="native")
-        both = lambda x, dtype=dtype: (lambda y, vjp: (y, *vjp(jnp.asarray(g, dtype))))(*jax.vjp(f, jnp.asarray(x, dtype)))
+
+        def both(x, dtype=dtype):
+            y, vjp = jax.vjp(lambda x: jn.layer_norm(x, implementation="native"), jnp.asarray(x, dtype))
+            return y, *vjp(jnp.asarray(g, dtype))
+
         for a, b in zip(both(poisoned), both(x), strict=True):
             np.testing.assert_array_equal(np.asarray(a)[clean], np.asarray(b)[clean])
         assert not np.any(np.isfinite(np.float32(both(poisoned)[0][2])))
@@ -363,6 +366,33 @@ def test_each_device_runs_the_kernel_on_its_own_part(name, kind, rng):
     local = np.prod(shape) // 8
     for sizes in re.findall(r"view = (?:array<i64: |dense<\[)([\d, ]+)", text):
         assert np.prod([int(n) for n in sizes.split(",")]) == local
+
+
+@pytest.mark.parametrize("where", ["auto", "explicit", "pmap"])
+@pytest.mark.parametrize("row", EACH, ids=str)
+def test_manual_devices_each_run_the_kernel(row, where, rng):
+    """shard_map with check_vma on: gradients of replicated parameters are summed over the devices."""
+    shape = (16, *row.shape[1:])
+    params, x, g = row.params(rng), draw(rng, shape, 2.0), draw(rng, shape)
+    step = lambda params, x, g: (row.apply(params, x), gradients(row.apply)(params, x, g))
+    parts = [step(params, *part) for part in zip(np.split(x, 8), np.split(g, 8), strict=True)]
+    want_y, (want_p, want_x) = jax.tree.map(lambda *a: np.stack(a), *parts)
+    if where == "pmap":
+        split = lambda a: a.reshape(8, 2, *a.shape[1:])
+        y, (dparams, dx) = jax.pmap(step, in_axes=(None, 0, 0))(params, split(x), split(g))
+        dparams = jax.tree.map(lambda a: a.sum(0), dparams)
+    else:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(AxisType, where.capitalize()),))
+        data = P("data")
+        run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), data, data), out_specs=(data, (P(), data))))
+        put = lambda tree, spec: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
+        args = put(params, P()), put(x, data), put(g, data)
+        assert kernels_in(run, *args) == ["forward", "backward"]
+        y, (dparams, dx) = run(*args)
+    near = lambda a, b: np.testing.assert_allclose(np.reshape(a, b.shape), b, rtol=1e-5, atol=2e-5)
+    near(y, want_y)
+    near(dx, want_x)
+    jax.tree.map(lambda a, b: near(a, b.sum(0)), dparams, want_p)
 
 
 def test_a_shard_map_over_some_axes_of_a_mesh(rng):

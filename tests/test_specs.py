@@ -119,7 +119,7 @@ def test_every_public_name_is_listed_documented_and_shown():
 
 
 def test_jaxnorm_needs_no_flax_and_costs_little_beside_jax():
-    """Counted, not timed: beyond `import jax` and `jax.numpy` there is jax.extend, where Primitive is, and our own few."""
+    """Counted, not timed: beyond `import jax` and `jax.numpy` come jax.extend, where Primitive is, and our own few."""
     code = (
         "import sys, jax, jax.numpy; before = set(sys.modules); import jaxnorm;"
         "print(sorted(m for m in set(sys.modules) - before if not m.startswith('jaxnorm')))"

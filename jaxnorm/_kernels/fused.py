@@ -1,45 +1,36 @@
 """A norm as three primitives that a room of kernels may run: forward, tangent, backward, and JAX's rules for them.
 
-    forward(x, scale, bias) -> y, shift, offset, m2       statistics and output in one go
-    tangent(x, statistics, scale, dx, dscale, dbias) -> dy    linear in the last three; all that is kept is x and the rest
-    backward(x, statistics, scale, g) -> dx, dscale, dbias    its transpose
+    forward(x, scale, bias) -> y, shift, offset, m2          statistics and output in one go
+    tangent(x, statistics, scale, dx, dscale, dbias) -> dy   linear in the last three
+    backward(x, statistics, scale, g) -> dx, dscale, dbias   its transpose
 
-Their meaning is that of two formulas in plain `jax.numpy`, handed to `Fused`: derivatives, other platforms and small
-arrays take the formulas; the kernels run where their room takes the shape, chosen when a program is lowered. Statistics
-have x's rank, with size 1 along the reduced axes, and so do scale and bias, which broadcast against x.
+Their meaning is that of two formulas in plain `jax.numpy`, handed to `Fused`: derivatives of them, other platforms and
+small arrays take the formulas. Kernels run where a room takes the shape, which is decided as a program is lowered.
+What the backward pass keeps is what tangent gets before its last three: x in its own dtype, and row statistics.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax._src import dispatch  # custom_partitioning inside a lowering has no public way to ask for its devices
-from jax.experimental.custom_partitioning import custom_partitioning
+from jax._src import dispatch  # the one way to have devices at hand in a lowering, as custom_partitioning wants
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from . import cpu
-from .varying import varying_together
+from .call import BACKWARD, FORWARD, TANGENT, Call, packed
+from .cpu import room
+from .partition import Across
+from .varying import varying_as, varying_together
 from .xla import Recipe, Statistics, accumulator
 
 Array = jax.Array
-Shape = tuple[int, ...] | None
-
-
-class Across(NamedTuple):
-    """How the parts of several devices come together; `names` are mesh axes."""
-
-    merged: Callable  # (Statistics, names, unit) -> Statistics
-    summed: Callable  # (arrays, names) -> arrays
 
 
 class Fused:
@@ -53,9 +44,9 @@ class Fused:
 
     def __init__(self, output: Callable, tangent: Callable, across: Across):
         self._output, self._tangent, self._across = output, tangent, across
-        self._forward_p = self._primitive("norm_forward", self._forward_formula, _forward_types, _forward_room)
-        self._tangent_p = self._primitive("norm_tangent", self._tangent_formula, _tangent_types, None)
-        self._backward_p = self._primitive("norm_backward", self._backward_formula, _backward_types, _backward_room)
+        self._forward_p = self._primitive("norm_forward", self._forward_formula, _forward_types, room.forward)
+        self._tangent_p = self._primitive("norm_tangent", self._tangent_formula, _tangent_types)
+        self._backward_p = self._primitive("norm_backward", self._backward_formula, _backward_types, room.backward)
         ad.primitive_jvps[self._tangent_p] = self._tangent_jvp
         ad.primitive_transposes[self._tangent_p] = self._tangent_transpose
         self._backward = jax.custom_jvp(self._bind_backward, nondiff_argnums=(0, 1))
@@ -64,144 +55,111 @@ class Fused:
     # --- what is called -----------------------------------------------------------------------------------------------
 
     def forward(self, recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
-        y, *stats = _bind(self._forward_p, recipe, (), x, scale, bias)
+        y, *stats = _bind(self._forward_p, recipe, FORWARD, x, scale, bias)
         return y, Statistics(_count(recipe, x), *stats)
 
     def tangent(self, recipe: Recipe, x, stats: Statistics, scale, tangents) -> Array:
-        return _bind(self._tangent_p, recipe, (), x, *stats[1:], scale, *tangents)[0]
+        return _bind(self._tangent_p, recipe, TANGENT, x, *stats[1:], scale, *tangents)[0]
 
     # --- what they mean -----------------------------------------------------------------------------------------------
 
-    def _forward_formula(self, recipe, shapes, x, scale, bias):
-        y, stats = self._output(recipe, x, scale, bias)
+    def _forward_formula(self, *operands, call: Call):
+        y, stats = self._output(call.recipe, *call.unpacked(operands, FORWARD))
         return y, *stats[1:]
 
-    def _tangent_formula(self, recipe, shapes, x, shift, offset, m2, scale, dx, dscale, dbias):
-        stats = Statistics(_count(recipe, x), shift, offset, m2)
-        return (self._tangent(recipe, x, stats, scale, (dx, dscale, dbias)),)
+    def _tangent_formula(self, *operands, call: Call):
+        x, *stats, scale, dx, dscale, dbias = call.unpacked(operands, TANGENT)
+        stats = Statistics(_count(call.recipe, x), *stats)
+        return (self._tangent(call.recipe, x, stats, scale, (dx, dscale, dbias)),)
 
-    def _backward_formula(self, recipe, shapes, x, shift, offset, m2, scale, g):
+    def _backward_formula(self, *operands, call: Call):
         """The transpose of the tangent, by JAX."""
-        along = lambda *tangents: self._tangent_formula(recipe, (), x, shift, offset, m2, scale, *tangents)[0]
-        start = jnp.zeros_like(x), *(None if s is None else jnp.zeros(s, accumulator(x)) for s in shapes)
-        start = jax.tree.map(lambda a: varying_together(a, x)[0], start)
-        dx, *dparams = jax.vjp(along, *start)[1](g)
-        return dx, *(d for d in dparams if d is not None)
+        x, *stats, scale, g = call.unpacked(operands, BACKWARD)
+        stats = Statistics(_count(call.recipe, x), *stats)
+        zeros = lambda shape: None if shape is None else varying_as(x, jnp.zeros(shape, accumulator(x)))
+        along = lambda *tangents: self._tangent(call.recipe, x, stats, scale, tangents)
+        gradients = jax.vjp(along, jnp.zeros_like(x), *map(zeros, call.wanted))[1](g)
+        return tuple(d for d in gradients if d is not None)
 
     # --- rules --------------------------------------------------------------------------------------------------------
 
-    def _primitive(self, name: str, formula: Callable, types: Callable, room: Callable | None) -> Primitive:
-        """A primitive of optional operands: `given` says which of them are there."""
+    def _primitive(self, name: str, formula: Callable, types: Callable, kernel: Callable | None = None) -> Primitive:
         primitive = Primitive(name)
         primitive.multiple_results = True
-
-        def by_formula(*operands, recipe, given, shapes):
-            return list(formula(recipe, shapes, *_unpacked(given, operands)))
-
-        @functools.cache
-        def compiled(**static):
-            return jax.jit(functools.partial(primitive.bind, **static))
-
-        @primitive.def_abstract_eval
-        def _(*operands, recipe, given, shapes):
-            return types(recipe, shapes, *_unpacked(given, operands))
-
-        primitive.def_impl(lambda *operands, **static: compiled(**static)(*operands))
+        compiled = functools.cache(lambda call: jax.jit(functools.partial(primitive.bind, call=call)))
+        primitive.def_impl(lambda *operands, call: compiled(call)(*operands))
+        primitive.def_abstract_eval(types)
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
-        mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(by_formula, multiple_results=True)))
-        if room is not None:
-            partitioned = _partitioned(room, self._across)
-
-            def by_kernel(call, pays, *operands, recipe, given, shapes):
-                x = operands[0]
-                view = cpu.view_of(x.shape, recipe.how.axes, _varying(shapes, *_unpacked(given, operands)))
-                if view is None or not pays(view, x.dtype):
-                    return by_formula(*operands, recipe=recipe, given=given, shapes=shapes)
-                return list(call(recipe, given, shapes, *operands))
-
-            def on_cpu(context, *operands, recipe, **static):
-                module = context.module_context
-                call = partitioned.fun if getattr(module.axis_context, "num_devices", 0) == 1 else partitioned
-                # A program for other processes, and one that is manual over some mesh axes only, are XLA's.
-                if module.lowering_parameters.for_export or _partly_manual(module.axis_context):
-                    pays = lambda view, dtype: False
-                else:
-                    pays = cpu.pays
-                if recipe.room == "native":
-                    pays = lambda view, dtype: True
-                lower = mlir.lower_fun(functools.partial(by_kernel, call, pays), multiple_results=True)
-                return lower(context, *operands, recipe=recipe, **static)
-
-            if cpu.library().loaded:
-                mlir.register_lowering(primitive, on_cpu, platform="cpu")
-                dispatch.prim_requires_devices_during_lowering.add(primitive)  # as custom_partitioning's own
+        mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(formula, multiple_results=True)))
+        if kernel is not None and cpu.library().loaded:
+            mlir.register_lowering(primitive, room.lowering(kernel, formula, self._across), platform="cpu")
+            dispatch.prim_requires_devices_during_lowering.add(primitive)
         return primitive
 
-    def _tangent_jvp(self, primals, tangents, *, recipe, given, shapes):
-        formula = functools.partial(self._tangent_formula, recipe, shapes)
-        moving = [not isinstance(t, ad.Zero) for t in tangents]
+    def _tangent_jvp(self, primals, tangents, *, call: Call):
+        moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
         def of_moving(*values):
-            values = iter(values)
-            return formula(*_unpacked(given, [next(values) if m else p for p, m in zip(primals, moving, strict=True)]))
+            at = dict(zip(moving, values, strict=True))
+            return self._tangent_formula(*(at.get(i, p) for i, p in enumerate(primals)), call=call)
 
-        at, along = ([a for a, m in zip(args, moving, strict=True) if m] for args in (primals, tangents))
-        out = self._tangent_p.bind(*primals, recipe=recipe, given=given, shapes=shapes)
-        return out, list(jax.jvp(of_moving, at, along)[1])
+        pick = lambda values: [values[i] for i in moving]
+        return self._tangent_p.bind(*primals, call=call), list(jax.jvp(of_moving, pick(primals), pick(tangents))[1])
 
-    def _tangent_transpose(self, cotangents, *operands, recipe, given, shapes):
+    def _tangent_transpose(self, cotangents, *operands, call: Call):
         (g,) = cotangents
         if isinstance(g, ad.Zero):
             return [None] * len(operands)
-        x, shift, offset, m2, scale, *tangents = _unpacked(given, operands)
-        wanted = tuple(t.aval.shape if ad.is_undefined_primal(t) else None for t in tangents[1:])
-        dx, *dparams = self._backward(recipe, wanted, x, shift, offset, m2, scale, g)
-        found = iter(dparams)
-        gradients = [dx, *(None if w is None else next(found) for w in wanted)]
-        return [
-            _like(gradient, t.aval) if ad.is_undefined_primal(t) else None
-            for t, gradient in zip(_unpacked(given, operands), [None] * 5 + gradients, strict=True)
-            if t is not None
-        ]
+        there = dict(zip(call.names, operands, strict=True))
+        linear = {n: there[n].aval for n in ("dx", "dscale", "dbias") if ad.is_undefined_primal(there.get(n))}
+        wanted = [name for name in ("dscale", "dbias") if name in linear]
+        shapes = tuple(linear[n].shape if n in linear else None for n in ("dscale", "dbias"))
+        known = [there.get(name) for name in ("x", "shift", "offset", "m2", "scale")]
+        found = dict(zip(["dx", *wanted], self._backward(call.recipe, shapes, *known, g), strict=True))
+        return [_like(found[name], linear[name]) if name in linear else None for name in call.names]
 
-    def _bind_backward(self, recipe, shapes, *operands):
-        return tuple(_bind(self._backward_p, recipe, shapes, *operands))
+    def _bind_backward(self, recipe: Recipe, wanted, *operands):
+        return tuple(_bind(self._backward_p, recipe, BACKWARD, *operands, wanted=wanted))
 
-    def _backward_jvp(self, recipe, shapes, primals, tangents):
-        formula = functools.partial(self._backward_formula, recipe, shapes)
-        return self._backward(recipe, shapes, *primals), jax.jvp(formula, primals, tangents)[1]
+    def _backward_jvp(self, recipe: Recipe, wanted, primals, tangents):
+        formula = functools.partial(self._backward_formula, call=Call(recipe, packed(BACKWARD, primals)[0], wanted))
+        at, along = (packed(BACKWARD, args)[1] for args in (primals, tangents))
+        return self._backward(recipe, wanted, *primals), jax.jvp(formula, at, along)[1]
+
+
+def _bind(primitive: Primitive, recipe: Recipe, order, *operands, wanted=(None, None)) -> list[Array]:
+    names, there = packed(order, operands)
+    return primitive.bind(*varying_together(*there), call=Call(recipe, names, wanted))
+
+
+def _batched(primitive: Primitive, operands, dims, *, call: Call):
+    """A new axis of x is more examples: it goes to the front, and the axes reduced move on."""
+    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
+    each = any(s is not None for s in call.wanted)  # then there is a gradient for each of the new axis
+
+    def in_front(i: int, a: Array, d: int | None) -> Array:
+        if d is not None:
+            return jnp.moveaxis(a, d, 0)
+        return jnp.broadcast_to(a, (1 if call.is_parameter(i) and not each else size, *a.shape))
+
+    operands = [in_front(i, a, d) for i, (a, d) in enumerate(zip(operands, dims, strict=True))]
+    out = primitive.bind(*varying_together(*operands), call=call.batched(size))
+    return out, [0] * len(out)
 
 
 def _elsewhere(lower: Callable) -> Callable:
-    """The lowering of a formula, where no room has one of its own. A room that is named runs or says that it cannot."""
+    """The lowering where no room has one of its own. A room that is named runs, or says that it cannot."""
 
-    def rule(context, *operands, recipe, given, shapes):
+    def rule(context, *operands, call: Call):
         platforms = context.platforms or context.module_context.platforms
-        if recipe.room == "native" and any(p != "cpu" for p in platforms):
+        if call.recipe.room == "native" and any(p != "cpu" for p in platforms):
             raise ValueError(
                 f"implementation='native' runs on CPU, and this program is for {', '.join(platforms)}. "
                 "Write implementation=None for the best room of each platform."
             )
-        return lower(context, *operands, recipe=recipe, given=given, shapes=shapes)
+        return lower(context, *operands, call=call)
 
     return rule
-
-
-def _partly_manual(axis_context) -> bool:
-    """Inside a shard_map over some of the axes of its mesh."""
-    manual = getattr(axis_context, "manual_axes", frozenset())
-    return bool(manual) and set(manual) != set(axis_context.mesh.axis_names)
-
-
-def _bind(primitive: Primitive, recipe: Recipe, shapes, *operands) -> list[Array]:
-    given = tuple(a is not None for a in operands)
-    present = varying_together(*(a for a in operands if a is not None))
-    return primitive.bind(*present, recipe=recipe, given=given, shapes=shapes)
-
-
-def _unpacked(given: Sequence[bool], operands: Sequence) -> list[Any]:
-    present = iter(operands)
-    return [next(present) if is_given else None for is_given in given]
 
 
 def _count(recipe: Recipe, x) -> Array:
@@ -226,137 +184,14 @@ def _typed(x, shape: tuple[int, ...], dtype):
     return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(x.sharding.mesh, spec))
 
 
-def _forward_types(recipe: Recipe, shapes, x, scale, bias):
-    reduced = tuple(1 if a in recipe.how.axes else n for a, n in enumerate(x.shape))
-    return [_typed(x, x.shape, recipe.dtype), *[_typed(x, reduced, accumulator(x))] * 3]
+def _forward_types(x, *rest, call: Call):
+    reduced = tuple(1 if a in call.recipe.how.axes else n for a, n in enumerate(x.shape))
+    return [_typed(x, x.shape, call.recipe.dtype), *[_typed(x, reduced, accumulator(x))] * 3]
 
 
-def _tangent_types(recipe: Recipe, shapes, x, *rest):
-    return [_typed(x, x.shape, recipe.dtype)]
+def _tangent_types(x, *rest, call: Call):
+    return [_typed(x, x.shape, call.recipe.dtype)]
 
 
-def _backward_types(recipe: Recipe, shapes, x, *rest):
-    return [_typed(x, x.shape, x.dtype), *(_typed(x, s, accumulator(x)) for s in shapes if s is not None)]
-
-
-# --- batching ---------------------------------------------------------------------------------------------------------
-
-
-def _batched(primitive: Primitive, operands, dims, *, recipe, given, shapes):
-    """A new axis of x is more examples: it goes to the front, and the axes reduced move on."""
-    size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
-    rank = operands[0].ndim - (dims[0] is not None)
-    full = _unpacked(given, range(len(operands)))
-    parameters = _parameters(full)
-
-    def leading(i: int, a: Array, d: int | None) -> Array:
-        a = jnp.expand_dims(a, 0) if d is None else jnp.moveaxis(a, d, 0)
-        spread = d is None and (i not in parameters or shapes)  # a gradient for each example of the batch
-        return jnp.broadcast_to(a, (size, *a.shape[1:])) if spread else a
-
-    operands = [leading(i, a, d) for i, (a, d) in enumerate(zip(operands, dims, strict=True))]
-    assert operands[0].ndim == rank + 1
-    how = replace(recipe.how, axes=tuple(a + 1 for a in recipe.how.axes))
-    shapes = tuple(None if s is None else (size, *s) for s in shapes)
-    out = _bind_given(primitive, operands, recipe=replace(recipe, how=how), given=given, shapes=shapes)
-    return out, [0] * len(out)
-
-
-def _bind_given(primitive, operands, **static):
-    return primitive.bind(*varying_together(*operands), **static)
-
-
-def _parameters(operands: Sequence) -> list:
-    """Of the operands of any of the three, those shaped like a scale or a bias."""
-    if len(operands) == 3:  # forward: x, scale, bias
-        return operands[1:]
-    return [operands[4], *operands[6:]] if len(operands) == 8 else [operands[4]]
-
-
-def _varying(shapes, *operands) -> frozenset[int]:
-    """The axes along which parameters, or the gradients wanted of them, have more than one value."""
-    given = [a.shape for a in _parameters(operands) if a is not None]
-    return frozenset(a for s in (*given, *shapes) if s is not None for a, n in enumerate(s) if n != 1)
-
-
-# --- the CPU room -----------------------------------------------------------------------------------------------------
-
-
-def _static(recipe: Recipe, view: cpu.View, count: float) -> cpu.Static:
-    how = recipe.how
-    return cpu.Static(view, count, recipe.epsilon, how.unit, how.centered, recipe.round_before_scale)
-
-
-def _forward_room(recipe: Recipe, shapes, names, across: Across, x, scale, bias):
-    """y and statistics of this device's part of x; `names` are the mesh axes that the reduced axes are spread over."""
-    axes, view = recipe.how.axes, cpu.view_of(x.shape, recipe.how.axes, _varying((), x, scale, bias))
-    assert view is not None
-    static = _static(recipe, view, view.elements)
-    if not names:
-        return cpu.forward(static, axes, recipe.dtype, x, scale, bias)
-    stats = Statistics(_count(recipe, x), *cpu.moments(static, axes, x))
-    n, *stats = across.merged(stats, names, recipe.how.unit)
-    static = static._replace(count=view.elements * lax.axis_size(names))
-    return cpu.normalize(static, recipe.dtype, x, *stats, scale, bias), *stats
-
-
-def _backward_room(recipe: Recipe, shapes, names, across: Across, x, shift, offset, m2, scale, g):
-    axes, view = recipe.how.axes, cpu.view_of(x.shape, recipe.how.axes, _varying(shapes, x, shift, offset, m2, scale, g))
-    assert view is not None
-    static = _static(recipe, view, view.elements)
-    if not names:
-        dx, *dparams = cpu.backward(static, x, shift, offset, m2, scale, g)
-    else:
-        static = static._replace(count=view.elements * lax.axis_size(names))
-        *sums, dscale, dbias = cpu.gradient_sums(static, axes, x, shift, offset, m2, scale, g)
-        dx = cpu.gradient(static, x, shift, offset, m2, scale, g, *across.summed(sums, names))
-        dparams = dscale, dbias
-    summed = lambda d, shape: d.sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
-    return dx, *(summed(d, s) for d, s in zip(dparams, shapes, strict=True) if s is not None)
-
-
-# --- partitioning -----------------------------------------------------------------------------------------------------
-
-
-def _partitioned(room: Callable, across: Across) -> Callable:
-    """The room over arrays that jit shards: every device its own part, nothing gathered; sums over devices are merged."""
-
-    def run(recipe, given, shapes, *operands):
-        return tuple(room(recipe, shapes, (), across, *_unpacked(given, operands)))
-
-    def partition(recipe, given, shapes, mesh, operands, results):
-        spec = operands[0].sharding.spec
-        names = lambda axes: tuple(n for a in axes for n in _names(spec[a] if a < len(spec) else None))
-        reduced = names(recipe.how.axes)
-        placed = lambda shape: NamedSharding(
-            mesh, P(*(None if n == 1 else s for n, s in zip(shape, (*spec, *[None] * len(shape)), strict=False)))
-        )
-        wanted = [s for s in shapes if s is not None]
-
-        def local(*parts):
-            x = parts[0]
-            inside = tuple(
-                None if s is None else tuple(1 if n == 1 else m for n, m in zip(s, x.shape, strict=True)) for s in shapes
-            )
-            out = list(room(recipe, inside, reduced, across, *_unpacked(given, parts)))
-            for i, shape in enumerate(wanted, len(out) - len(wanted)):
-                over = names([a for a, n in enumerate(shape) if n == 1])
-                out[i] = across.summed([out[i]], over)[0] if over else out[i]
-            return tuple(out)
-
-        where = lambda tree: jax.tree.map(lambda a: placed(a.shape), tree)
-        return mesh, local, where(results), where(operands)
-
-    def rule(recipe, given, shapes, mesh, operands, results):
-        """Axes of size 1 are their own; all others go by x's."""
-        fresh = iter(range(10_000))
-        word = lambda t: " ".join(f"u{next(fresh)}" if n == 1 else f"x{a}" for a, n in enumerate(t.shape))
-        return f"{', '.join(map(word, operands))} -> {', '.join(map(word, results))}"
-
-    function = custom_partitioning(run, static_argnums=(0, 1, 2))
-    function.def_partition(partition=partition, sharding_rule=rule)
-    return function
-
-
-def _names(entry) -> tuple:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+def _backward_types(x, *rest, call: Call):
+    return [_typed(x, x.shape, x.dtype), *(_typed(x, s, accumulator(x)) for s in call.wanted if s is not None)]

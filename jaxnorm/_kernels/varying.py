@@ -25,6 +25,13 @@ def varying(a: Array) -> frozenset:
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
+def unvarying(kind):
+    """A type without the manual axes that it varies over, for what is lowered where those play no part."""
+    if hasattr(kind, "manual_axis_type"):
+        return kind.update(manual_axis_type=type(kind.manual_axis_type)())
+    return kind.update(vma=frozenset()) if hasattr(kind, "vma") else kind
+
+
 def _varying_over(axes: frozenset, a: Array) -> Array:
     missing = tuple(axes - varying(a))
     if not missing:

@@ -1,7 +1,7 @@
 """The CPU room: C++ kernels that XLA calls inside a compiled program, on its own threads.
 
-This file loads the library, sees a norm as the shape that its kernels know (`View`), and calls them. It knows nothing of
-derivatives, which are the seam's. Legend: (B, N, S, G, D, P) as in view.h; "statistics" are (B, N, G), row-major.
+This file loads the library, sees a norm as the shape that its kernels know (`View`), and calls them. It knows nothing
+of derivatives, which are the seam's. Legend: (B, N, S, G, D, P) as in view.h; x is of any shape that has such a view.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
 
 from ..xla import Reduction, accumulator, widest
@@ -38,7 +39,8 @@ def library() -> Library:
     """Load the library and register its kernels with XLA, once."""
     if os.environ.get("JAXNORM_NATIVE") == "0":
         return Library(False, "switched off by JAXNORM_NATIVE=0 in the environment")
-    found = [file for folder in __path__ for file in Path(folder).glob(f"{_NAME}.*") if file.suffix in (".so", ".dylib")]
+    names = (f"{_NAME}{suffix}" for suffix in (".so", ".dylib"))
+    found = [path for folder in __path__ for name in names if (path := Path(folder, name)).exists()]
     if not found:
         return Library(
             False,
@@ -53,7 +55,7 @@ def library() -> Library:
     except Exception as error:  # a library built for another jaxlib or another system: the room stays shut
         return Library(
             False,
-            f"{found[0].name} cannot be loaded by jaxlib {jax.lib.__version__}: {error}. "
+            f"{found[0].name} cannot be loaded by jaxlib {jaxlib.version.__version__}: {error}. "
             "Build it anew: pip install --force-reinstall --no-deps --no-cache-dir --no-binary jaxnorm jaxnorm",
         )
     kernels.jaxnorm_instruction_set.restype = ctypes.c_char_p
@@ -82,7 +84,7 @@ _RUN = 64  # pixels of a plane from which a loop over it is better than one over
 
 
 def view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[int]) -> View | None:
-    """The view of an x of this shape, reduced over `axes`, with parameters along the axes `varying`; None if there is none.
+    """The view of an x of this shape, reduced over `axes`, with parameters along the axes `varying`; None without one.
 
     >>> view_of((8, 7, 7, 64), (0, 1, 2), frozenset({3})).sizes     # batch norm, channels last
     (1, 1, 392, 64, 1, 1)
@@ -151,9 +153,13 @@ def refusal(x: Array, how: Reduction, dtype, scale: Array | None, bias: Array | 
     return None
 
 
+SMALLEST = 512  # elements from which the kernels beat XLA, as `python -m benchmarks.break_even` measures
+
+
 def pays(view: View, dtype) -> bool:
-    """Whether the kernels beat XLA for this shape, which `python -m benchmarks.break_even` measures."""
-    return math.prod(view.sizes) >= 512
+    """Whether the kernels beat XLA for this shape and dtype: the rule of the default."""
+    few_parameters = view.sizes[_B] == 1 or 4 * math.prod(view.parameters) <= math.prod(view.sizes)
+    return math.prod(view.sizes) >= SMALLEST and few_parameters
 
 
 # --- the calls -------------------------------------------------------------------------------------------------------
@@ -176,11 +182,9 @@ class Static(NamedTuple):
         )  # fmt: skip
 
 
-def _call(target: str, static: Static, results, *args):
-    vma = frozenset().union(*(getattr(jax.typeof(a), "vma", frozenset()) for a in args))
-    shaped = [jax.ShapeDtypeStruct(shape, dtype, **(dict(vma=vma) if vma else {})) for shape, dtype in results]
-    out = jax.ffi.ffi_call(f"jaxnorm_{target}", shaped)(*args, **static.attributes())
-    return tuple(out)
+def _call(target: str, static: Static, results, *args) -> tuple[Array, ...]:
+    shaped = [jax.ShapeDtypeStruct(*result) for result in results]
+    return tuple(jax.ffi.ffi_call(f"jaxnorm_{target}", shaped)(*args, **static.attributes()))
 
 
 def _parameter(p: Array | None, x: Array, view: View) -> Array:
@@ -194,17 +198,22 @@ def _statistics(x: Array, axes) -> tuple:
     return tuple(1 if a in axes else n for a, n in enumerate(x.shape)), accumulator(x)
 
 
+def count(static: Static, x: Array) -> Array:
+    """The elements of one statistic here, as `Statistics` has them."""
+    return jnp.full((1,) * x.ndim, static.view.elements, accumulator(x))
+
+
 def _gradient(x: Array, static: Static) -> tuple:
     return static.view.parameters, accumulator(x)
 
 
-def forward(static: Static, axes, dtype, x, scale, bias) -> tuple[Array, Array, Array, Array]:
+def forward(static: Static, axes, dtype, x, scale, bias) -> tuple[Array, ...]:
     """y, and shift, offset and m2 of x's rank."""
     parameters = (_parameter(p, x, static.view) for p in (scale, bias))
     return _call("forward", static, [(x.shape, dtype), *[_statistics(x, axes)] * 3], x, *parameters)
 
 
-def backward(static: Static, x, shift, offset, m2, scale, g) -> tuple[Array, Array, Array]:
+def backward(static: Static, x, shift, offset, m2, scale, g) -> tuple[Array, ...]:
     """dx, and the gradients of scale and bias for every (b, g, d), of x's rank."""
     args = (x, g, shift, offset, m2, _parameter(scale, x, static.view))
     return _call("backward", static, [(x.shape, x.dtype), *[_gradient(x, static)] * 2], *args)
@@ -213,7 +222,7 @@ def backward(static: Static, x, shift, offset, m2, scale, g) -> tuple[Array, Arr
 # The same in parts, between which statistics and sums can be merged over devices.
 
 
-def moments(static: Static, axes, x) -> tuple[Array, Array, Array]:
+def moments(static: Static, axes, x) -> tuple[Array, ...]:
     return _call("moments", static, [_statistics(x, axes)] * 3, x)
 
 
@@ -222,7 +231,7 @@ def normalize(static: Static, dtype, x, shift, offset, m2, scale, bias) -> Array
     return _call("normalize", static, [(x.shape, dtype)], x, shift, offset, m2, *parameters)[0]
 
 
-def gradient_sums(static: Static, axes, x, shift, offset, m2, scale, g) -> tuple[Array, Array, Array, Array]:
+def gradient_sums(static: Static, axes, x, shift, offset, m2, scale, g) -> tuple[Array, ...]:
     """The sums of h = g scale and of h xhat for every statistic, and the gradients of scale and bias."""
     args = (x, g, shift, offset, m2, _parameter(scale, x, static.view))
     return _call("gradient_sums", static, [*[_statistics(x, axes)] * 2, *[_gradient(x, static)] * 2], *args)

@@ -1,0 +1,55 @@
+"""One use of a fused primitive: everything static about it, and its optional operands packed and unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from .xla import Recipe
+
+Array = jax.Array
+Shape = tuple[int, ...]
+
+# The operands of the three primitives, in order; an absent one is None. Statistics, scale and bias have x's rank.
+FORWARD = ("x", "scale", "bias")
+TANGENT = ("x", "shift", "offset", "m2", "scale", "dx", "dscale", "dbias")
+BACKWARD = ("x", "shift", "offset", "m2", "scale", "g")
+_PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias"})  # these broadcast against x
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is static about one use of a primitive."""
+
+    recipe: Recipe
+    names: tuple[str, ...]  # of the operands that are there
+    wanted: tuple[Shape | None, Shape | None] = (None, None)  # of backward: the shapes of scale and bias, where wanted
+
+    def unpacked(self, operands: Sequence, order: tuple[str, ...]) -> list[Any]:
+        """All operands in order, None for those that are absent."""
+        there = dict(zip(self.names, operands, strict=True))
+        return [there.get(name) for name in order]
+
+    def is_parameter(self, i: int) -> bool:
+        return self.names[i] in _PARAMETERS
+
+    def varying(self, operands: Sequence) -> frozenset[int]:
+        """The axes along which parameters, or the gradients wanted of them, have more than one value."""
+        shapes = [a.shape for i, a in enumerate(operands) if self.is_parameter(i)]
+        shapes += [s for s in self.wanted if s is not None]
+        return frozenset(a for shape in shapes for a, n in enumerate(shape) if n != 1)
+
+    def batched(self, size: int) -> Call:
+        """The same with a new axis in front, of so many."""
+        how = replace(self.recipe.how, axes=tuple(a + 1 for a in self.recipe.how.axes))
+        first, second = (None if s is None else (size, *s) for s in self.wanted)
+        return replace(self, recipe=replace(self.recipe, how=how), wanted=(first, second))
+
+
+def packed(order: tuple[str, ...], operands: Sequence) -> tuple[tuple[str, ...], list]:
+    """The names and values of the operands that are there."""
+    there = [(name, a) for name, a in zip(order, operands, strict=True) if a is not None]
+    return tuple(name for name, _ in there), [a for _, a in there]

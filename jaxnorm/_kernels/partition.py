@@ -1,0 +1,70 @@
+"""Kernels over arrays that jit shards: each device runs on its own part, nothing is gathered, sums are merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .call import Call
+
+
+class Across(NamedTuple):
+    """How the parts of several devices come together; `names` are mesh axes."""
+
+    merged: Callable  # (Statistics, names, unit) -> Statistics
+    summed: Callable  # (arrays, names) -> arrays
+
+
+def partitioned(room: Callable, across: Across) -> custom_partitioning:
+    """`room(call, names, across, *operands)` as a function of (call, *operands) that jit partitions.
+
+    Everything goes where x is: the parts of the others along an axis of x are those of x, and `names` are the mesh axes
+    that the reduced axes are spread over, for the room to merge over. The first operand is x.
+    """
+
+    def run(call: Call, *operands):
+        return tuple(room(call, (), across, *operands))
+
+    def partition(call: Call, mesh, operands, results):
+        spec = _even(mesh, operands[0])
+        names = lambda axes: tuple(name for a in axes for name in spec[a])
+        placed = lambda shape: NamedSharding(mesh, P(*(None if n == 1 else spec[a] for a, n in enumerate(shape))))
+        wanted = [s for s in call.wanted if s is not None]
+
+        def local(*parts):
+            out = list(room(_local(call, parts[0].shape), names(call.recipe.how.axes), across, *parts))
+            for i, shape in enumerate(wanted, len(out) - len(wanted)):  # what replicated parameters need of all devices
+                over = names(a for a, n in enumerate(shape) if n == 1)
+                out[i] = across.summed([out[i]], over)[0] if over else out[i]
+            return tuple(out)
+
+        return mesh, local, tuple(placed(a.shape) for a in results), tuple(placed(a.shape) for a in operands)
+
+    def rule(call: Call, mesh, operands, results):
+        """Axes of size 1 are their own; all others go by x's."""
+        fresh = iter(range(1000))
+        word = lambda a: " ".join(f"u{next(fresh)}" if n == 1 else f"x{i}" for i, n in enumerate(a.shape))
+        return f"{', '.join(map(word, operands))} -> {', '.join(map(word, results))}"
+
+    function = custom_partitioning(run, static_argnums=(0,))
+    function.def_partition(partition=partition, sharding_rule=rule)
+    return function
+
+
+def _even(mesh, x) -> list[tuple[str, ...]]:
+    """The mesh axes of each axis of x; none where they do not divide it, since a padded part has no true sums."""
+    entries = [*x.sharding.spec, *[None] * (len(x.shape) - len(x.sharding.spec))]
+    names = [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]
+    divides = lambda n, e: n % math.prod(mesh.shape[name] for name in e) == 0
+    return [e if divides(n, e) else () for n, e in zip(x.shape, names, strict=True)]
+
+
+def _local(call: Call, shape) -> Call:
+    """The call as one device sees it, whose part of x has this shape."""
+    part = lambda s: None if s is None else tuple(1 if n == 1 else m for n, m in zip(s, shape, strict=True))
+    return Call(call.recipe, call.names, (part(call.wanted[0]), part(call.wanted[1])))
