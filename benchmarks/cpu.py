@@ -10,7 +10,8 @@ NumPy's on a thread for each core, and torch's. The JAX libraries share a proces
 sleep, and one whose spin, which is the faster where nobody else wants the cores. One process works at a time.
 "forward+backward" is one jitted call that returns y and, for a random cotangent, the gradients of x, scale and bias.
 Parameters are float32, y has x's dtype, and each contestant is held against float64 before it is timed. Images are
-NHWC: channels_last for torch, and NCHW for equinox, which knows no other layout.
+NHWC: channels_last for torch, and NCHW for equinox, which knows no other layout. Arrays of more than 2 MiB, those of
+the copies as well, change from call to call, so that they come from memory and not from the last cache.
 
 The allocator counts: where fresh outputs mean fresh pages, page faults drown the kernels, everybody's alike. "warm"
 runs the processes with a malloc that keeps its pages, "default" with malloc as it is.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import os
@@ -30,6 +32,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import ClassVar
 
@@ -38,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
-from benchmarks._timing import ALLOCATORS, THREADS, Timed, Worker, in_turn, numpy_copies, quartiles
+from benchmarks._timing import ALLOCATORS, THREADS, Timed, Worker, in_turn, numpy_copies, quartiles, turns
 from benchmarks.peers import EPSILON
 
 os.environ["XLA_FLAGS"] = " ".join(peers._flags)  # one device with all the cores, not the eight of the peers' table
@@ -296,13 +299,20 @@ class Contest(Timed):
         truth = case.truth(*data)
         for name, copy in self.copies(data[1]).items():
             self.add((name, "copy"), copy)
+        sets = functools.cache(lambda first: self.sets([_moved(a, -1, 1) if first else a for a in data]))
         able = [peer for peer in self.peers if case.norm in getattr(peer, "norms", SHAPES)]
-        return {peer.name: self._entered(peer, case, data, truth) for peer in able}
+        return {peer.name: self._entered(peer, case, sets, truth) for peer in able}
 
-    def _entered(self, peer, case: Case, data: list[np.ndarray], truth: list[np.ndarray]) -> list[float] | str:
+    def sets(self, data: list[np.ndarray]) -> list[tuple]:
+        """The library's arrays, (g, x, *params), as often as calls must change them to find none in a cache."""
+        g, x, *params = data
+        params = [self.array(a) for a in params]
+        return [(self.array(g), self.array(x), *params) for _ in range(turns(x.nbytes))]
+
+    def _entered(self, peer, case: Case, sets: Callable, truth: list[np.ndarray]) -> list[float] | str:
         first = len(case.shape) == 4 and getattr(peer, "channels_first", False)
         try:
-            calls = self.made(partial(peer.norm, case.norm), [_moved(a, -1, 1) if first else a for a in data])
+            calls = self.made(partial(peer.norm, case.norm), sets(first))
             for call in calls:
                 got = self.as_numpy(call())
                 errors = case.errors([_moved(a, 1, -1) if first else a for a in got], truth)
@@ -332,15 +342,17 @@ class JaxContest(Contest):
     def copies(self, x: np.ndarray) -> dict[str, Callable]:
         return numpy_copies(x)
 
-    def made(self, norm: Callable, data: list[np.ndarray]) -> tuple[Callable, Callable]:
-        g, *args = (jnp.asarray(np.ascontiguousarray(a)) for a in data)
+    def array(self, a: np.ndarray):
+        return jnp.array(np.ascontiguousarray(a))
 
+    def made(self, norm: Callable, sets: list[tuple]) -> tuple[Callable, Callable]:
         def both(g, *args):
             y, backward = jax.vjp(norm, *args)
             return y, *backward(g)
 
         forward, both = jax.jit(lambda *args: (norm(*args),)), jax.jit(both)
-        return lambda: jax.block_until_ready(forward(*args)), lambda: jax.block_until_ready(both(g, *args))
+        step, other, done = cycle(sets), cycle(sets), jax.block_until_ready
+        return lambda: done(forward(*next(step)[1:])), lambda: done(both(*next(other)))
 
     def as_numpy(self, result) -> list[np.ndarray]:
         return [np.asarray(a) for a in result]
@@ -358,25 +370,26 @@ class TorchContest(Contest):
             torch.set_num_threads(THREADS)
 
     def copies(self, x: np.ndarray) -> dict[str, Callable]:
-        source = self._tensor(x) if self.peers else None
-        return {peer.name: partial(source.clone().copy_, source) for peer in self.peers}
+        sources = [self.array(x) for _ in range(turns(x.nbytes))] if self.peers else []
+        copies = cycle([partial(source.clone().copy_, source) for source in sources])
+        return {peer.name: lambda: next(copies)() for peer in self.peers}
 
-    def made(self, norm: Callable, data: list[np.ndarray]) -> tuple[Callable, Callable]:
+    def made(self, norm: Callable, sets: list[tuple]) -> tuple[Callable, Callable]:
         import torch
 
-        g, *args = map(self._tensor, data)
-        args = [a.requires_grad_() for a in args]
+        step, other = cycle(sets), cycle([(g, *(a.requires_grad_() for a in args)) for g, *args in sets])
 
         def both():
+            g, *args = next(other)
             y = norm(*args)
             return y, *torch.autograd.grad(y, args, g)
 
-        return torch.no_grad()(lambda: (norm(*args),)), both
+        return torch.no_grad()(lambda: (norm(*next(step)[1:]),)), both
 
     def as_numpy(self, result) -> list[np.ndarray]:
         return [a.detach().float().numpy().astype(str(a.dtype).removeprefix("torch.")) for a in result]
 
-    def _tensor(self, a: np.ndarray):
+    def array(self, a: np.ndarray):
         import torch
 
         return torch.from_numpy(a.astype(np.float32)).to(getattr(torch, a.dtype.name))  # NumPy's strides are kept

@@ -320,8 +320,10 @@ View random_view(Random& random) {
       (random.coin() ? v.D : v.P) = limit == 6000 ? 5003 : random.of<int64_t>({65536, 99991, 299993});
       if (v.D * v.P > 65536) v.N = v.G = 1;
   }
-  for (int64_t* size : {&v.B, &v.N, &v.G, &v.S, &v.D})  // within the limit, one after the other
-    while (v.size() > 2 * limit && *size > 1) *size = std::max<int64_t>(size == &v.S ? 2 : 1, std::min(*size - 1, *size * limit / v.size()));
+  for (int64_t* size : {&v.B, &v.N, &v.G, &v.S, &v.D}) {  // within the limit, one after the other
+    const int64_t least = size == &v.S ? 2 : 1;
+    if (v.size() > 2 * limit && *size > least) *size = std::max(least, *size * limit / v.size());
+  }
   return v;
 }
 

@@ -147,22 +147,46 @@ template <class T, class U, bool round_first> struct Rows {
                                                     Same<A>(scale[d]), Same<A>(bias[d]));
   }
 
-  // Short rows go together, first all their statistics: the end of one sum overlaps the start of the next.
+  // `lines` rows that share their scale, which is then loaded once for all.
+  template <bool stream, int lines> void normalize_together(int64_t row, const Statistic<A>* s, const A* r) const {
+    const T* at_x = x + row * n;
+    U* y = static_cast<U*>(job.out) + row * n;
+    const Each<A> scale{parameter(job.scale, row)}, bias{parameter(job.bias, row)};
+    V<A> from[lines], rest[lines], by[lines];
+    for (int k = 0; k < lines; ++k) from[k] = all(s[k].shift), rest[k] = all(s[k].offset), by[k] = all(r[k]);
+    over<A, 1>(n, JN_BODY(i, at, u) {
+      const V<A> times = scale.at(i, at), plus = bias.at(i, at);
+      for (int k = 0; k < lines; ++k) {
+        V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k];
+        if constexpr (round_first) xhat = decoded(U{}, encoded(U{}, xhat));
+        if constexpr (stream) at.stream(y + k * n + i, xhat * times + plus);
+        else at.store(y + k * n + i, xhat * times + plus);
+      }
+    });
+  }
+
+  // Some rows at a time, first all their statistics: the end of one sum overlaps the start of the next.
   void forward(int64_t first, int64_t last) const {
     constexpr int most = 4;
-    const int together = n * int64_t(sizeof(T)) <= 4096 ? most : 1;
+    const int together = n * int64_t(sizeof(T)) <= 32768 ? most : 1;
     Statistic<A> s[most];
     A r[most];
     for (int64_t row = first; row < last; row += together) {
       const int rows = last - row < together ? int(last - row) : together;
       for (int k = 0; k < rows; ++k) s[k] = row_statistic(job, x + (row + k) * n, n);
-      for (int k = 0; k < rows; ++k) r[k] = rstd<A>(job, s[k].m2);
       for (int k = 0; k < rows; ++k) {
+        r[k] = rstd<A>(job, s[k].m2);
         shift[row + k] = s[k].shift, offset[row + k] = s[k].offset, m2[row + k] = s[k].m2;
-        U* y = static_cast<U*>(job.out) + (row + k) * n;
+      }
+      U* y = static_cast<U*>(job.out) + row * n;
+      if (rows == most && view.P == 1 && view.G == 1 && row / view.N == (row + most - 1) / view.N) {
+        if (streams<U, A>(job, y, n)) normalize_together<true, most>(row, s, r);
+        else normalize_together<false, most>(row, s, r);
+        continue;
+      }
+      for (int k = 0; k < rows; ++k, y += n)
         if (streams<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row + k, s[k], r[k], y);
         else normalize<false>(row + k, s[k], r[k], y);
-      }
     }
     fence(job);
   }

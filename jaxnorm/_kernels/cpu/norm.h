@@ -80,11 +80,11 @@ template <class A> class Norm {
   }
 
  private:
-  static constexpr int64_t serial = 1 << 14;   // below so many elements one thread is as fast as several
-  static constexpr int64_t cut = 1 << 15;      // elements of a task at least: what its own overhead is small beside
-  static constexpr int64_t most = 64;          // tasks at the most, where the cut allows
-  static constexpr int64_t width_cut = 2048;   // columns of a task: their sums stay in the first cache
-  static constexpr int64_t samples = 64;       // lines that the shift of a slab is taken from
+  static constexpr int64_t serial = 1 << 14;  // below so many elements one thread is as fast as several
+  static constexpr int64_t cut = 1 << 15;     // elements of a task at least: what its own overhead is small beside
+  static constexpr int64_t most = 64;         // tasks at the most, where the cut allows
+  static constexpr int64_t width_cut = 512;   // columns of a task: what there is for each stays in the first cache
+  static constexpr int64_t samples = 64;      // lines that the shift of a slab is taken from
 
   static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -143,7 +143,7 @@ template <class A> class Norm {
   };
   Blocks blocks() const {
     Blocks b;
-    b.columns = view_.P == 1 ? width_cut : std::max<int64_t>(1, width_cut * 4 / view_.P);
+    b.columns = view_.P == 1 ? width_cut : std::max<int64_t>(1, 16 * width_cut / view_.P);
     b.columns = std::min(b.columns, view_.columns());
     const int64_t size = std::min(task_size(), int64_t(1) << 18);
     b.lines = std::min(view_.S, std::max<int64_t>(1, size / (b.columns * view_.P)));
