@@ -20,8 +20,8 @@ from typing import ClassVar
 import numpy as np
 
 THREADS = len(os.sched_getaffinity(0))
-#: A sample loops its call for at least so many seconds.
-SAMPLE = 1e-3
+#: A sample loops its call for at least so many seconds, so that cores that have idled are awake for most of it.
+SAMPLE = 5e-3
 #: What malloc reads when a process starts. "warm" never gives pages back, from whichever thread: outside of one arena,
 #: blocks of more than 64 MiB, as are temporary arrays that XLA's own threads allocate, would be mapped anew each time.
 ALLOCATORS = {

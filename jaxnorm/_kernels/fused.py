@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax._src import dispatch  # the one way to have devices at hand in a lowering, as custom_partitioning wants
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
@@ -92,8 +91,8 @@ class Fused:
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
         mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(formula, multiple_results=True)))
         if kernel is not None and cpu.library().loaded:
-            mlir.register_lowering(primitive, room.lowering(kernel, formula, self._across), platform="cpu")
-            dispatch.prim_requires_devices_during_lowering.add(primitive)
+            on_cpu = room.lowering(primitive, kernel, formula, self._across)
+            mlir.register_lowering(primitive, on_cpu, platform="cpu")
         return primitive
 
     def _tangent_jvp(self, primals, tangents, *, call: Call):

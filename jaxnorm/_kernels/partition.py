@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +19,21 @@ class Across(NamedTuple):
 
     merged: Callable  # (Statistics, names, unit) -> Statistics
     summed: Callable  # (arrays, names) -> arrays
+
+
+def has_devices(primitive: Primitive) -> bool:
+    """Have JAX hand the lowering of this primitive its devices, which custom_partitioning inside it wants.
+
+    There is no public way. False where this version of JAX has none at all: then programs for several devices that jit
+    is to partition are XLA's.
+    """
+    try:
+        from jax._src import dispatch
+
+        dispatch.prim_requires_devices_during_lowering.add(primitive)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def partitioned(room: Callable, across: Across) -> custom_partitioning:

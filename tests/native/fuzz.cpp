@@ -468,22 +468,26 @@ struct Truth {
   std::vector<Real> mean;  // to which `rest` is what its own rounding took
 };
 
-// Rounding of one operation, and of a sum of n terms: the errors of terms are as good as independent, and an average of
-// them is what a statistic sees. Constant terms are rounded alike, but short chains (see Norm::Blocks) keep that small.
-Real rounding(Type a, Real n) { return roundoff(a) * (16 + 2 * std::sqrt(n)); }
+// The rounding of a sum of n terms, as a part of them, and of some more operations. The errors of terms are as good as
+// independent, but where the terms are alike: then they add up, along a chain of every eighth term or less.
+Real rounding(Type a, Real n, bool alike = false) { return roundoff(a) * (16 + (alike ? n / 8 : 2 * std::sqrt(n))); }
 
 // Plainly by the definition. The errors allowed are in units of xhat, whatever the magnitude and the mean of x.
 Truth truth(const Case& c) {
   const View& v = c.view;
   const int64_t groups = v.statistics(), columns = v.parameters(), n = v.count();
   const double tiny = smallest(c.a_type);
-  std::vector<Real> mean(groups), rest(groups), var(groups), r(groups), error(groups);
+  std::vector<Real> mean(groups), rest(groups), var(groups), r(groups), error(groups), least(groups, infinity), most(groups);
   for (int pass = 0; c.centered && pass < 3; ++pass) {
     for (int64_t s = 0; s < groups; ++s) mean[s] += rest[s], rest[s] = 0;
     for (int64_t i = 0; i < v.size(); ++i) rest[c.statistic(i)] += (c.x[i] - mean[c.statistic(i)]) / n;
   }
   const auto difference = [&](int64_t i) { return (c.x[i] - mean[c.statistic(i)]) - rest[c.statistic(i)]; };
-  for (int64_t i = 0; i < v.size(); ++i) var[c.statistic(i)] += difference(i) * difference(i) / n;
+  for (int64_t i = 0; i < v.size(); ++i) {
+    const int64_t s = c.statistic(i);
+    const Real square = difference(i) * difference(i);
+    var[s] += square / n, least[s] = std::min(least[s], square), most[s] = std::max(most[s], square);
+  }
   Truth t{Bounds(v.size()), Bounds(v.size()), Bounds(groups), Bounds(groups), Bounds(groups), Bounds(groups),
           Bounds(columns), Bounds(columns), mean};
   // Where the squares, in their unit, are no longer normal numbers beside epsilon, only NaN is wrong.
@@ -491,7 +495,7 @@ Truth truth(const Case& c) {
   for (int64_t s = 0; s < groups; ++s) {
     const Real unit = c.unit * c.unit, total = var[s] + c.epsilon;
     r[s] = n && total > 0 ? 1 / std::sqrt(total) : 0;
-    error[s] = rounding(c.a_type, Real(n)) + (total > 0 ? tiny / (total * unit) : 0);
+    error[s] = rounding(c.a_type, Real(n), most[s] < 1.01L * least[s]) + (total > 0 ? tiny / (total * unit) : 0);
     lost[s] = error[s] > 1e-2 || c.spoilt[s];
     if (c.spoilt[s]) t.rest.free(s), t.m2.free(s);
     else if (lost[s]) t.rest.some(s), t.m2.some(s);

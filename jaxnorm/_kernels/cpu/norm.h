@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <new>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -14,7 +15,21 @@
 
 namespace jaxnorm {
 
+// Scratch at the addresses that whole vectors are fastest at.
+template <class A> struct Aligned {
+  using value_type = A;
+  static constexpr std::align_val_t at{64};
+  Aligned() = default;
+  template <class B> Aligned(const Aligned<B>&) {}
+  A* allocate(size_t n) { return static_cast<A*>(::operator new(n * sizeof(A), at)); }
+  void deallocate(A* a, size_t) { ::operator delete(a, at); }
+  template <class B> bool operator==(const Aligned<B>&) const { return true; }
+  template <class B> bool operator!=(const Aligned<B>&) const { return false; }
+};
+
 template <class A> class Norm {
+  using Vector = std::vector<A, Aligned<A>>;
+
  public:
   Norm(Job job, const Kernels<A>& kernels, const Threads& threads)
       : job_(job), view_(job_.view), kernels_(kernels), threads_(view_.size() < serial ? alone_ : threads) {
@@ -54,7 +69,7 @@ template <class A> class Norm {
         kernels_.rows_backward(job_, first * view_.G, last * view_.G, ds, db);
       });
     with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, A* ds, A* db) {
-      std::vector<A> h(view_.G), hx(view_.G);
+      Vector h(view_.G), hx(view_.G);
       for (int64_t slab = first; slab < last; ++slab) {
         Tables t = tables(slab);
         gradient_sums(slab, threads, t, h.data(), hx.data(), ds, db);
@@ -120,7 +135,7 @@ template <class A> class Norm {
     const bool cut_slabs = view_.S > 1 && !slabs_in_parallel();  // then the threads are inside a slab
     const int64_t examples = cut_slabs ? view_.N : per_task(view_.slab()), cuts = parts(view_.N, examples);
     const int64_t width = padded(view_.columns());
-    std::vector<A> partial(view_.B * cuts * 2 * width);
+    Vector partial(view_.B * cuts * 2 * width);
     (cut_slabs ? alone_ : threads_).each(view_.B * cuts, [&](int64_t i) {
       const int64_t b = i / cuts, first = b * view_.N + i % cuts * examples;
       A* sums = partial.data() + i * 2 * width;
@@ -152,15 +167,15 @@ template <class A> class Norm {
   }
 
   // Two sums for each column, over all blocks of a slab, in the order of the blocks.
-  template <class Run> std::pair<std::vector<A>, std::vector<A>> sums(int64_t slab, const Threads& threads, Run run) {
+  template <class Run> std::pair<Vector, Vector> sums(int64_t slab, const Threads& threads, Run run) {
     const Blocks cuts = blocks();
     const int64_t k = view_.columns(), width = padded(k);
-    std::vector<A> partial(cuts.down * 2 * width);
+    Vector partial(cuts.down * 2 * width);
     threads.each(cuts.count(), [&](int64_t i) {
       A* first = &partial[i / cuts.across * 2 * width];
       run(cuts(view_, slab, i), first, first + width);
     });
-    std::pair<std::vector<A>, std::vector<A>> total{std::vector<A>(k), std::vector<A>(k)};
+    std::pair<Vector, Vector> total{Vector(k), Vector(k)};
     join(partial.data(), cuts.down, 2 * width, total.first.data());
     join(partial.data() + width, cuts.down, 2 * width, total.second.data());
     return total;
@@ -174,7 +189,7 @@ template <class A> class Norm {
   }
 
   // The sums of each group's D columns, of values `weight` times as large where a weight is given.
-  std::vector<double> by_group(const std::vector<A>& columns, const A* weight = nullptr) const {
+  std::vector<double> by_group(const Vector& columns, const A* weight = nullptr) const {
     std::vector<double> total(view_.G);
     for (int64_t g = 0; g < view_.G; ++g)
       for (int64_t d = 0; d < view_.D; ++d)
@@ -192,7 +207,7 @@ template <class A> class Norm {
     if (job_.centered) sample(slab, shift);
     bool done = false;
     for (bool again = false; !done; again = true) {
-      const std::vector<A> about = spread(shift);
+      const Vector about = spread(shift);
       const auto in_unit = [&](A unit) {
         return sums(slab, threads, [&](const Block& b, A* s, A* q) {
           kernels_.sums(job_, b, view_.P, unit, about.data(), s, q);
@@ -216,29 +231,29 @@ template <class A> class Norm {
   void sample(int64_t slab, A* shift) {
     const int64_t step = std::max<int64_t>(1, view_.S / samples), lines = std::min(samples, view_.S);
     const int64_t run = view_.P == 1 ? 1 : std::min<int64_t>(view_.P, 64);
-    const std::vector<A> zero(view_.columns());
-    std::vector<A> total(view_.columns()), square(view_.columns());
+    const Vector zero(view_.columns());
+    Vector total(view_.columns()), square(view_.columns());
     kernels_.sums(job_, {slab, 0, step, lines, 0, view_.columns()}, run, A(1), zero.data(), total.data(), square.data());
     const std::vector<double> s = by_group(total);
     for (int64_t g = 0; g < view_.G; ++g) shift[g] = A(s[g] / double(lines * run * view_.D));
   }
 
   // A value for each column from one for each group.
-  std::vector<A> spread(const A* groups) const {
-    std::vector<A> columns(view_.columns());
+  Vector spread(const A* groups) const {
+    Vector columns(view_.columns());
     for (int64_t g = 0; g < view_.G; ++g) std::fill_n(&columns[g * view_.D], view_.D, groups[g]);
     return columns;
   }
 
   // The columns of one slab, with room for what its tables point at.
   struct Tables {
-    std::vector<A> shift, offset, r, mean_h, mean_hx;
+    Vector shift, offset, r, mean_h, mean_hx;
     Columns<A> columns;
   };
   Tables tables(int64_t slab) const {
     Tables t;
     t.shift = spread(statistics(job_.shift, slab)), t.offset = spread(statistics(job_.offset, slab));
-    std::vector<A> r(view_.G);
+    Vector r(view_.G);
     for (int64_t g = 0; g < view_.G; ++g) r[g] = rstd<A>(job_, statistics(job_.m2, slab)[g]);
     t.r = spread(r.data());
     const int64_t at = slab / view_.N * view_.columns();
@@ -267,7 +282,7 @@ template <class A> class Norm {
   }
 
   void gradient(int64_t slab, const Threads& threads, Tables& t, const A* h, const A* hx) {
-    std::vector<A> mean_h(view_.G), mean_hx(view_.G);
+    Vector mean_h(view_.G), mean_hx(view_.G);
     for (int64_t i = 0; job_.count > 0 && i < view_.G; ++i)
       mean_h[i] = job_.centered ? A(h[i] / job_.count) : A(0), mean_hx[i] = A(hx[i] / job_.count);
     t.mean_h = spread(mean_h.data()), t.mean_hx = spread(mean_hx.data());
@@ -280,7 +295,7 @@ template <class A> class Norm {
   const Kernels<A>& kernels_;
   const Threads alone_ = Threads::none();
   const Threads& threads_;
-  std::vector<A> ones_, zeros_;
+  Vector ones_, zeros_;
 };
 
 }  // namespace jaxnorm

@@ -7,20 +7,21 @@ from collections.abc import Callable
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from .. import cpu
 from ..call import BACKWARD, FORWARD, Call
-from ..partition import Across, partitioned
+from ..partition import Across, has_devices, partitioned
 from ..varying import unvarying
 from ..xla import Statistics
 
 Array = jax.Array
 
 
-def lowering(room: Callable, formula: Callable, across: Across) -> Callable:
+def lowering(primitive: Primitive, kernel: Callable, formula: Callable, across: Across) -> Callable:
     """The rule that lowers a primitive for CPU: to its kernel where that takes the shape and pays, else its formula."""
-    sharded = partitioned(room, across)
+    sharded, can_shard = partitioned(kernel, across), has_devices(primitive)
 
     def lowered(run: Callable, pays: Callable, *operands, call: Call):
         x = operands[0]
@@ -30,9 +31,15 @@ def lowering(room: Callable, formula: Callable, across: Across) -> Callable:
 
     def rule(context, *operands, call: Call):
         module = context.module_context
-        alone = getattr(module.axis_context, "num_devices", 0) == 1
+        where = module.axis_context
+        manual = getattr(where, "manual_axes", frozenset())
+        alone = getattr(where, "num_devices", 0) == 1 or bool(manual)
         # A program for other processes, and one that is manual over some mesh axes only, are XLA's.
-        refused = module.lowering_parameters.for_export or _partly_manual(module.axis_context)
+        refused = (
+            getattr(module.lowering_parameters, "for_export", False)
+            or (manual and set(manual) != set(where.mesh.axis_names))
+            or not (alone or can_shard)
+        )
         run = functools.partial(lowered, sharded.fun if alone else sharded, _never if refused else cpu.pays)
         context = context.replace(avals_in=[unvarying(kind) for kind in context.avals_in])
         return mlir.lower_fun(run, multiple_results=True)(context, *operands, call=call)
@@ -42,12 +49,6 @@ def lowering(room: Callable, formula: Callable, across: Across) -> Callable:
 
 def _never(view, dtype) -> bool:
     return False
-
-
-def _partly_manual(axis_context) -> bool:
-    """Inside a shard_map over some of the axes of its mesh."""
-    manual = getattr(axis_context, "manual_axes", frozenset())
-    return bool(manual) and set(manual) != set(axis_context.mesh.axis_names)
 
 
 def _static(call: Call, operands, names) -> cpu.Static:

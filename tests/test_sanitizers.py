@@ -1,0 +1,36 @@
+"""The CPU kernels' C++ on its own, under sanitizers: random shapes, dtypes, layouts and threads against long double.
+
+What is asked is in native/fuzz.cpp; native/sanitize builds it. More cases: `tests/native/sanitize none 100000`.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SANITIZE = Path(__file__).parent / "native" / "sanitize"
+CANNOT_RUN = 77
+
+
+def passes(mode: str, cases: int) -> None:
+    compiler = os.environ.get("CXX", "c++")
+    for tool in ("bash", compiler.split()[0]):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not on the path")
+    command = ["bash", str(SANITIZE), mode, str(cases)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
+    lines = done.stdout.splitlines()
+    if done.returncode == CANNOT_RUN:
+        pytest.skip(lines[-1])
+    assert done.returncode == 0, done.stdout[-10_000:]
+    assert lines[-1] == f"{cases} cases, 0 failures"
+
+
+def test_no_access_out_of_bounds_and_nothing_undefined():
+    passes("address,undefined", 100)
+
+
+def test_no_race():
+    passes("thread", 60)
