@@ -22,8 +22,9 @@ import numpy as np
 THREADS = len(os.sched_getaffinity(0))
 #: A sample loops its call for at least so many seconds, so that cores that have idled are awake for most of it.
 SAMPLE = 5e-3
-#: What malloc reads when a process starts. "warm" never gives pages back, from whichever thread: outside of one arena,
-#: blocks of more than 64 MiB, as are temporary arrays that XLA's own threads allocate, would be mapped anew each time.
+#: What malloc reads when a process starts. "warm" never gives pages back, from whichever thread. "thresholds" is what
+#: one finds advised, and keeps only the main thread's: outside of one arena, large blocks, as are temporary arrays that
+#: XLA's own threads allocate, are mapped anew each time.
 ALLOCATORS = {
     "warm": {
         "MALLOC_ARENA_MAX": "1",
@@ -31,6 +32,7 @@ ALLOCATORS = {
         "MALLOC_TRIM_THRESHOLD_": "34359738368",
         "MALLOC_TOP_PAD_": "268435456",
     },
+    "thresholds": {"MALLOC_MMAP_THRESHOLD_": "34359738368", "MALLOC_TRIM_THRESHOLD_": "34359738368"},
     "default": {},
 }
 

@@ -14,7 +14,8 @@ NHWC: channels_last for torch, and NCHW for equinox, which knows no other layout
 the copies as well, change from call to call, so that they come from memory and not from the last cache.
 
 The allocator counts: where fresh outputs mean fresh pages, page faults drown the kernels, everybody's alike. "warm"
-runs the processes with a malloc that keeps its pages, "default" with malloc as it is.
+runs the processes with a malloc that keeps its pages, "thresholds" with one that keeps those of the main thread, which
+leaves the faults to who needs temporary arrays, and "default" with malloc as it is.
 """
 
 from __future__ import annotations
@@ -585,7 +586,7 @@ def main() -> None:
     add("--shapes", nargs="+", type=shape, metavar="SHAPE", help="such as 8192x1024, or 32x56x56x64 of an image norm")
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
     add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"these alone, of {', '.join(NAMES)}")
-    add("--allocators", nargs="+", choices=ALLOCATORS, default=list(ALLOCATORS), metavar="NAME",
+    add("--allocators", nargs="+", choices=ALLOCATORS, default=["warm", "default"], metavar="NAME",
         help=f"of {', '.join(ALLOCATORS)}")  # fmt: skip
     add("--rounds", type=int, default=30, help="samples of each contestant in each case, at most")
     add("--seconds", type=float, default=10.0, help="after so many no round begins in a case that has three")

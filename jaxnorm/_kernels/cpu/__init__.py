@@ -153,13 +153,16 @@ def refusal(x: Array, how: Reduction, dtype, scale: Array | None, bias: Array | 
     return None
 
 
-SMALLEST = 512  # elements from which the kernels beat XLA, as `python -m benchmarks.break_even` measures
+# Elements from which the kernels beat XLA, as `python -m benchmarks.break_even` measures: of x where it is rows, and of
+# an example where that is a slab of lines, each of which costs some bookkeeping.
+SMALLEST, SMALLEST_SLAB = 512, 1024
 
 
 def pays(view: View, dtype) -> bool:
     """Whether the kernels beat XLA for this shape and dtype: the rule of the default."""
-    few_parameters = view.sizes[_B] == 1 or 4 * math.prod(view.parameters) <= math.prod(view.sizes)
-    return math.prod(view.sizes) >= SMALLEST and few_parameters
+    size, (B, N, S, *_) = math.prod(view.sizes), view.sizes
+    few_parameters = B == 1 or 4 * math.prod(view.parameters) <= size
+    return few_parameters and size >= (SMALLEST if S == 1 else SMALLEST_SLAB * B * N)
 
 
 # --- the calls -------------------------------------------------------------------------------------------------------
