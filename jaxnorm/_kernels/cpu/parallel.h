@@ -31,7 +31,10 @@ class Threads {
       return;
     }
     auto shared = std::make_shared<Shared>(n, &task);
-    for (int64_t i = 0; i < helpers; ++i) schedule_([shared] { shared->work(); });
+    try {
+      for (int64_t i = 0; i < helpers; ++i) schedule_([shared] { shared->work(); });
+    } catch (...) {  // a pool that takes no more: whoever has begun works on, and the caller with them
+    }
     shared->work();
     shared->wait();
   }
