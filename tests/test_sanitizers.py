@@ -29,8 +29,8 @@ def passes(mode: str, cases: int) -> None:
 
 
 def test_no_access_out_of_bounds_and_nothing_undefined():
-    passes("address,undefined", 100)
+    passes("address,undefined", 60)
 
 
 def test_no_race():
-    passes("thread", 60)
+    passes("thread", 40)
