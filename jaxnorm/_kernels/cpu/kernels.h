@@ -32,6 +32,18 @@ Pair<A> run_sums(const T* x, int64_t n, A shift, A unit) {
   return {sum<A>((s[0] + s[1]) + (s[2] + s[3])), sum<A>((q[0] + q[1]) + (q[2] + q[3]))};
 }
 
+// The same over a whole row, in pieces: a long chain of terms that round alike drifts, and the pieces add up in double.
+template <class T, bool scaled, class A = typename accumulator<T>::type>
+Pair<double> row_sums(const T* x, int64_t n, A shift, A unit) {
+  constexpr int64_t piece = 4096;
+  Pair<double> total{0, 0};
+  for (int64_t i = 0; i < n; i += piece) {
+    const auto [s, q] = run_sums<T, scaled, A>(x + i, n - i < piece ? n - i : piece, shift, unit);
+    total.first += s, total.second += q;
+  }
+  return total;
+}
+
 // The mean of the first few elements: a shift for the others, near their mean but where they are peculiar.
 template <class T, class A = typename accumulator<T>::type> A sample(const T* x, int64_t n) {
   constexpr int few = 16 / sizeof(A);
@@ -52,10 +64,10 @@ Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
   if (n == 0) return s;
   if (job.centered) s.shift = sample(x, n);
   for (bool again = false;; again = true) {
-    Pair<A> sums = run_sums<T, false, A>(x, n, s.shift, A(1));
-    if (in_range(sums.second)) sums.second = sums.second * unit * unit;
-    else sums = run_sums<T, true, A>(x, n, s.shift, unit);
-    if (settled(job, double(sums.first), double(sums.second), again, s)) return s;
+    Pair<double> sums = row_sums<T, false, A>(x, n, s.shift, A(1));
+    if (in_range(sums.second)) sums.second *= job.unit * job.unit;
+    else sums = row_sums<T, true, A>(x, n, s.shift, unit);
+    if (settled(job, sums.first, sums.second, again, s)) return s;
   }
 }
 
