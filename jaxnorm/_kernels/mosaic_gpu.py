@@ -1,0 +1,301 @@
+"""The Mosaic GPU room: layer and RMS norm of rows in Pallas, for Hopper and newer. Every array is read once.
+
+A team of 128 threads (a warpgroup) takes a row: its copy to shared memory is under way while the rows before it are at
+work, its sums are made in registers, and it goes back to memory once. A block of teams stays on its multiprocessor and
+walks over the rows, so that scale and bias, or the sums for their gradients, stay in registers all the while.
+
+Legend: x is (R, D); a row lies as (4, D / 4), a quarter for each warp; statistics are (R,), scale and bias (D,).
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .rows import Rows
+
+Array = jax.Array
+
+WIDEST = 8192  # columns: beyond, the sums for scale and bias need more registers than a thread has
+_WARPS = 4
+_THREADS = 32 * _WARPS  # of a team
+_BLOCKS = 132  # the multiprocessors of an H100 or H200: one block on each
+_IN_FLIGHT = 64 * 1024  # bytes on their way to a multiprocessor, which hide the latency of its memory
+_BARRIERS = 32  # that Mosaic has for one array
+_SHARED = 224 * 1024  # bytes of shared memory that a block may have, the compiler's own left out
+
+
+class _Plan(NamedTuple):
+    """How a kernel is cut."""
+
+    blocks: int
+    teams: int  # of a block
+    stages: int  # rows of a team that are at work or on their way
+    vector: int  # neighbouring elements that a thread takes
+
+    @property
+    def columns(self) -> int:
+        """What a warp takes at once."""
+        return 32 * self.vector
+
+
+def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0) -> _Plan:
+    """A plan for so many bytes that arrive with each row, and `fixed` bytes of shared memory besides."""
+    teams = 8 if columns <= 1024 else 4 if columns <= 4096 else 2  # as registers allow
+    stages = lambda teams: max(2, min(_BARRIERS // teams, 1 + _IN_FLIGHT // (teams * bytes_of_a_row)))
+    while teams > 1 and teams * stages(teams) * bytes_of_a_row + fixed > _SHARED:
+        teams //= 2
+    vector = next(v for v in (4, 2, 1) if columns % (_THREADS * v) == 0)  # of 16 bytes at most in float32
+    return _Plan(min(_BLOCKS, -(-rows // teams)), teams, stages(teams), vector)
+
+
+def refusal(shape: tuple[int, int], *dtypes) -> str | None:
+    """Why there is no kernel for rows of this shape and these dtypes, or None if there is."""
+    rows, columns = shape
+    if rows == 0 or columns % _THREADS or not 0 < columns <= WIDEST:
+        return f"a row is a multiple of {_THREADS} columns, up to {WIDEST}, and there is one at least: got {shape}"
+    wrong = [str(jnp.dtype(t)) for t in dtypes if jnp.dtype(t) not in (jnp.float32, jnp.bfloat16, jnp.float16)]
+    return f"arrays are float32, bfloat16 or float16: got {', '.join(wrong)}" if wrong else None
+
+
+class _Team:
+    """What one team does and knows inside a kernel: its rows, as they arrive, and sums over them."""
+
+    def __init__(self, plan: _Plan, rows: int, columns: int, arrays, rings, arrived, partial, interpret):
+        self.plan, self.columns, self.interpret = plan, columns, interpret
+        self._arrays, self._rings, self._arrived, self._partial = arrays, rings, arrived, partial
+        self.block, self.team = lax.axis_index("block"), lax.axis_index("team")
+        self._first, self._step = self.block * plan.teams + self.team, plan.blocks * plan.teams
+        self.rows = (rows - self._first + self._step - 1) // self._step
+        self.chunks = [
+            slice(c * plan.columns, (c + 1) * plan.columns) for c in range(columns // (_WARPS * plan.columns))
+        ]
+        # A warp takes a quarter of the row, its lanes neighbouring vectors of it.
+        self._layout = plgpu.Layout.TILED(
+            plgpu.Tiling(((_WARPS, plan.columns), (plan.vector,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+        )
+
+    def row(self, i):
+        return self._first + i * self._step
+
+    def each_row(self, body, carry):
+        """carry = body(i, carry) for every row of this team, the i-th of which has arrived when body is called."""
+        for i in range(self.plan.stages - 1):
+            pl.when(i < self.rows)(functools.partial(self._fetch, i))
+
+        def step(i, carry):
+            for barrier in self._arrived:
+                plgpu.barrier_wait(barrier.at[self._slot(i)])
+            return body(i, carry)
+
+        return lax.fori_loop(0, self.rows, step, carry)
+
+    def fetch_after(self, i):
+        """Start the copy of a later row, to where the row before the i-th was: once no warp reads that any longer."""
+        ahead = i + self.plan.stages - 1
+        pl.when(ahead < self.rows)(lambda: self._fetch(ahead))
+
+    def _slot(self, i):
+        return self.team * self.plan.stages + lax.rem(i, self.plan.stages)
+
+    def _fetch(self, i):
+        for array, ring, arrived in zip(self._arrays, self._rings, self._arrived, strict=True):
+            plgpu.copy_gmem_to_smem(
+                array.at[self.row(i)], ring.at[self._slot(i)], arrived.at[self._slot(i)],
+                oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+            )  # fmt: skip
+
+    def arrived(self, ring: int, i):
+        """The i-th row in float32, by chunks: read anew at each call, since registers are dearer than reading."""
+        return lambda chunk: self.shared(self._rings[ring].at[self._slot(i)], chunk).astype(jnp.float32)
+
+    def shared(self, ref, chunk: slice):
+        index = (slice(None), chunk)
+        return ref[index] if self.interpret else plgpu.load(ref, index, layout=self._layout)
+
+    def of_memory(self, ref, chunk: slice):
+        index = (slice(None), chunk)
+        return ref[index] if self.interpret else plgpu.load(ref, index, layout=self._layout, optimized=False)
+
+    def zeros(self):
+        zeros = jnp.zeros((_WARPS, self.plan.columns), jnp.float32)
+        return zeros if self.interpret else plgpu.layout_cast(zeros, self._layout)
+
+    def sum(self, which: int, i, parts) -> Array:
+        """The sum over a row; `which` tells the sums of one row apart. All warps have come by when it returns."""
+        slot = 2 * which + lax.rem(i, 2)  # the sum of the row before may still be read
+        self._partial[self.team, slot] = jnp.sum(functools.reduce(operator.add, parts), axis=1)
+        plgpu.commit_smem()
+        a, b, c, d = (self._partial[self.team, slot, warp] for warp in range(_WARPS))
+        return (a + b) + (c + d)
+
+
+def _rsqrt(how: Rows, m2):
+    """1 / sqrt(var + epsilon) as the XLA room has it: 0 where that is constant and without epsilon."""
+    v = m2 * (1.0 / how.columns) + how.epsilon * how.unit**2
+    return jnp.where(v == 0.0, 0.0, how.unit * lax.rsqrt(v))
+
+
+def _xhat(x, shift, offset, r):
+    return ((x - shift) - offset) * r
+
+
+def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None, interpret: Any = None):
+    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32."""
+    rows, columns = x.shape
+    plan = _plan(rows, columns, columns * x.dtype.itemsize)
+    given = [p for p in (scale, bias) if p is not None]
+
+    def kernel(x_ref, *refs):
+        parameters, refs = refs[: len(given)], refs[len(given) :]
+        y_ref, shift_ref, offset_ref, m2_ref, ring, partial, arrived = refs
+        team = _Team(plan, rows, columns, [x_ref], [ring], [arrived], partial, interpret)
+        held = iter([[team.of_memory(ref, chunk) for chunk in team.chunks] for ref in parameters])
+        scales = None if scale is None else next(held)
+        biases = None if bias is None else next(held)
+
+        def one(i, _):
+            x = team.arrived(0, i)
+            if how.centered:
+                shift = team.sum(0, i, [x(c) for c in team.chunks]) * (1.0 / columns)
+                offset = team.sum(1, i, [x(c) - shift for c in team.chunks]) * (1.0 / columns)
+                correction = columns * jnp.square(offset * how.unit)
+            else:
+                shift = offset = correction = jnp.float32(0.0)
+            m2 = team.sum(2, i, [jnp.square((x(c) - shift) * how.unit) for c in team.chunks]) - correction
+            team.fetch_after(i)
+            constant = m2 <= 2.0**-18 * correction  # below the rounding noise of its own two terms
+            if how.centered:
+                shift = jnp.where(constant, shift + offset, shift)
+                offset = jnp.where(constant, 0.0, offset)
+                m2 = jnp.where(constant, 0.0, m2)
+            r = _rsqrt(how, m2)
+            for k, c in enumerate(team.chunks):
+                y = _xhat(x(c), shift, offset, r)
+                y = y.astype(dtype).astype(jnp.float32) if how.round_first else y
+                y = y if scales is None else y * scales[k]
+                y = y if biases is None else y + biases[k]
+                y_ref[team.row(i), :, c] = y.astype(dtype)
+            shift_ref[team.row(i)], offset_ref[team.row(i)], m2_ref[team.row(i)] = shift, offset, m2
+            return ()
+
+        team.each_row(one, ())
+
+    y, *statistics = _kernel(
+        kernel, plan, [x], 3, interpret,
+        [jax.ShapeDtypeStruct(_quartered(x).shape, dtype), *[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 3],
+    )(_quartered(x), *map(_quartered, given))  # fmt: skip
+    return y.reshape(x.shape), *statistics
+
+
+def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, interpret: Any = None):
+    """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
+
+    dx = r (h - mean(h) - xhat mean(h xhat)), h = g scale. Blocks leave their sums for scale and bias in a row each.
+    """
+    rows, columns = x.shape
+    parameter = columns * 4
+    fixed = parameter * ((scale is not None) + any(wanted))
+    plan = _plan(rows, columns, columns * (x.dtype.itemsize + g.dtype.itemsize), fixed)
+    given = [] if scale is None else [_quartered(scale)]
+    count = sum(wanted)
+
+    def kernel(x_ref, g_ref, shift_ref, offset_ref, m2_ref, *refs):
+        scale_ref, refs = (refs[0], refs[1:]) if given else (None, refs)
+        dx_ref, (sums_refs, refs) = refs[0], (refs[1 : 1 + count], refs[1 + count :])
+        x_ring, g_ring, partial, x_arrived, g_arrived, *refs = refs
+        team = _Team(plan, rows, columns, [x_ref, g_ref], [x_ring, g_ring], [x_arrived, g_arrived], partial, interpret)
+        together, *refs = refs
+        if given:
+            scale_smem, *refs = refs
+
+
+            @pl.when(team.team == 0)
+            def _():
+                for c in team.chunks:
+                    scale_smem[:, c] = team.of_memory(scale_ref, c)
+
+            _all_teams(together)
+
+        def statistics(i):
+            row = team.row(jnp.minimum(i, team.rows - 1))
+            return shift_ref[row], offset_ref[row], m2_ref[row]
+
+        def one(i, carry):
+            (shift, offset, m2), sums = carry
+            following = statistics(i + 1)  # under way while this row is at work
+            r = _rsqrt(how, m2)
+            x, g = team.arrived(0, i), team.arrived(1, i)
+            xhat = lambda c: _xhat(x(c), shift, offset, r)
+            h = lambda c: g(c) * team.shared(scale_smem, c) if given else g(c)
+            hx = team.sum(0, i, [h(c) * xhat(c) for c in team.chunks]) * (1.0 / columns)
+            h_mean = team.sum(1, i, [h(c) for c in team.chunks]) * (1.0 / columns) if how.centered else 0.0
+            team.fetch_after(i)
+            for c in team.chunks:
+                dx_ref[team.row(i), :, c] = (r * (h(c) - h_mean - xhat(c) * hx)).astype(dx_ref.dtype)
+            terms = [lambda c: g(c) * xhat(c)] * wanted[0] + [g] * wanted[1]
+            sums = [
+                [total + term(c) for total, c in zip(totals, team.chunks, strict=True)]
+                for totals, term in zip(sums, terms, strict=True)
+            ]
+            return following, sums
+
+        zero = jnp.float32(0.0)
+        first = lax.cond(team.rows > 0, lambda: statistics(0), lambda: (zero, zero, zero))
+        _, sums = team.each_row(one, (first, [[team.zeros() for _ in team.chunks]] * count))
+        if wanted[0] or wanted[1]:
+            (block_sums,) = refs
+            for sums_ref, totals in zip(sums_refs, sums, strict=True):
+                _sum_over_teams(team, together, block_sums, totals, sums_ref)
+
+    shapes = [jax.ShapeDtypeStruct(_quartered(x).shape, x.dtype)]
+    shapes += [jax.ShapeDtypeStruct((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
+    shared = plgpu.SMEM((_WARPS, columns // _WARPS), jnp.float32)
+    more = [plgpu.Barrier(num_arrivals=plan.teams), *[shared] * (len(given) + any(wanted))]
+    dx, *sums = _kernel(kernel, plan, [x, g], 2, interpret, shapes, more)(
+        _quartered(x), _quartered(g), shift, offset, m2, *given
+    )
+    return dx.reshape(x.shape), *(s.sum(0).reshape(columns) for s in sums)
+
+
+def _all_teams(barrier):
+    """Wait for the other teams of the block."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def _sum_over_teams(team: _Team, together, block_sums, totals, out_ref):
+    """One team after the other adds its totals to the block's; the last writes them out. Always in the same order."""
+    for turn in range(team.plan.teams):
+
+        @pl.when(team.team == turn)
+        def _():
+            for total, c in zip(totals, team.chunks, strict=True):
+                total = total if turn == 0 else team.shared(block_sums, c) + total
+                if turn == team.plan.teams - 1:
+                    out_ref[team.block, :, c] = total
+                else:
+                    block_sums[:, c] = total
+
+        _all_teams(together)
+
+
+def _kernel(body, plan: _Plan, arriving, sums: int, interpret, out_type, more=()):
+    rings = [plgpu.SMEM((plan.teams * plan.stages, *_quartered(a).shape[1:]), a.dtype) for a in arriving]
+    partial = plgpu.SMEM((plan.teams, 2 * sums, _WARPS), jnp.float32)
+    arrived = [plgpu.Barrier(num_barriers=plan.teams * plan.stages) for _ in arriving]
+    return plgpu.kernel(
+        body, out_type=out_type, scratch_types=[*rings, partial, *arrived, *more],
+        grid=(plan.blocks,), grid_names=("block",), num_threads=plan.teams, thread_name="team", interpret=interpret,
+    )  # fmt: skip
+
+
+def _quartered(a: Array) -> Any:
+    return a.reshape(*a.shape[:-1], _WARPS, a.shape[-1] // _WARPS)
