@@ -114,8 +114,8 @@ def common(layer, axis_name) -> dict[str, Any]:
     """The keyword arguments that every function has."""
     groups = None if axis_name is None else layer.axis_index_groups
     return dict(
-        epsilon=layer.epsilon, scale_offset=layer.scale_offset, axis_name=axis_name, axis_index_groups=groups,
-        implementation=layer.implementation,
+        epsilon=layer.epsilon, scale_offset=layer.scale_offset, activation=layer.activation, axis_name=axis_name,
+        axis_index_groups=groups, implementation=layer.implementation,
     )  # fmt: skip
 
 

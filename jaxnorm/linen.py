@@ -10,6 +10,8 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
 
   scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma. Without a `scale_init` of your own the
     effective scale starts at 1.
+  activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
+    pass keeps x alone. See `jaxnorm.layer_norm`.
   implementation: a room of `jaxnorm.backends()`; None is the best one.
   scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
     `use_scale=False`, `use_bias=False`.
@@ -28,6 +30,7 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from . import _flax
+from ._activation import Activation
 from ._flax import Axes, Initializer, Layout
 from ._spec import RunningStats
 
@@ -41,6 +44,7 @@ class _Norm(nn.Module):
     """What all layers have. Fields of Flax's come first, in each layer, in Flax's order; these are keyword only."""
 
     scale_offset: float = field(default=0.0, kw_only=True)
+    activation: Activation | None = field(default=None, kw_only=True)
     implementation: str | None = field(default=None, kw_only=True)
 
     @nn.nowrap

@@ -10,6 +10,8 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
 
   scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma. Without a `scale_init` of your own the
     effective scale starts at 1.
+  activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
+    pass keeps x alone. See `jaxnorm.layer_norm`.
   implementation: a room of `jaxnorm.backends()`; None is the best one.
   scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
     `use_scale=False`, `use_bias=False`.
@@ -28,6 +30,7 @@ from flax.nnx.nn import dtypes
 from jax.nn import initializers
 
 from . import _flax
+from ._activation import Activation
 from ._flax import Axes, Initializer, Layout
 from ._group import checked_group_count
 from ._spec import RunningStats
@@ -145,7 +148,8 @@ class LayerNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs,
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
-        scale_offset: float = 0.0, implementation: str | None = None,
+        scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         self._build(locals())
 
@@ -179,7 +183,8 @@ class RMSNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs, scale_metadata: Metadata = _NONE,
         use_bias: bool = False, bias_init: Initializer = initializers.zeros, bias_metadata: Metadata = _NONE,
-        cast: str = "after_scale", scale_offset: float = 0.0, implementation: str | None = None,
+        cast: str = "after_scale", scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         self._build(locals())
 
@@ -223,7 +228,8 @@ class GroupNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs,
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
-        axis: int = -1, scale_offset: float = 0.0, implementation: str | None = None,
+        axis: int = -1, scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         _flax.checked_groups(num_groups, group_size)
         num_groups = checked_group_count("GroupNorm", num_features, num_groups, group_size)
@@ -266,7 +272,8 @@ class InstanceNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs,
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
-        axis: Axes | None = None, scale_offset: float = 0.0, implementation: str | None = None,
+        axis: Axes | None = None, scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         self._build(locals())
 
@@ -317,7 +324,8 @@ class BatchNorm(_Norm):
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
         zero_debias: bool = False, unbiased_running_var: bool = False, frozen: bool = False,
         skip_nonfinite: bool = False, virtual_batch_size: int | None = None, min_count: float | None = None,
-        scale_offset: float = 0.0, implementation: str | None = None,
+        scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         shape = self._build(locals())
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
