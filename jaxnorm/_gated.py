@@ -80,7 +80,7 @@ def gated_rms_norm(
     [[0.5, -0.7310000061988831]]
     """
     norm = "gated_rms_norm"
-    checked_cast(cast)
+    checked_cast(norm, cast)
     x = as_float_array(norm, x, rank=1, layout="the normalized axis among its own")
     (channel,) = checked_axes(norm, x.ndim, (axis,))
     if activation is None:
@@ -105,7 +105,7 @@ def gated_rms_norm(
 
 def _aligned_gate(norm: str, gate, x: Array) -> Array:
     """The gate with x's rank."""
-    gate = as_float_array(norm, gate)
+    gate = as_float_array(norm, gate, what="gate")
     rest = x.ndim - gate.ndim
     if rest < 0 or any(n not in (1, s) for n, s in zip(gate.shape, x.shape[rest:], strict=True)):
         raise ValueError(

@@ -151,7 +151,7 @@ def add_layer_norm(
 def _added(norm: str, x, residual, dtype) -> tuple[Array, object]:
     """The stream after x, and the dtype of y."""
     x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
-    residual = as_float_array(norm, residual)
+    residual = as_float_array(norm, residual, what="residual")
     if residual.shape != x.shape:
         raise ValueError(
             f"{norm}: residual must have x's shape {x.shape}, got {residual.shape}. "

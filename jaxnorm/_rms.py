@@ -65,7 +65,7 @@ def rms_norm(
     >>> jn.rms_norm(np.array([[2., -2.]]), bias=np.array([0., 1.]), epsilon=0.).round(3).tolist()
     [[1.0, 0.0]]
     """
-    checked_cast(cast)
+    checked_cast("rms_norm", cast)
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
     axes = checked_axes("rms_norm", x.ndim, axis)
     return normalize_rows(
@@ -76,10 +76,10 @@ def rms_norm(
     )  # fmt: skip
 
 
-def checked_cast(cast: str) -> None:
+def checked_cast(norm: str, cast: str) -> None:
     if cast not in ("after_scale", "before_scale"):
         raise ValueError(
-            f'rms_norm: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".'
+            f'{norm}: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".'
         )
 
 
@@ -101,7 +101,7 @@ class RMSNorm(RowSpec):
 
     def __post_init__(self):
         super().__post_init__()
-        checked_cast(self.cast)
+        checked_cast("rms_norm", self.cast)
 
     def _function(self, x, scale, bias, **options) -> Array:
         return rms_norm(x, scale, bias, **options)
