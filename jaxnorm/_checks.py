@@ -22,7 +22,8 @@ def as_float_array(norm: str, x, *, rank: int = 0, layout: str = "", what: str =
     try:
         x = jnp.asarray(x)
     except TypeError as error:
-        raise TypeError(f"{norm}: {what} must be an array, got {type(x).__name__}. Write jnp.asarray({what}).") from error
+        got = type(x).__name__
+        raise TypeError(f"{norm}: {what} must be an array, got {got}. Write jnp.asarray({what}).") from error
     if not jnp.issubdtype(x.dtype, jnp.number) and x.dtype != jnp.bool_:
         raise TypeError(f"{norm}: {what} must hold numbers, got dtype {x.dtype}. Write {what}.astype(jnp.float32).")
     if x.ndim < rank:

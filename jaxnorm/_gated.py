@@ -57,7 +57,7 @@ def gated_rms_norm(
       cast: as for `rms_norm`; "before_scale" rounds to the output's dtype also before the scale and before the gate.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. What is out leaves no trace in
         the statistics or in any gradient, be x or the gate NaN there.
-      axis_name: a mapped axis, or several, over which `axis` is sharded. Groups are whole on each device, and need none.
+      axis_name: a mapped axis, or several, over which `axis` is sharded. Groups, whole on each device, need none.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's.
       implementation: a room of `jaxnorm.backends()`; None is the best one.

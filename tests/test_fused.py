@@ -20,7 +20,10 @@ import jaxnorm as jn
 from jaxnorm._activation import NAMED
 
 ROOMS = [None, "xla"]  # None is the native one here, wherever it takes a call; see conftest
-close = lambda a, b, **t: np.testing.assert_allclose(a, b, **{"rtol": 1e-5, "atol": 4e-6 * max(1, np.abs(b).max()), **t})
+
+
+def close(a, b, **tolerance):
+    np.testing.assert_allclose(a, b, **{"rtol": 1e-5, "atol": 4e-6 * max(1, np.abs(b).max()), **tolerance})
 
 
 # --- activations: beside the rows of the catalogue --------------------------------------------------------------------
