@@ -17,7 +17,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
 from jax.nn import initializers
 
-from . import _batch, _group, _instance, _layer, _rms
+from . import _batch, _gated, _group, _instance, _layer, _rms
 from ._normalize import Affine
 from ._spec import RunningStats
 
@@ -81,6 +81,14 @@ def normalized(layer, layout: Layout, x: Array, scale, bias, *, mask, dtype, axi
     return layout.function(
         x, scale, bias, mask=as_flax_has_it(mask, x.shape), dtype=dtype, **layout.options, **common(layer, axis_name)
     )
+
+
+def gated(layer, x: Array, gate, scale, *, mask, dtype, axis_name) -> Array:
+    """x by RMS norm with a gate."""
+    return _gated.gated_rms_norm(
+        x, gate, scale, axis=layer.axis, group_size=layer.group_size, norm_before_gate=layer.norm_before_gate,
+        cast=layer.cast, mask=as_flax_has_it(mask, x.shape), dtype=dtype, **common(layer, axis_name),
+    )  # fmt: skip
 
 
 def batch_norm(layer, x: Array, scale, bias, stats: RunningStats, *, train, mask, weights, update_stats, dtype,

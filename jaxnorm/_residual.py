@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._activation import Activation
 from ._checks import as_float_array, checked_dtype
@@ -165,4 +166,16 @@ def _added(norm: str, x, residual, dtype) -> tuple[Array, object]:
         )
     wide = widest(accumulator(x), accumulator(residual))
     # Rounded by an instruction: XLA may drop a cast there and back, and y would be that of another stream.
-    return rounded(x.astype(wide) + residual.astype(wide), residual.dtype).astype(residual.dtype), out
+    new = rounded(x.astype(wide) + residual.astype(wide), residual.dtype).astype(residual.dtype)
+    return _written(new), out
+
+
+@jax.custom_jvp
+def _written(stream: Array) -> Array:
+    """The stream behind a barrier: XLA would have every pass of the norm read both its terms in place of it."""
+    return lax.optimization_barrier(stream)
+
+
+@_written.defjvp
+def _(primals, tangents):
+    return _written(*primals), *tangents

@@ -41,7 +41,7 @@ Features = int | tuple[int, ...]
 Metadata = Mapping[str, Any]
 Promote = Callable[..., Any]
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GatedRMSNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 _NONE: Metadata = MappingProxyType({})
 _NOT_KEPT = ("self", "__class__", "rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
@@ -190,6 +190,55 @@ class RMSNorm(_RowNorm):
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         return _flax.rms_norm(self, len(shape))
+
+
+class GatedRMSNorm(_Norm):
+    """RMS norm and a gate, as Mamba-2 and gated DeltaNet have it: `jaxnorm.gated_rms_norm`. Flax has no such layer.
+
+        y = rms_norm(x) * (scale + scale_offset) * f(gate),   or   rms_norm(x * f(gate)) * (scale + scale_offset)
+
+    The first with `norm_before_gate=True`, the second, Mamba-2's, with False; f is `activation`. The one parameter is
+    `scale`, of shape `num_features`, at x's `axis`; `group_size` channels at a time are normalized, None is all.
+
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> from jaxnorm import nnx as jnnx
+    >>> x, gate = np.array([[3., -3.]], "f"), np.array([[0., 1.]], "f")
+    >>> jnnx.GatedRMSNorm(2, epsilon=0., activation="sigmoid", rngs=nnx.Rngs(0))(x, gate).round(3).tolist()
+    [[0.5, -0.7310000061988831]]
+    """
+
+    axis: int
+
+    def __init__(
+        self, num_features: int, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32, use_scale: bool = True, scale_init: Initializer | None = None,
+        axis: int = -1, group_size: int | None = None, norm_before_gate: bool = True,
+        axis_name: str | None = None, axis_index_groups: Any = None,
+        promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs, scale_metadata: Metadata = _NONE,
+        cast: str = "after_scale", scale_offset: float = 0.0, activation: Activation = "silu",
+        implementation: str | None = None,
+    ):  # fmt: skip
+        self._build(dict(locals(), use_bias=False, bias_init=None))
+
+    def __call__(self, x, gate, mask=None, *, scale=None) -> Array:
+        """The normalized and gated x.
+
+        Args:
+          x: the input.
+          gate: of x's shape, or of one that broadcasts to it.
+          mask: True where an element counts. Broadcasts to x, or covers its leading axes.
+          scale: in place of a learned scale: of the feature shape, or of one that broadcasts against x.
+
+        Raises:
+          ValueError: scale is given to a layer that has its own.
+          TypeError: x has not as many features as the layer.
+        """
+        x = jnp.asarray(x)
+        features = _flax.canonical(self, "axis", x.ndim, self.axis)
+        scale, _ = self._parameters(x.shape, features, scale, None)
+        dtype = self._output_dtype((x, scale))
+        return _flax.gated(self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self.axis_name)
 
 
 class GroupNorm(_RowNorm):

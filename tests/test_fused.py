@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from catalogue import EACH, draw
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from test_autodiff import compare, modes
 from test_devices import collectives, mesh_of, placed
@@ -17,6 +18,8 @@ from test_memory import kept_bytes
 from test_native import kernels_in
 
 import jaxnorm as jn
+from jaxnorm import linen as jnn
+from jaxnorm import nnx as jnnx
 from jaxnorm._activation import NAMED
 
 ROOMS = [None, "xla"]  # None is the native one here, wherever it takes a call; see conftest
@@ -379,3 +382,68 @@ def test_over_devices_as_on_one(name, kind, rng):
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=features, out_specs=(features[0], features[:3])))
     args = placed(mesh, *zip((x, other, scale, g), features, strict=True))
     jax.tree.map(lambda a, b: close(a, b, rtol=2e-5), run(*args), want)
+
+
+# --- Flax layers ------------------------------------------------------------------------------------------------------
+
+LAYERS = ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "BatchNorm"]
+
+
+@pytest.mark.parametrize("activation", ["relu", jax.nn.relu], ids=["name", "function"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_takes_an_activation(name, activation, rng):
+    x = draw(rng, (4, 8, 64))
+    options = dict(num_groups=4) if name == "GroupNorm" else {}
+    call = dict(use_running_average=False) if name == "BatchNorm" else {}
+    layer, plain = (getattr(jnn, name)(**options, **more) for more in (dict(activation=activation), {}))
+    variables = plain.init(jax.random.key(0), x, **call)
+    assert jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x, **call)) == jax.tree.map(jnp.shape, variables)
+    run = lambda layer, **call: layer.apply(variables, x, mutable=["batch_stats"], **call)
+    (y, new), (z, want) = run(layer, **call), run(plain, **call)
+    close(y, np.maximum(z, 0.0))
+    jax.tree.map(np.testing.assert_array_equal, new, want)  # statistics are of x, not of what comes out
+    layer, plain = (
+        getattr(jnnx, name)(64, rngs=nnx.Rngs(0), **options, **more) for more in (dict(activation=activation), {})
+    )
+    close(nnx.jit(lambda layer, x: layer(x))(layer, x), np.maximum(plain(x), 0.0))
+    if name == "BatchNorm":
+        close(run(jnn.BatchNorm(activation=activation), use_running_average=True)[0],
+              np.maximum(run(jnn.BatchNorm(), use_running_average=True)[0], 0.0))  # fmt: skip
+    with pytest.raises(ValueError, match="_norm: activation must be one of"):
+        getattr(jnn, name)(activation="rleu", **options).init(jax.random.key(0), x, **call)
+
+
+@pytest.mark.parametrize("options", [GATED[k] for k in ("norm, gate", "gate, norm, in groups", "sigmoid")], ids=str)
+def test_gated_layers_are_the_function(options, rng):
+    case = Gated(rng, options)
+    start = np.full(40, 1.0 - options.get("scale_offset", 0.0), np.float32)
+    want = case(start, case.gate, case.x)
+    linen, key = jnn.GatedRMSNorm(**options), jax.random.key(0)
+    y, variables = linen.init_with_output(key, case.x, case.gate)
+    np.testing.assert_array_equal(y, want)
+    assert jax.tree.map(jnp.shape, variables) == {"params": {"scale": (40,)}}
+    layer = jnnx.GatedRMSNorm(40, rngs=nnx.Rngs(0), **options)
+    np.testing.assert_array_equal(layer(case.x, case.gate), want)
+    layer.scale[...] = case.scale
+    trained = {"params": {"scale": jnp.asarray(case.scale)}}
+    mask = rng.random(SHAPE[:2]) < 0.7
+    want = case(case.scale, case.gate, case.x, mask=mask)
+    np.testing.assert_array_equal(linen.apply(trained, case.x, case.gate, mask=mask), want)
+    np.testing.assert_array_equal(layer(case.x, case.gate, mask), want)
+    loss = lambda layer, x: jnp.vdot(layer(x, case.gate), case.g)
+    close(nnx.grad(loss)(layer, case.x)["scale"][...], case.truth()[1])
+    # Dtypes as in Flax's layers: what x and the parameters promote to, or what is asked for.
+    half = case.x.astype(bf16)
+    assert linen.apply(trained, half, case.gate).dtype == layer(half, case.gate).dtype == f32
+    half = half, case.gate.astype(bf16)
+    assert jnn.GatedRMSNorm(dtype=bf16).apply(trained, *half).dtype == bf16
+    assert jnnx.GatedRMSNorm(40, dtype=bf16, rngs=nnx.Rngs(0))(*half).dtype == bf16
+    for apply in (lambda **own: linen.apply(trained, case.x, case.gate, **own),
+                  lambda **own: layer(case.x, case.gate, **own)):  # fmt: skip
+        with pytest.raises(ValueError, match="GatedRMSNorm: scale= was given at call time"):
+            apply(scale=case.scale)
+    bare = jnn.GatedRMSNorm(use_scale=False, **options)
+    np.testing.assert_array_equal(bare.apply({}, case.x, case.gate, scale=case.scale),
+                                  case(case.scale, case.gate, case.x))  # fmt: skip
+    with pytest.raises(TypeError, match=r"GatedRMSNorm: the layer's scale of shape \(40,\) does not fit"):
+        layer(case.x[..., :8], case.gate[..., :8])
