@@ -83,7 +83,7 @@ def before(recipe: Recipe, x: Array, gate: Array | None, keep: Array | None) -> 
         return x
     assert gate is not None
     x = cleaned(x.astype(widest(accumulator(x), accumulator(gate))), keep, None)
-    return x * _of_gate(recipe, gate, keep)
+    return x * _of_gate(recipe, gate, keep).astype(x.dtype)
 
 
 def after(recipe: Recipe, z: Array, gate: Array | None, keep: Array | None) -> Array:

@@ -166,7 +166,8 @@ def normalize_rows(
     mask = aligned_mask(norm, mask, x.shape)
     mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
-    checked_activation(norm, activation, x.shape, widest(x.dtype, *(p.dtype for p in (scale, bias) if p is not None)))
+    of = (x, scale, bias) if gate is None else (gate,)
+    checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
     if mask is not None and axis_name is None and all(view(mask).shape[a] == 1 for a in axes):
         x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
     how = reduction(axes, axis_name, axis_index_groups, centered=centered)

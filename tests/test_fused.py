@@ -248,6 +248,23 @@ def test_poison_in_the_padding_of_x_or_the_gate_reaches_nothing(options, poison,
                 close(got, want, rtol=1e-4)
 
 
+def test_complex_values_integers_and_nothing_at_all(rng):
+    x, gate = draw(rng, (4, 8)) + 1j * draw(rng, (4, 8)), draw(rng, (4, 8))
+    f, labels = oracle.ACTIVATIONS["silu"][0], np.indices(x.shape)[0]
+    truth = lambda u: oracle.normalize(u, labels, None, None, epsilon=1e-6, centered=False).y
+    x = x.astype(np.complex64)
+    np.testing.assert_allclose(jn.gated_rms_norm(x, gate), truth(x) * f(gate), rtol=1e-5, atol=1e-6)
+    y = jn.gated_rms_norm(x, gate, norm_before_gate=False)
+    np.testing.assert_allclose(y, truth(x * f(gate)), rtol=1e-5, atol=1e-6)
+    new = jn.add_rms_norm(x, x)[1]
+    np.testing.assert_array_equal(new, x + x)
+    y, new = jn.add_layer_norm(np.arange(8), np.arange(8))
+    assert (y.dtype, new.dtype, new[-1]) == (f32, f32, 14.0)
+    for shape in ((3, 0), (0, 3)):
+        nothing = np.zeros(shape, f32)
+        assert jn.gated_rms_norm(nothing, nothing).shape == jn.add_rms_norm(nothing, nothing)[0].shape == shape
+
+
 def test_a_gate_and_an_activation_stand_around_a_kernel(kernels, rng):
     """One forward and one backward kernel, as for the norm alone, whatever stands around."""
     if not kernels:
@@ -382,6 +399,31 @@ def test_over_devices_as_on_one(name, kind, rng):
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=features, out_specs=(features[0], features[:3])))
     args = placed(mesh, *zip((x, other, scale, g), features, strict=True))
     jax.tree.map(lambda a, b: close(a, b, rtol=2e-5), run(*args), want)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("where", ["jit", "shard_map"])
+def test_an_activation_costs_a_synchronized_batch_norm_no_collective(where, room, rng):
+    """What is summed for dx is what is summed for scale and bias, with an activation too: one all-reduce for both."""
+    x, g = draw(rng, (32, 5, 6), 2.0), draw(rng, (32, 5, 6))
+    mesh, data = mesh_of("auto"), P("data")
+    seen = {}
+    for activation in (None, "silu"):
+        norm = jn.BatchNorm(activation=activation, implementation=room)
+        params, state = norm.init(6)
+        want = jax.vjp(lambda p, x: norm.apply(p, state, x, train=True)[0], params, x)[1](g)  # noqa: B023
+        if where == "shard_map":
+            norm = dataclasses.replace(norm, axis_name="data")
+        f = lambda p, x: norm.apply(p, state, x, train=True)[0]  # noqa: B023
+        both = lambda p, x, g, f=f: jax.vjp(f, p, x)[1](g)
+        if where == "shard_map":
+            f = jax.shard_map(f, mesh=mesh, in_specs=(P(), data), out_specs=data)
+            both = jax.shard_map(both, mesh=mesh, in_specs=(P(), data, data), out_specs=(P(), data))
+        args = placed(mesh, (params, P()), (x, data), (g, data))
+        seen[activation] = collectives(jax.jit(f), *args[:2]), collectives(jax.jit(both), *args)
+        jax.tree.map(lambda a, b: close(a, b, rtol=2e-5, atol=2e-5), jax.jit(both)(*args), want)
+    assert seen["silu"] == seen[None]
+    assert seen[None][0].count("all-reduce") >= 1
 
 
 # --- Flax layers ------------------------------------------------------------------------------------------------------
