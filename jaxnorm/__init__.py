@@ -2,6 +2,7 @@
 
 from ._batch import BatchNorm as BatchNorm
 from ._batch import batch_norm as batch_norm
+from ._gated import gated_rms_norm as gated_rms_norm
 from ._group import GroupNorm as GroupNorm
 from ._group import group_norm as group_norm
 from ._instance import InstanceNorm as InstanceNorm
@@ -17,6 +18,8 @@ from ._moments import moments as moments
 from ._normalize import Affine as Affine
 from ._normalize import as_affine as as_affine
 from ._normalize import normalize as normalize
+from ._residual import add_layer_norm as add_layer_norm
+from ._residual import add_rms_norm as add_rms_norm
 from ._rms import RMSNorm as RMSNorm
 from ._rms import rms_norm as rms_norm
 from ._spec import Norm as Norm
@@ -35,9 +38,12 @@ __all__ = [
     "Norm",
     "RMSNorm",
     "RunningStats",
+    "add_layer_norm",
+    "add_rms_norm",
     "as_affine",
     "backends",
     "batch_norm",
+    "gated_rms_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",

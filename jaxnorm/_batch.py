@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ._activation import Activation, checked_activation
 from ._checks import (
     aligned_mask,
     aligned_param,
@@ -44,6 +45,7 @@ def batch_norm(
     momentum: float | None = 0.99,
     epsilon: float = 1e-5,
     scale_offset: float = 0.0,
+    activation: Activation | None = None,
     mask=None,
     weights=None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -77,6 +79,7 @@ def batch_norm(
         of all elements seen so far (needs `state.count`).
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
         trace in the statistics, the state, or any gradient, be they NaN; finite ones are still normalized.
       weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
@@ -127,12 +130,15 @@ def batch_norm(
     checked_implementation(norm, implementation)
     epsilon = checked_epsilon(norm, epsilon)
     train = _checked_flag(norm, train)
+    checked_activation(norm, activation, x.shape, x.dtype)
     mask, weights = aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
     mask = None if mask is None else mask.astype(bool)
 
     def by_running() -> Array:
-        given = (x, state.mean, state.var, scale, bias)
-        return normalize(*given, epsilon=epsilon, scale_offset=scale_offset, axis=channels, dtype=dtype)
+        return normalize(
+            x, state.mean, state.var, scale, bias, epsilon=epsilon, scale_offset=scale_offset, activation=activation,
+            axis=channels, dtype=dtype,
+        )  # fmt: skip
 
     if frozen or train is False:
         return by_running(), state
@@ -145,7 +151,7 @@ def batch_norm(
         warn_if_single(norm, x, axes, "channel in training")
     how = reduction(axes, axis_name, axis_index_groups, one_pass=True)
     args = (x, scale, bias, mask, weights)
-    recipe = recipe_for(epsilon, scale_offset, out, how, implementation)
+    recipe = recipe_for(epsilon, scale_offset, out, how, implementation, activation=activation)
     with bound_axes(norm, axis_name):
         if virtual_batch_size is None:
             y, stats = standardize(norm, recipe, *args)
@@ -309,7 +315,7 @@ class BatchNorm(Spec):
         return batch_norm(x, params, state, **call, **self.options())
 
     def as_affine(self, params: Affine | None, state: RunningStats) -> Affine:
-        """What the norm is at inference: y == x * affine.scale + affine.bias.
+        """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.
 
         >>> import jaxnorm as jn
         >>> norm = jn.BatchNorm(epsilon=0.)

@@ -17,14 +17,15 @@ import numpy as np
 Array = jax.Array
 
 
-def as_float_array(norm: str, x, *, rank: int = 0, layout: str = "") -> Array:
+def as_float_array(norm: str, x, *, rank: int = 0, layout: str = "", what: str = "x") -> Array:
     """x as a floating or complex array; integers and booleans are promoted to JAX's default float, never truncated."""
     try:
         x = jnp.asarray(x)
     except TypeError as error:
-        raise TypeError(f"{norm}: x must be an array, got {type(x).__name__}. Write jnp.asarray(x).") from error
+        got = type(x).__name__
+        raise TypeError(f"{norm}: {what} must be an array, got {got}. Write jnp.asarray({what}).") from error
     if not jnp.issubdtype(x.dtype, jnp.number) and x.dtype != jnp.bool_:
-        raise TypeError(f"{norm}: x must hold numbers, got dtype {x.dtype}. Write x.astype(jnp.float32).")
+        raise TypeError(f"{norm}: {what} must hold numbers, got dtype {x.dtype}. Write {what}.astype(jnp.float32).")
     if x.ndim < rank:
         raise ValueError(
             f"{norm}: x must have rank {rank} or more, {layout}; got shape {x.shape}. "

@@ -17,7 +17,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
 from jax.nn import initializers
 
-from . import _batch, _group, _instance, _layer, _rms
+from . import _batch, _gated, _group, _instance, _layer, _rms
 from ._normalize import Affine
 from ._spec import RunningStats
 
@@ -83,6 +83,14 @@ def normalized(layer, layout: Layout, x: Array, scale, bias, *, mask, dtype, axi
     )
 
 
+def gated(layer, x: Array, gate, scale, *, mask, dtype, axis_name) -> Array:
+    """x by RMS norm with a gate."""
+    return _gated.gated_rms_norm(
+        x, gate, scale, axis=layer.axis, group_size=layer.group_size, norm_before_gate=layer.norm_before_gate,
+        cast=layer.cast, mask=as_flax_has_it(mask, x.shape), dtype=dtype, **common(layer, axis_name),
+    )  # fmt: skip
+
+
 def batch_norm(layer, x: Array, scale, bias, stats: RunningStats, *, train, mask, weights, update_stats, dtype,
                axis_name) -> tuple[Array, RunningStats]:  # fmt: skip
     """x by batch norm, and the new statistics in the shape of the old ones."""
@@ -114,8 +122,8 @@ def common(layer, axis_name) -> dict[str, Any]:
     """The keyword arguments that every function has."""
     groups = None if axis_name is None else layer.axis_index_groups
     return dict(
-        epsilon=layer.epsilon, scale_offset=layer.scale_offset, axis_name=axis_name, axis_index_groups=groups,
-        implementation=layer.implementation,
+        epsilon=layer.epsilon, scale_offset=layer.scale_offset, activation=layer.activation, axis_name=axis_name,
+        axis_index_groups=groups, implementation=layer.implementation,
     )  # fmt: skip
 
 

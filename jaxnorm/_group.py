@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from ._activation import Activation
 from ._checks import as_float_array, checked_axes, warn_if_single
 from ._spec import RowSpec, normalize_rows
 
@@ -24,6 +25,7 @@ def group_norm(
     reduction_axes: int | Sequence[int] | None = None,
     epsilon: float = 1e-6,
     scale_offset: float = 0.0,
+    activation: Activation | None = None,
     mask=None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups=None,
@@ -47,6 +49,7 @@ def group_norm(
       reduction_axes: the axes reduced, the channel axis among them; None is all but the batch axis 0.
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
         trace in the statistics or in any gradient, be they NaN; a group with nothing in it gives the bias.
       axis_name: a mapped axis, or several, over which the reduced axes are sharded (in whole groups).
@@ -82,17 +85,21 @@ def group_norm(
     # In the view the channel axis c is two: the groups at c, and the channels of a group at c + 1.
     reduced = tuple(a if a < channel else a + 1 for a in given)
 
-    def view(a: Array) -> Array:
-        split = (1, 1) if a.shape[channel] == 1 != x.shape[channel] else (groups, x.shape[channel] // max(groups, 1))
-        return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
-
+    view = lambda a: in_groups(a, x.shape, channel, groups)
     if axis_name is None:
         warn_if_single("group_norm", view(x), reduced, "group")
     return normalize_rows(
-        "group_norm", x, scale, bias, reduced, (channel,), epsilon=epsilon, scale_offset=scale_offset, mask=mask,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
+        "group_norm", x, scale, bias, reduced, (channel,), epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
         view=view,
     )  # fmt: skip
+
+
+def in_groups(a: Array, shape: tuple[int, ...], channel: int, groups: int) -> Array:
+    """a, which broadcasts to x of this shape, with the channel axis split into groups and the channels of a group."""
+    split = (1, 1) if a.shape[channel] == 1 != shape[channel] else (groups, shape[channel] // max(groups, 1))
+    return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
 
 
 def checked_group_count(norm: str, channels: int, num_groups: int | None, group_size: int | None) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from ._activation import Activation
 from ._checks import as_float_array, checked_axes, warn_if_single
 from ._spec import RowSpec, normalize_rows
 
@@ -21,6 +22,7 @@ def instance_norm(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
     scale_offset: float = 0.0,
+    activation: Activation | None = None,
     mask=None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups=None,
@@ -40,6 +42,7 @@ def instance_norm(
       axis: the channel axis, or axes, at any position but 0.
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
         trace in the statistics or in any gradient, be they NaN; an instance with nothing in it gives the bias.
       axis_name: a mapped axis, or several, over which the spatial axes are sharded.
@@ -69,8 +72,9 @@ def instance_norm(
     if axis_name is None:
         warn_if_single("instance_norm", x, axes, "instance and channel")
     return normalize_rows(
-        "instance_norm", x, scale, bias, axes, channels, epsilon=epsilon, scale_offset=scale_offset, mask=mask,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
+        "instance_norm", x, scale, bias, axes, channels, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
     )  # fmt: skip
 
 

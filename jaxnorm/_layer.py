@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from ._activation import Activation
 from ._checks import as_float_array, checked_axes
 from ._spec import RowSpec, normalize_rows
 
@@ -21,6 +22,7 @@ def layer_norm(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
     scale_offset: float = 0.0,
+    activation: Activation | None = None,
     mask=None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups=None,
@@ -38,6 +40,9 @@ def layer_norm(
       axis: the axis or axes normalized over.
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", "silu" (or "swish"), "gelu" (the exact one), "gelu_tanh",
+        "sigmoid", "tanh", or an elementwise function. The backward pass makes it anew and keeps x alone. An equal
+        function shares a trace; a lambda written in place is a new one each time.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
         trace in the statistics or in any gradient, be they NaN; a row with nothing in it gives the bias.
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
@@ -62,8 +67,9 @@ def layer_norm(
     x = as_float_array("layer_norm", x, rank=1, layout="the normalized axes among its own")
     axes = checked_axes("layer_norm", x.ndim, axis)
     return normalize_rows(
-        "layer_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset, mask=mask,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
+        "layer_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import _activation
+from ._activation import Activation, checked_activation, pushed
 from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
 from ._kernels import cpu, xla
 from ._kernels.fused import Fused
@@ -52,7 +54,7 @@ def _near_one(v: Array) -> tuple[Array, Array]:
 
 def affine(xhat, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
     """y = xhat (scale + scale_offset) + bias, rounded once (or also before scale)."""
-    y = _rounded(xhat, dtype) if round_before_scale else xhat
+    y = rounded(xhat, dtype) if round_before_scale else xhat
     if scale is not None or scale_offset:
         s = effective_scale(scale, scale_offset, y.dtype)
         y = y.astype(s.dtype) * s
@@ -69,7 +71,7 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
     return scale.astype(widest(dtype, scale.dtype)) + scale_offset
 
 
-def _rounded(y: Array, dtype) -> Array:
+def rounded(y: Array, dtype) -> Array:
     """y in its own dtype with the precision of `dtype`. An instruction, since XLA may drop a cast there and back."""
     if jnp.iscomplexobj(y) or jnp.finfo(dtype).bits >= jnp.finfo(y.dtype).bits:
         return y
@@ -78,21 +80,35 @@ def _rounded(y: Array, dtype) -> Array:
 
 
 def standardize(
-    norm: str, recipe: Recipe, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None
+    norm: str, recipe: Recipe, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None, gate=None
 ) -> tuple[Array, Statistics]:
     """Normalize x by its own statistics. Returns the output, and the statistics as constants, without a derivative.
 
-    For the backward pass only x, in its own dtype, and the statistics are kept.
+    For the backward pass only x (and a gate), in its own dtype, and the statistics are kept.
     """
-    if recipe.room != "xla":
-        refusal = cpu.refusal(x, recipe.how, recipe.dtype, scale, bias, mask, weights)
-        if refusal is None:
-            return _by_room(recipe, x, scale, bias)
-        if recipe.room is not None:
-            raise ValueError(
-                f"{norm}: implementation={recipe.room!r} cannot run here: {refusal}. Write implementation=None."
-            )
+    if recipe.activation is not None:
+        plain = _without_activation(recipe, x, scale, bias, gate)
+        seen = jax.eval_shape(functools.partial(_activation.before, recipe), x, gate, None)
+        in_room = _takes(norm, plain, seen, scale, bias, mask, weights)
+        if in_room:
+            plain, scale, bias = _for_room(plain, seen, scale, bias)
+        return _around(recipe, plain, in_room, x, scale, bias, mask, weights, gate)
+    if _takes(norm, recipe, x, scale, bias, mask, weights):
+        recipe, scale, bias = _for_room(recipe, x, scale, bias)
+        return _in_room(recipe, x, scale, bias)
     return _by_xla(recipe, x, scale, bias, mask, weights)
+
+
+def _takes(norm: str, recipe: Recipe, x, scale, bias, mask, weights) -> bool:
+    """Whether a room of kernels takes this norm. One that is named takes it or says why not."""
+    if recipe.room == "xla":
+        return False
+    refusal = cpu.refusal(x, recipe.how, recipe.dtype, scale, bias, mask, weights)
+    if refusal is not None and recipe.room is not None:
+        raise ValueError(
+            f"{norm}: implementation={recipe.room!r} cannot run here: {refusal}. Write implementation=None."
+        )
+    return refusal is None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -116,12 +132,11 @@ def _(recipe, primals, tangents):
 # The same where a room of kernels may run it: one primitive forward, and one, linear, for the tangent.
 
 
-def _by_room(recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
+def _for_room(recipe: Recipe, x, scale, bias) -> tuple[Recipe, Array | None, Array | None]:
     """The kernels' arithmetic has one dtype, and its scale no offset."""
     acc = xla.accumulator(x)
     scale = None if scale is None else effective_scale(scale, recipe.scale_offset, acc)
-    bias = None if bias is None else bias.astype(acc)
-    return _in_room(replace(recipe, scale_offset=0.0), x, scale, bias)
+    return replace(recipe, scale_offset=0.0), scale, None if bias is None else bias.astype(acc)
 
 
 _fused = Fused(
@@ -167,6 +182,60 @@ def _in_room_with_tangent(recipe: Recipe, primals, tangents):
     y, stats = _differentiable_in_room(recipe, *primals)
     dy = _fused.tangent(recipe, x, stats, scale, tangents)
     return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+
+
+# --- with an activation or a gate around it, by either ----------------------------------------------------------------
+
+
+def _without_activation(recipe: Recipe, x, scale, bias, gate) -> Recipe:
+    """The norm within. What it gives is rounded where the output is, or where it is asked to be by name."""
+    plain = replace(recipe, activation=None, gate=None)
+    if recipe.gate == "before" or recipe.round_before_scale:
+        return plain
+    return replace(plain, dtype=widest(xla.accumulator(x), *(p.dtype for p in (scale, bias) if p is not None)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _around(recipe: Recipe, plain: Recipe, in_room: bool, x, scale, bias, mask, weights, gate):
+    y, stats = _around_differentiable(recipe, plain, in_room, x, scale, bias, mask, weights, gate)
+    return y, jax.tree.map(jax.lax.stop_gradient, stats)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _around_differentiable(recipe: Recipe, plain: Recipe, in_room: bool, x, scale, bias, mask, weights, gate):
+    keep = xla.present(mask, weights)
+    u = _activation.before(recipe, x, gate, keep)
+    if in_room:
+        z, stats = _differentiable_in_room(plain, u, scale, bias)
+    else:
+        stats = statistics(plain.how, u, mask, weights)
+        z = _output(plain, u, mask, weights, stats, scale, bias)
+    return _activation.after(recipe, z, gate, keep), stats
+
+
+@functools.partial(_around.defjvp, symbolic_zeros=True)
+def _(recipe, plain, in_room, primals, tangents):
+    y, stats = _around_differentiable(recipe, plain, in_room, *primals)
+    # As in the norm within: of what the map keeps, x and the gate alone have x's size. It makes z anew.
+    tangent = jax.checkpoint(functools.partial(_around_tangent, recipe, plain, in_room), prevent_cse=False)
+    dy = tangent(stats, *primals, none_for_zero(tangents))
+    return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+
+
+def _around_tangent(recipe, plain, in_room, stats, x, scale, bias, mask, weights, gate, tangents) -> Array:
+    """The tangent of y, by the chain rule over what is before the norm, the norm, and what is after it."""
+    dx, dscale, dbias, _, dweights, dgate = tangents
+    keep = xla.present(mask, weights)
+    u, du = pushed(lambda x, gate: _activation.before(recipe, x, gate, keep), (x, gate), (dx, dgate))
+    z = _output(plain, u, mask, weights, stats, scale, bias)
+    if all(t is None for t in (du, dscale, dbias, dweights)):
+        dz = None
+    elif in_room:
+        dz = _fused.tangent(plain, u, stats, scale, (du, dscale, dbias))
+    else:
+        dz = _output_tangent(plain, u, mask, weights, stats, scale, (du, dscale, dbias, dweights))
+    _, dy = pushed(lambda z, gate: _activation.after(recipe, z, gate, keep), (z, gate), (dz, dgate))
+    return jnp.zeros(x.shape, recipe.dtype) if dy is None else dy
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -225,11 +294,12 @@ def normalize(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
     scale_offset: float = 0.0,
+    activation: Activation | None = None,
     dtype=None,
 ) -> Array:
     """Normalize by statistics that are given, as batch norm does at inference.
 
-        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias,   then the activation, if there is one
 
     Args:
       x: array of any shape.
@@ -239,11 +309,13 @@ def normalize(
       bias: the same, or None for 0.
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: a name such as "relu", or an elementwise function; see
+        `layer_norm`.
       axis: the feature axis or axes, where parameters of the feature shape belong.
       dtype: of the output; None is x's. The arithmetic is in float32 or wider.
 
     Raises:
-      ValueError: a parameter that fits x nowhere, or a bad epsilon.
+      ValueError: a parameter that fits x nowhere, a bad epsilon, or a bad activation.
 
     >>> import jaxnorm as jn, numpy as np
     >>> jn.normalize(np.array([[1., 2.]]), np.array([1., 0.]), np.array([1., 4.]), epsilon=0.).tolist()
@@ -256,17 +328,23 @@ def normalize(
         aligned_param("normalize", w, p, x.shape, axes) for w, p in zip(names, (mean, var, scale, bias), strict=True)
     )
     out = checked_dtype("normalize", dtype, x, mean, scale, bias)
-    return _normalize_given(checked_epsilon("normalize", epsilon), scale_offset, out, x, mean, var, scale, bias)
+    checked_activation("normalize", activation, x.shape, x.dtype)
+    static = (checked_epsilon("normalize", epsilon), scale_offset, activation, out)
+    return _normalize_given(*static, x, mean, var, scale, bias)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1, 2))
-def _normalize_given(epsilon, scale_offset, dtype, x, mean, var, scale, bias):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1, 2, 3))
+def _normalize_given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias):
     """Under checkpoint, so that x in its own dtype is all that is kept of x's size for the backward pass."""
     acc = widest(xla.accumulator(x), mean.dtype)
     x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
     r = rsqrt(var, jnp.ones((), var.dtype), 1.0, epsilon)
-    return affine((x - mean) * r.astype(acc), scale, bias, scale_offset, dtype)
+    xhat = (x - mean) * r.astype(acc)
+    if activation is None:
+        return affine(xhat, scale, bias, scale_offset, dtype)
+    wide = widest(acc, *(p.dtype for p in (scale, bias) if p is not None))
+    return _activation.activate(activation, affine(xhat, scale, bias, scale_offset, wide)).astype(dtype)
 
 
 def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_offset: float = 0.0) -> Affine:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 
+from ._activation import Activation
 from ._checks import as_float_array, checked_axes
 from ._spec import RowSpec, normalize_rows
 
@@ -21,6 +22,7 @@ def rms_norm(
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-6,
     scale_offset: float = 0.0,
+    activation: Activation | None = None,
     cast: str = "after_scale",
     mask=None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -41,6 +43,7 @@ def rms_norm(
       scale_offset: added to scale in float32; 1.0 is Gemma's zero-centred gamma.
       cast: "after_scale" rounds once, at the end (Gemma); "before_scale" rounds x / rms to the output's dtype and again
         after the scale (Llama). They differ in the last bit of a half-precision output.
+      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
         trace in the statistics or in any gradient, be they NaN; a row with nothing in it gives the bias.
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
@@ -62,20 +65,21 @@ def rms_norm(
     >>> jn.rms_norm(np.array([[2., -2.]]), bias=np.array([0., 1.]), epsilon=0.).round(3).tolist()
     [[1.0, 0.0]]
     """
-    checked_cast(cast)
+    checked_cast("rms_norm", cast)
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
     axes = checked_axes("rms_norm", x.ndim, axis)
     return normalize_rows(
-        "rms_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset, mask=mask,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
+        "rms_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
         centered=False, round_before_scale=cast == "before_scale",
     )  # fmt: skip
 
 
-def checked_cast(cast: str) -> None:
+def checked_cast(norm: str, cast: str) -> None:
     if cast not in ("after_scale", "before_scale"):
         raise ValueError(
-            f'rms_norm: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".'
+            f'{norm}: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".'
         )
 
 
@@ -97,7 +101,7 @@ class RMSNorm(RowSpec):
 
     def __post_init__(self):
         super().__post_init__()
-        checked_cast(self.cast)
+        checked_cast("rms_norm", self.cast)
 
     def _function(self, x, scale, bias, **options) -> Array:
         return rms_norm(x, scale, bias, **options)

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from ._activation import checked_activation, checked_name
 from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
 from ._kernels import checked_implementation
-from ._kernels.xla import Recipe, Reduction
+from ._kernels.xla import Recipe, Reduction, widest
 from ._moments import checked_groups
 from ._normalize import Affine, standardize
 
@@ -61,6 +62,7 @@ class Spec:
     use_bias: bool = True
     param_dtype: Any = jnp.float32
     scale_offset: float = 0.0
+    activation: Any = None
     dtype: Any = None
     implementation: str | None = None
 
@@ -73,6 +75,7 @@ class Spec:
                 frozen = tuple(tuple(v) if isinstance(v, (list, tuple, range)) else v for v in value)
                 object.__setattr__(self, name, frozen)
         checked_epsilon(type(self).__name__, self.options()["epsilon"])
+        checked_name(type(self).__name__, self.activation)
         checked_implementation(type(self).__name__, self.implementation)
 
     def options(self) -> dict[str, Any]:
@@ -112,16 +115,14 @@ class RowSpec(Spec):
         raise NotImplementedError
 
 
-def recipe_for(
-    epsilon, scale_offset, dtype, how: Reduction, implementation, *, round_before_scale: bool = False
-) -> Recipe:
+def recipe_for(epsilon, scale_offset, dtype, how: Reduction, implementation, **more) -> Recipe:
     """The static part of a call, with the unit of its squares chosen.
 
     The unit leaves values of 1e30 in range of float32; what underflows for it is far below epsilon's own rounding.
     """
     unit = 2.0**-40 if epsilon >= 1e-8 else 2.0**-16
     how = dataclasses.replace(how, unit=unit)
-    return Recipe(how, epsilon, float(scale_offset), dtype, round_before_scale, implementation)
+    return Recipe(how, epsilon, float(scale_offset), dtype, room=implementation, **more)
 
 
 def reduction(axes, axis_name, axis_index_groups, **more) -> Reduction:
@@ -151,12 +152,13 @@ def _kept_rows(mask: Array, x: Array) -> Array:
 
 def normalize_rows(
     norm: str, x: Array, scale, bias, axes, feature_axes, *,
-    epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation,
-    view: Callable[[Array], Array] = lambda a: a, **more,
+    epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
+    centered=True, round_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = lambda a: a,
 ) -> Array:  # fmt: skip
     """A norm by each example's own statistics: arguments checked and brought to x's rank, then `standardize`.
 
-    `view` maps x, and what broadcasts against it, to the shape whose `axes` are the ones reduced.
+    `view` maps x, and what broadcasts against it, to the shape whose `axes` are the ones reduced. A `gate`, which has
+    x's rank, multiplies what it is asked to (`gate_where` is "before" or "after") by its activation.
     """
     checked_implementation(norm, implementation)
     scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
@@ -164,12 +166,16 @@ def normalize_rows(
     mask = aligned_mask(norm, mask, x.shape)
     mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
-    before = more.pop("round_before_scale", False)
+    of = (x, scale, bias) if gate is None else (gate,)
+    checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
     if mask is not None and axis_name is None and all(view(mask).shape[a] == 1 for a in axes):
-        x, mask = _kept_rows(mask, x), None
-    how = reduction(axes, axis_name, axis_index_groups, **more)
+        x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
+    how = reduction(axes, axis_name, axis_index_groups, centered=centered)
     epsilon = checked_epsilon(norm, epsilon)
-    recipe = recipe_for(epsilon, scale_offset, out, how, implementation, round_before_scale=before)
+    more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
+    recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
+    x_shape = x.shape
+    x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))
     with bound_axes(norm, axis_name):
-        y, _ = standardize(norm, recipe, *jax.tree.map(view, (x, scale, bias, mask)))
-    return y.reshape(x.shape)
+        y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)
+    return y.reshape(x_shape)

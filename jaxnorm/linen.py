@@ -10,6 +10,8 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
 
   scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma. Without a `scale_init` of your own the
     effective scale starts at 1.
+  activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
+    pass keeps x alone. See `jaxnorm.layer_norm`.
   implementation: a room of `jaxnorm.backends()`; None is the best one.
   scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
     `use_scale=False`, `use_bias=False`.
@@ -28,19 +30,21 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from . import _flax
+from ._activation import Activation
 from ._flax import Axes, Initializer, Layout
 from ._spec import RunningStats
 
 Array = jax.Array
 Dtype = Any
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GatedRMSNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 
 class _Norm(nn.Module):
     """What all layers have. Fields of Flax's come first, in each layer, in Flax's order; these are keyword only."""
 
     scale_offset: float = field(default=0.0, kw_only=True)
+    activation: Activation | None = field(default=None, kw_only=True)
     implementation: str | None = field(default=None, kw_only=True)
 
     @nn.nowrap
@@ -176,6 +180,58 @@ class RMSNorm(_RowNorm):
     @nn.nowrap
     def _layout(self, ndim: int) -> Layout:
         return _flax.rms_norm(self, ndim)
+
+
+class GatedRMSNorm(_Norm):
+    """RMS norm and a gate, as Mamba-2 and gated DeltaNet have it: `jaxnorm.gated_rms_norm`. Flax has no such layer.
+
+        y = rms_norm(x) * (scale + scale_offset) * f(gate),   or   rms_norm(x * f(gate)) * (scale + scale_offset)
+
+    The first with `norm_before_gate=True`, the second, Mamba-2's, with False; f is `activation`. The one parameter is
+    `scale`, of the shape of x's `axis`; `group_size` channels at a time are normalized, None is all.
+
+    >>> import jax, numpy as np
+    >>> from jaxnorm import linen as jnn
+    >>> x, gate = np.array([[3., -3.]], "f"), np.array([[0., 1.]], "f")
+    >>> norm = jnn.GatedRMSNorm(epsilon=0., activation="sigmoid")
+    >>> y, variables = norm.init_with_output(jax.random.key(0), x, gate)
+    >>> y.round(3).tolist(), sorted(variables["params"])
+    ([[0.5, -0.7310000061988831]], ['scale'])
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer | None = None
+    axis: int = -1
+    group_size: int | None = None
+    norm_before_gate: bool = True
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    activation: Activation | None = field(default="silu", kw_only=True)
+    cast: str = field(default="after_scale", kw_only=True)
+
+    use_bias = False
+
+    @nn.compact
+    def __call__(self, x, gate, *, mask=None, scale=None) -> Array:
+        """The normalized and gated x.
+
+        Args:
+          x: the input.
+          gate: of x's shape, or of one that broadcasts to it.
+          mask: True where an element counts. Broadcasts to x, or covers its leading axes.
+          scale: in place of a learned scale: of the feature shape, or of one that broadcasts against x.
+
+        Raises:
+          ValueError: scale is given to a layer that has its own.
+        """
+        x = jnp.asarray(x)
+        features = _flax.canonical(self, "axis", x.ndim, self.axis)
+        scale, _ = self._parameters(x.shape, features, scale, None)
+        dtype = _flax.output_dtype(self.dtype, x, scale)
+        return _flax.gated(self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self._axis_name())
 
 
 class GroupNorm(_RowNorm):

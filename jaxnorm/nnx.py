@@ -10,6 +10,8 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
 
   scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma. Without a `scale_init` of your own the
     effective scale starts at 1.
+  activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
+    pass keeps x alone. See `jaxnorm.layer_norm`.
   implementation: a room of `jaxnorm.backends()`; None is the best one.
   scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
     `use_scale=False`, `use_bias=False`.
@@ -28,6 +30,7 @@ from flax.nnx.nn import dtypes
 from jax.nn import initializers
 
 from . import _flax
+from ._activation import Activation
 from ._flax import Axes, Initializer, Layout
 from ._group import checked_group_count
 from ._spec import RunningStats
@@ -38,7 +41,7 @@ Features = int | tuple[int, ...]
 Metadata = Mapping[str, Any]
 Promote = Callable[..., Any]
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GatedRMSNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 
 _NONE: Metadata = MappingProxyType({})
 _NOT_KEPT = ("self", "__class__", "rngs", "scale_init", "bias_init", "scale_metadata", "bias_metadata")
@@ -145,7 +148,8 @@ class LayerNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs,
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
-        scale_offset: float = 0.0, implementation: str | None = None,
+        scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         self._build(locals())
 
@@ -179,12 +183,62 @@ class RMSNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs, scale_metadata: Metadata = _NONE,
         use_bias: bool = False, bias_init: Initializer = initializers.zeros, bias_metadata: Metadata = _NONE,
-        cast: str = "after_scale", scale_offset: float = 0.0, implementation: str | None = None,
+        cast: str = "after_scale", scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         self._build(locals())
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         return _flax.rms_norm(self, len(shape))
+
+
+class GatedRMSNorm(_Norm):
+    """RMS norm and a gate, as Mamba-2 and gated DeltaNet have it: `jaxnorm.gated_rms_norm`. Flax has no such layer.
+
+        y = rms_norm(x) * (scale + scale_offset) * f(gate),   or   rms_norm(x * f(gate)) * (scale + scale_offset)
+
+    The first with `norm_before_gate=True`, the second, Mamba-2's, with False; f is `activation`. The one parameter is
+    `scale`, of shape `num_features`, at x's `axis`; `group_size` channels at a time are normalized, None is all.
+
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> from jaxnorm import nnx as jnnx
+    >>> x, gate = np.array([[3., -3.]], "f"), np.array([[0., 1.]], "f")
+    >>> jnnx.GatedRMSNorm(2, epsilon=0., activation="sigmoid", rngs=nnx.Rngs(0))(x, gate).round(3).tolist()
+    [[0.5, -0.7310000061988831]]
+    """
+
+    axis: int
+
+    def __init__(
+        self, num_features: int, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32, use_scale: bool = True, scale_init: Initializer | None = None,
+        axis: int = -1, group_size: int | None = None, norm_before_gate: bool = True,
+        axis_name: str | None = None, axis_index_groups: Any = None,
+        promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs, scale_metadata: Metadata = _NONE,
+        cast: str = "after_scale", scale_offset: float = 0.0, activation: Activation = "silu",
+        implementation: str | None = None,
+    ):  # fmt: skip
+        self._build(dict(locals(), use_bias=False, bias_init=None))
+
+    def __call__(self, x, gate, mask=None, *, scale=None) -> Array:
+        """The normalized and gated x.
+
+        Args:
+          x: the input.
+          gate: of x's shape, or of one that broadcasts to it.
+          mask: True where an element counts. Broadcasts to x, or covers its leading axes.
+          scale: in place of a learned scale: of the feature shape, or of one that broadcasts against x.
+
+        Raises:
+          ValueError: scale is given to a layer that has its own.
+          TypeError: x has not as many features as the layer.
+        """
+        x = jnp.asarray(x)
+        features = _flax.canonical(self, "axis", x.ndim, self.axis)
+        scale, _ = self._parameters(x.shape, features, scale, None)
+        dtype = self._output_dtype((x, scale))
+        return _flax.gated(self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self.axis_name)
 
 
 class GroupNorm(_RowNorm):
@@ -223,7 +277,8 @@ class GroupNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs,
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
-        axis: int = -1, scale_offset: float = 0.0, implementation: str | None = None,
+        axis: int = -1, scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         _flax.checked_groups(num_groups, group_size)
         num_groups = checked_group_count("GroupNorm", num_features, num_groups, group_size)
@@ -266,7 +321,8 @@ class InstanceNorm(_RowNorm):
         axis_index_groups: Any = None, use_fast_variance: bool = True,
         promote_dtype: Promote = dtypes.promote_dtype, rngs: nnx.Rngs,
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
-        axis: Axes | None = None, scale_offset: float = 0.0, implementation: str | None = None,
+        axis: Axes | None = None, scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         self._build(locals())
 
@@ -317,7 +373,8 @@ class BatchNorm(_Norm):
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
         zero_debias: bool = False, unbiased_running_var: bool = False, frozen: bool = False,
         skip_nonfinite: bool = False, virtual_batch_size: int | None = None, min_count: float | None = None,
-        scale_offset: float = 0.0, implementation: str | None = None,
+        scale_offset: float = 0.0, activation: Activation | None = None,
+        implementation: str | None = None,
     ):  # fmt: skip
         shape = self._build(locals())
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))

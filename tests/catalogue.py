@@ -14,6 +14,7 @@ import oracle
 from jax import Array
 
 import jaxnorm as jn
+from jaxnorm._activation import NAMED
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,21 @@ class Row:
         return _apply(self, params, x, call)
 
     def truth(self, params, x, **call) -> oracle.Truth:
-        how = dict(epsilon=self.spec.epsilon, centered=self.centered, **call)
-        return oracle.normalize(x, self.labels, *self.in_rank(params), **how)
+        truth = self._before_activation(params, x, **call)
+        return truth._replace(y=self.activated(truth.y))
 
     def gradients(self, params, x, g, **call):
         how = dict(epsilon=self.spec.epsilon, centered=self.centered, **call)
+        if self.spec.activation is not None:
+            g = g * oracle.ACTIVATIONS[self.spec.activation][1](self._before_activation(params, x, **call).y)
         return oracle.gradients(x, self.labels, *self.in_rank(params), g, **how)
+
+    def activated(self, z):
+        return z if self.spec.activation is None else oracle.ACTIVATIONS[self.spec.activation][0](oracle.wide(z))
+
+    def _before_activation(self, params, x, **call) -> oracle.Truth:
+        how = dict(epsilon=self.spec.epsilon, centered=self.centered, **call)
+        return oracle.normalize(x, self.labels, *self.in_rank(params), **how)
 
     def reference(self, params, x) -> Array:
         """The norm as plain differentiable jnp, for the transformations whose truth the oracle does not write out."""
@@ -91,7 +101,8 @@ class Row:
         y = (x - mean) / jnp.sqrt(var + self.spec.epsilon)
         scale, bias = (None if p is None else jnp.broadcast_to(p.reshape(self.param), x.shape) for p in params)
         y = y if scale is None else y * (scale + self.spec.scale_offset)
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y if self.spec.activation is None else NAMED[self.spec.activation](y)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -112,12 +123,14 @@ ROWS = [
     row("layer-no-params", jn.LayerNorm(use_scale=False, use_bias=False), _tokens, (1, 1, 40), lambda n, t, c: (n, t)),
     row("layer-zero-centred", jn.LayerNorm(scale_offset=1.0), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,)),
     row("layer-adaptive", jn.LayerNorm(), _tokens, (4, 1, 40), lambda n, t, c: (n, t), None, "per-sample"),
+    row("layer-gelu", jn.LayerNorm(activation="gelu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,)),
     row("rms", jn.RMSNorm(), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,)),
     row("rms-bias", jn.RMSNorm(use_bias=True, scale_offset=1.0), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,)),
     row("rms-no-scale", jn.RMSNorm(use_scale=False), _tokens, (1, 1, 40), lambda n, t, c: (n, t)),
     row("rms-per-head", jn.RMSNorm(), (3, 4, 5, 16), (1, 1, 5, 16), lambda n, t, h, d: (n, t, h), (5, 16)),
     row("rms-two-axes", jn.RMSNorm(axis=(1, 2)), _tokens, (1, 6, 40), lambda n, t, c: (n,), (6, 40)),
     row("rms-before-scale", jn.RMSNorm(cast="before_scale"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), "twice"),
+    row("rms-silu", jn.RMSNorm(activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,)),
     row("group-nhwc", jn.GroupNorm(num_groups=3), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4), (12,)),
     row("group-nchw", jn.GroupNorm(num_groups=3, axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4), (12,)),
     row("group-size", jn.GroupNorm(group_size=6), (5, 7, 12), (1, 1, 12), lambda n, t, c: (n, c // 6), (12,)),
@@ -125,10 +138,13 @@ ROWS = [
         lambda n, h, w, c: (n, h, c // 6), (12,)),
     row("group-adaptive", jn.GroupNorm(num_groups=3), _image, (6, 1, 1, 12), lambda n, h, w, c: (n, c // 4), None,
         "per-sample"),
+    row("group-gelu-tanh", jn.GroupNorm(num_groups=3, axis=1, activation="gelu_tanh"), _planes, (1, 12, 1, 1),
+        lambda n, c, h, w: (n, c // 4), (12,)),
     row("instance-nhwc", jn.InstanceNorm(), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c), (12,)),
     row("instance-nchw", jn.InstanceNorm(axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c), (12,)),
     row("instance-sequence", jn.InstanceNorm(scale_offset=1.0), (5, 30, 4), (1, 1, 4), lambda n, t, c: (n, c), (4,)),
     row("batch-nhwc", jn.BatchNorm(), (16, 5, 4, 6), (1, 1, 1, 6), lambda n, h, w, c: (c,), (6,)),
+    row("batch-relu", jn.BatchNorm(activation="relu"), (16, 5, 4, 6), (1, 1, 1, 6), lambda n, h, w, c: (c,), (6,)),
     row("batch-nchw", jn.BatchNorm(axis=1), (16, 6, 5, 4), (1, 6, 1, 1), lambda n, c, h, w: (c,), (6,)),
     row("batch-flat", jn.BatchNorm(momentum=0.9, scale_offset=1.0), (48, 7), (1, 7), lambda n, c: (c,), (7,)),
     row("batch-no-params", jn.BatchNorm(use_scale=False, use_bias=False), (48, 7), (1, 7), lambda n, c: (c,)),

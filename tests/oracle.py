@@ -6,6 +6,7 @@ Every element of x carries the number of the statistic it belongs to (`labels`, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,30 @@ def gradients(x, labels, scale, bias, g, *, epsilon, centered=True, mask=None, w
     h = g * (1.0 if scale is None else wide(scale))
     dx = truth.r * (h - share * (centered * total(h, labels) + truth.xhat * total(h * truth.xhat, labels)))
     return dx, reduced_to(g * truth.xhat, scale), reduced_to(g, bias)
+
+
+# --- activations: f and its derivative, written out -------------------------------------------------------------------
+
+_sigmoid = lambda z: 0.5 * (1.0 + np.tanh(0.5 * z))
+_cdf = lambda z: 0.5 * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2.0)))
+_pdf = lambda z: np.exp(-0.5 * z**2) / math.sqrt(2.0 * math.pi)
+_inner = lambda z: np.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3))
+_silu = (lambda z: z * _sigmoid(z), lambda z: _sigmoid(z) * (1.0 + z * (1.0 - _sigmoid(z))))
+
+ACTIVATIONS = {
+    None: (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.maximum(z, 0.0), lambda z: np.where(z > 0, 1.0, 0.0)),
+    "silu": _silu,
+    "swish": _silu,
+    "gelu": (lambda z: z * _cdf(z), lambda z: _cdf(z) + z * _pdf(z)),
+    "gelu_tanh": (
+        lambda z: 0.5 * z * (1.0 + _inner(z)),
+        lambda z: 0.5 * (1.0 + _inner(z))
+        + 0.5 * z * (1.0 - _inner(z) ** 2) * math.sqrt(2.0 / math.pi) * (1.0 + 3 * 0.044715 * z**2),
+    ),
+    "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1.0 - _sigmoid(z))),
+    "tanh": (np.tanh, lambda z: 1.0 - np.tanh(z) ** 2),
+}
 
 
 def reduced_to(a, like):

@@ -46,7 +46,7 @@ def test_a_constant_gives_the_bias(row, constant, rng):
     y = row.apply(params, np.full(row.shape, constant, np.float32))
     if row.centered:
         bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param)
-        np.testing.assert_allclose(y, np.broadcast_to(bias, row.shape), atol=1e-6)
+        np.testing.assert_allclose(y, np.broadcast_to(row.activated(bias), row.shape), atol=1e-6)
     else:
         np.testing.assert_allclose(
             y, row.truth(params, np.full(row.shape, np.float32(constant))).y, rtol=1e-6, atol=2e-6

@@ -67,8 +67,8 @@ def test_nothing_at_all_is_finite_and_still(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, dtype=np.float16), draw(rng, row.shape, dtype=np.float16)
     mask = np.zeros(row.shape, bool)
     y, vjp = jax.vjp(lambda p, x: row.apply(p, x, mask=mask), params, x)
-    bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param).astype(np.float16)
-    np.testing.assert_array_equal(y, np.broadcast_to(bias, row.shape))
+    bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param)
+    np.testing.assert_array_equal(y, np.broadcast_to(row.activated(bias), row.shape).astype(np.float16))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(vjp(g)))
 
 

@@ -40,6 +40,8 @@ class Recipe:
     dtype: Any  # of the output
     round_before_scale: bool = False
     room: str | None = None  # of kernels: "xla", "native", or None for the best
+    activation: Any = None  # f, a name or a function. A room of kernels never sees one: `standardize` puts it around
+    gate: str | None = None  # f(gate) multiplies "before" or "after" the norm; None: f is of the output
 
 
 class Statistics(NamedTuple):

@@ -1,0 +1,121 @@
+"""What stands around a norm element by element: an activation after it, or a gate before or after it.
+
+Legend: z is the norm's output in float32 or wider; f is the activation; `keep` is where elements count, None for all.
+
+    activation alone: y = f(z)      gate "after": y = z f(gate)      gate "before": the norm is that of x f(gate)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from ._kernels.xla import Recipe, accumulator, cleaned, widest
+
+Array = jax.Array
+Activation = str | Callable[[Array], Array]
+
+NAMED: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda z: jax.nn.gelu(z, approximate=False),
+    "gelu_tanh": lambda z: jax.nn.gelu(z, approximate=True),
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
+
+_CALM = 1e4  # what is absent takes part in no derivative of f but where it is below this: f may overflow beyond
+
+
+def checked_activation(norm: str, activation: Activation | None, shape: tuple[int, ...], dtype) -> None:
+    """A name from the list, or a function that keeps shapes and holds no traced values of its own."""
+    checked_name(norm, activation)
+    if activation is None:
+        return
+    if isinstance(activation, str):
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"{norm}: activation={activation!r} is for real values, got {jnp.dtype(dtype)}. "
+                "Write activation=None, or a function of complex values."
+            )
+        return
+    wide = jax.ShapeDtypeStruct(shape, widest(dtype, jnp.float32))
+    traced, out = jax.make_jaxpr(activation, return_shape=True)(wide)
+    name = getattr(activation, "__name__", repr(activation))
+    if getattr(out, "shape", None) != shape or not jnp.issubdtype(out.dtype, jnp.inexact):
+        raise ValueError(
+            f"{norm}: activation must be elementwise, but {name} makes {jax.tree.map(_typed, out)} of {_typed(wide)}. "
+            "Write activation=None and apply it to the output."
+        )
+    if any(isinstance(c, Tracer) for c in traced.consts):
+        raise ValueError(
+            f"{norm}: activation must be a function of its argument alone, but {name} holds traced values. "
+            "Write activation=None and apply it to the output."
+        )
+
+
+def checked_name(norm: str, activation: Activation | None) -> None:
+    """All that can be said of an activation before there is an x."""
+    if activation is None or callable(activation) or (isinstance(activation, str) and activation in NAMED):
+        return
+    raise ValueError(
+        f"{norm}: activation must be one of {sorted(NAMED)}, a function, or None; got {activation!r}. "
+        'Write activation="relu".'
+    )
+
+
+def _typed(a) -> str:
+    return f"{a.dtype}{list(a.shape)}"
+
+
+def activate(activation: Activation, z: Array) -> Array:
+    return (NAMED[activation] if isinstance(activation, str) else activation)(z)
+
+
+def before(recipe: Recipe, x: Array, gate: Array | None, keep: Array | None) -> Array:
+    """What the norm is taken of."""
+    if recipe.gate != "before":
+        return x
+    assert gate is not None
+    x = cleaned(x.astype(widest(accumulator(x), accumulator(gate))), keep, None)
+    return x * _of_gate(recipe, gate, keep).astype(x.dtype)
+
+
+def after(recipe: Recipe, z: Array, gate: Array | None, keep: Array | None) -> Array:
+    """The output, rounded to its dtype."""
+    if recipe.gate == "before":
+        return z.astype(recipe.dtype)
+    wide = z.astype(accumulator(z))
+    if recipe.gate is None:
+        return activate(recipe.activation, _calm(wide, keep)).astype(recipe.dtype)
+    assert gate is not None
+    of_gate = _of_gate(recipe, gate, keep)
+    wide = wide.astype(widest(wide.dtype, of_gate.dtype))
+    return (wide * of_gate.astype(wide.dtype)).astype(recipe.dtype)
+
+
+def _of_gate(recipe: Recipe, gate: Array, keep: Array | None) -> Array:
+    return activate(recipe.activation, _calm(gate.astype(accumulator(gate)), keep))
+
+
+def _calm(z: Array, keep: Array | None) -> Array:
+    """z, where what is absent and is NaN, infinite or huge is 0: f then has a finite value and derivative there."""
+    return z if keep is None else jnp.where(keep | (jnp.abs(z) < _CALM), z, jnp.zeros((), z.dtype))
+
+
+def pushed(f: Callable[..., Array], primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """f and its tangent, where None is a tangent of zero."""
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+    if not moving:
+        return f(*primals), None
+
+    def of_moving(*values):
+        at = dict(zip(moving, values, strict=True))
+        return f(*(at.get(i, p) for i, p in enumerate(primals)))
+
+    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
