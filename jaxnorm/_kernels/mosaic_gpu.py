@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .rows import Rows
+from .rows import Rows, rsqrt, settled, xhat_of
 
 Array = jax.Array
 
@@ -137,16 +137,6 @@ class _Team:
         return (a + b) + (c + d)
 
 
-def _rsqrt(how: Rows, m2):
-    """1 / sqrt(var + epsilon) as the XLA room has it: 0 where that is constant and without epsilon."""
-    v = m2 * (1.0 / how.columns) + how.epsilon * how.unit**2
-    return jnp.where(v == 0.0, 0.0, how.unit * lax.rsqrt(v))
-
-
-def _xhat(x, shift, offset, r):
-    return ((x - shift) - offset) * r
-
-
 def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None, interpret: Any = None):
     """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32."""
     rows, columns = x.shape
@@ -171,14 +161,11 @@ def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None,
                 shift = offset = correction = jnp.float32(0.0)
             m2 = team.sum(2, i, [jnp.square((x(c) - shift) * how.unit) for c in team.chunks]) - correction
             team.fetch_after(i)
-            constant = m2 <= 2.0**-18 * correction  # below the rounding noise of its own two terms
             if how.centered:
-                shift = jnp.where(constant, shift + offset, shift)
-                offset = jnp.where(constant, 0.0, offset)
-                m2 = jnp.where(constant, 0.0, m2)
-            r = _rsqrt(how, m2)
+                shift, offset, m2 = settled(shift, offset, m2, correction)
+            r = rsqrt(how, m2)
             for k, c in enumerate(team.chunks):
-                y = _xhat(x(c), shift, offset, r)
+                y = xhat_of(x(c), shift, offset, r)
                 y = y.astype(dtype).astype(jnp.float32) if how.round_first else y
                 y = y if scales is None else y * scales[k]
                 y = y if biases is None else y + biases[k]
@@ -231,9 +218,9 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
         def one(i, carry):
             (shift, offset, m2), sums = carry
             following = statistics(i + 1)  # under way while this row is at work
-            r = _rsqrt(how, m2)
+            r = rsqrt(how, m2)
             x, g = team.arrived(0, i), team.arrived(1, i)
-            xhat = lambda c: _xhat(x(c), shift, offset, r)
+            xhat = lambda c: xhat_of(x(c), shift, offset, r)
             h = lambda c: g(c) * team.shared(scale_smem, c) if given else g(c)
             hx = team.sum(0, i, [h(c) * xhat(c) for c in team.chunks]) * (1.0 / columns)
             h_mean = team.sum(1, i, [h(c) for c in team.chunks]) * (1.0 / columns) if how.centered else 0.0

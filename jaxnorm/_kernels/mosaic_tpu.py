@@ -1,0 +1,184 @@
+"""The Mosaic TPU room: layer and RMS norm of rows in Pallas. Every array is read once.
+
+A block of rows is in VMEM while its neighbours are on their way; inside it, groups of rows that fit the registers are
+done one after the other. Statistics leave and arrive along lanes, (8, R), three of the eight rows in use: a column of
+them would be padded to 128 lanes in memory.
+
+Legend: x is (R, D); statistics are (R,), scale and bias (D,).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .rows import Rows, rsqrt, settled, xhat_of
+
+Array = jax.Array
+
+WIDEST = 8192  # columns: 128 such rows, arriving and leaving, fit the VMEM of v5e and newer
+_LANES = 128
+_GROUP = 16  # rows done at once: two float32 tiles, one of 16 bits
+_BLOCK = 2**20  # bytes that a block of x takes in float32, where VMEM has room for that
+_COPIES = 24  # of such a block: x, g and y arriving and leaving while others are at work, and what the compiler spills
+_SMALLEST_VMEM = 16 * 2**20  # of the generations up to v4; newer ones have more
+
+
+class _Plan(NamedTuple):
+    rows: int  # of a block, a multiple of _LANES or all there are
+    limit: int  # bytes of VMEM asked for
+
+
+def _plan(rows: int, columns: int) -> _Plan:
+    vmem = _vmem()
+    block = min(_BLOCK, vmem // _COPIES)
+    taken = max(_LANES, block // (4 * columns) // _LANES * _LANES)
+    return _Plan(taken, min(vmem, max(_SMALLEST_VMEM, _COPIES * 4 * columns * taken)))
+
+
+def _vmem() -> int:
+    """Bytes of VMEM of the chip that a program is lowered for; of the smallest where that is not known."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except Exception:  # no TPU in sight: the interpreter, or a lowering without a mesh
+        return _SMALLEST_VMEM
+
+
+def refusal(shape: tuple[int, int], *dtypes) -> str | None:
+    """Why there is no kernel for rows of this shape and these dtypes, or None if there is."""
+    rows, columns = shape
+    if rows == 0 or not 0 < columns <= WIDEST:
+        return f"a row has 1 to {WIDEST} columns, and there is one at least: got {shape}"
+    wrong = [str(jnp.dtype(t)) for t in dtypes if jnp.dtype(t) not in (jnp.float32, jnp.bfloat16)]
+    return f"arrays are float32 or bfloat16: got {', '.join(wrong)}" if wrong else None
+
+
+def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None, interpret: Any = False):
+    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32."""
+    (rows, columns), plan = x.shape, _plan(*x.shape)
+    given = [p.reshape(1, columns) for p in (scale, bias) if p is not None]
+
+    def kernel(x_ref, *refs):
+        parameters, (y_ref, stats_ref, stats) = refs[: len(given)], refs[len(given) :]
+        held = iter(parameters)
+        scale_ref = None if scale is None else next(held)
+        bias_ref = None if bias is None else next(held)
+
+        def group(i, _):
+            at = pl.ds(pl.multiple_of(i * _GROUP, _GROUP), _GROUP)
+            x = x_ref[at, :].astype(jnp.float32)
+            shift, offset, m2 = _statistics(how, x)
+            y = xhat_of(x, shift, offset, rsqrt(how, m2))
+            y = y.astype(dtype).astype(jnp.float32) if how.round_first else y
+            y = y if scale_ref is None else y * scale_ref[...]
+            y = y if bias_ref is None else y + bias_ref[...]
+            y_ref[at, :] = y.astype(dtype)
+            lane = lax.broadcasted_iota(jnp.int32, (_GROUP, _LANES), 1)
+            stats[at, :] = jnp.where(lane == 0, shift, jnp.where(lane == 1, offset, m2))
+            return ()
+
+        lax.fori_loop(0, plan.rows // _GROUP, group, ())
+        for k in range(plan.rows // _LANES):
+            lanes = slice(k * _LANES, (k + 1) * _LANES)
+            stats_ref[:, lanes] = stats[lanes, :].T[:8]
+
+    y, statistics = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(rows, plan.rows),),
+        in_specs=[_block(plan, columns), *[_whole(columns)] * len(given)],
+        out_specs=[_block(plan, columns), _along_lanes(plan)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct((8, rows), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.limit),
+        interpret=interpret,
+        name="norm_forward",
+    )(x, *given)
+    return y, statistics[0], statistics[1], statistics[2]
+
+
+def _statistics(how: Rows, x: Array) -> tuple[Array, Array, Array]:
+    """The corrected two-pass algorithm, as the XLA room has it, over the rows of a group."""
+    over = lambda a: jnp.sum(a, axis=1, keepdims=True)
+    if not how.centered:
+        zero = jnp.zeros((x.shape[0], 1), jnp.float32)
+        return zero, zero, over(jnp.square(x * how.unit))
+    shift = over(x) * (1.0 / how.columns)
+    offset = over(x - shift) * (1.0 / how.columns)
+    correction = how.columns * jnp.square(offset * how.unit)
+    m2 = over(jnp.square((x - shift) * how.unit)) - correction
+    return settled(shift, offset, m2, correction)
+
+
+def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, interpret: Any = False):
+    """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
+
+    dx = r (h - mean(h) - xhat mean(h xhat)), h = g scale. The sums for scale and bias stay in VMEM from block to block.
+    """
+    (rows, columns), plan = x.shape, _plan(*x.shape)
+    statistics = jnp.stack([shift, offset, m2, *[jnp.zeros_like(m2)] * 5])
+    given = [] if scale is None else [scale.reshape(1, columns)]
+    count = sum(wanted)
+
+    def kernel(x_ref, g_ref, stats_ref, *refs):
+        scale_ref, refs = (refs[0], refs[1:]) if given else (None, refs)
+        dx_ref, sums_refs, (stats,) = refs[0], refs[1 : 1 + count], refs[1 + count :]
+        block = pl.program_id(0)
+        for k in range(plan.rows // _LANES):
+            lanes = slice(k * _LANES, (k + 1) * _LANES)
+            stats[lanes, :] = jnp.concatenate([stats_ref[:, lanes]] * (_LANES // 8)).T
+
+        @pl.when(block == 0)
+        def _():
+            for ref in sums_refs:
+                ref[...] = jnp.zeros_like(ref)
+
+        def group(i, sums):
+            at = pl.ds(pl.multiple_of(i * _GROUP, _GROUP), _GROUP)
+            shift, offset, m2 = (stats[at, k : k + 1] for k in range(3))
+            r = rsqrt(how, m2)
+            g = g_ref[at, :].astype(jnp.float32)
+            xhat = xhat_of(x_ref[at, :].astype(jnp.float32), shift, offset, r)
+            h = g if scale_ref is None else g * scale_ref[...]
+            mean = lambda a: jnp.sum(a, axis=1, keepdims=True) * (1.0 / columns)
+            d = h - xhat * mean(h * xhat)
+            dx_ref[at, :] = (r * (d - mean(h) if how.centered else d)).astype(dx_ref.dtype)
+            terms = [g * xhat] * wanted[0] + [g] * wanted[1]
+            if rows % plan.rows:  # what lies beyond the last row is anything
+                row = block * plan.rows + i * _GROUP + lax.broadcasted_iota(jnp.int32, (_GROUP, 1), 0)
+                terms = [jnp.where(row < rows, term, 0.0) for term in terms]
+            for ref, term in zip(sums_refs, terms, strict=True):
+                ref[...] += term[:8] + term[8:]
+            return sums
+
+        lax.fori_loop(0, plan.rows // _GROUP, group, ())
+
+    eighth = pl.BlockSpec((8, columns), lambda i: (0, 0))
+    dx, *sums = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(rows, plan.rows),),
+        in_specs=[_block(plan, columns), _block(plan, columns), _along_lanes(plan), *[_whole(columns)] * len(given)],
+        out_specs=[_block(plan, columns), *[eighth] * count],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *[jax.ShapeDtypeStruct((8, columns), jnp.float32)] * count],
+        scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=plan.limit),
+        interpret=interpret,
+        name="norm_backward",
+    )(x, g, statistics, *given)
+    return dx, *(s.sum(0) for s in sums)
+
+
+def _block(plan: _Plan, columns: int) -> pl.BlockSpec:
+    return pl.BlockSpec((plan.rows, columns), lambda i: (i, 0))
+
+
+def _whole(columns: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, columns), lambda i: (0, 0))
+
+
+def _along_lanes(plan: _Plan) -> pl.BlockSpec:
+    return pl.BlockSpec((8, plan.rows), lambda i: (0, i))
