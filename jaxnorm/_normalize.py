@@ -18,7 +18,7 @@ from jax import lax
 from . import _activation
 from ._activation import Activation, checked_activation, pushed
 from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
-from ._kernels import cpu, xla
+from ._kernels import rooms, xla
 from ._kernels.fused import Fused
 from ._kernels.partition import Across
 from ._kernels.varying import varying_as
@@ -103,7 +103,7 @@ def _takes(norm: str, recipe: Recipe, x, scale, bias, mask, weights) -> bool:
     """Whether a room of kernels takes this norm. One that is named takes it or says why not."""
     if recipe.room == "xla":
         return False
-    refusal = cpu.refusal(x, recipe.how, recipe.dtype, scale, bias, mask, weights)
+    refusal = rooms.refusal(recipe.room or rooms.DEFAULT, x, recipe.how, recipe.dtype, scale, bias, mask, weights)
     if refusal is not None and recipe.room is not None:
         raise ValueError(
             f"{norm}: implementation={recipe.room!r} cannot run here: {refusal}. Write implementation=None."

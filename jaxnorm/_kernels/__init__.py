@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import cpu
+from . import cpu, rooms
 
 
 class Backend(NamedTuple):
@@ -24,15 +24,26 @@ def backends() -> dict[str, Backend]:
     return {
         "xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute"),
         "native": Backend(*cpu.library()),
+        **{name: Backend(False, _not_by_default(name)) for name in ("mosaic_gpu", "mosaic_tpu")},
     }
+
+
+def _not_by_default(name: str) -> str:
+    room = rooms.ROOMS[name]
+    if (missing := room.missing()) is not None:
+        return missing
+    return (
+        f"Pallas kernels for layer and RMS norm of rows, compiled for {room.platform.upper()} and not yet timed there: "
+        f"only implementation={name!r} runs them"
+    )
 
 
 def checked_implementation(norm: str, implementation: str | None) -> None:
     """A named room runs or says why it does not."""
-    rooms = backends()
-    if implementation is None or implementation in rooms:
+    names = {"xla", *rooms.ROOMS}
+    if implementation is None or implementation in names:
         return
     raise ValueError(
-        f"{norm}: implementation={implementation!r} is not a room of this build, which has {sorted(rooms)}. "
+        f"{norm}: implementation={implementation!r} is not a room of this build, which has {sorted(names)}. "
         "Write implementation=None for the best one, and see jaxnorm.backends() for the reasons."
     )

@@ -42,6 +42,10 @@ class Call:
         shapes += [s for s in self.wanted if s is not None]
         return frozenset(a for shape in shapes for a, n in enumerate(shape) if n != 1)
 
+    def over(self, names: tuple[str, ...]) -> Call:
+        """The same with its statistics over the devices along these mesh axes as well."""
+        return replace(self, recipe=replace(self.recipe, how=replace(self.recipe.how, axis_name=names)))
+
     def batched(self, size: int) -> Call:
         """The same with a new axis in front, of so many."""
         how = replace(self.recipe.how, axes=tuple(a + 1 for a in self.recipe.how.axes))
@@ -53,3 +57,8 @@ def packed(order: tuple[str, ...], operands: Sequence) -> tuple[tuple[str, ...],
     """The names and values of the operands that are there."""
     there = [(name, a) for name, a in zip(order, operands, strict=True) if a is not None]
     return tuple(name for name, _ in there), [a for _, a in there]
+
+
+def varying_axes(*parameters: Array | None) -> frozenset[int]:
+    """The axes along which a scale or a bias, of x's rank, has more than one value."""
+    return frozenset(a for p in parameters if p is not None for a, size in enumerate(p.shape) if size != 1)

@@ -17,15 +17,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import cpu
 from .call import BACKWARD, FORWARD, TANGENT, Call, packed
-from .cpu import room
 from .partition import Across
+from .rooms import check_platform, register
 from .varying import varying_as, varying_together
 from .xla import Recipe, Statistics, accumulator
 
@@ -43,9 +43,9 @@ class Fused:
 
     def __init__(self, output: Callable, tangent: Callable, across: Across):
         self._output, self._tangent, self._across = output, tangent, across
-        self._forward_p = self._primitive("norm_forward", self._forward_formula, _forward_types, room.forward)
+        self._forward_p = self._primitive("norm_forward", self._forward_formula, _forward_types, "forward")
         self._tangent_p = self._primitive("norm_tangent", self._tangent_formula, _tangent_types)
-        self._backward_p = self._primitive("norm_backward", self._backward_formula, _backward_types, room.backward)
+        self._backward_p = self._primitive("norm_backward", self._backward_formula, _backward_types, "backward")
         ad.primitive_jvps[self._tangent_p] = self._tangent_jvp
         ad.primitive_transposes[self._tangent_p] = self._tangent_transpose
         self._backward = jax.custom_jvp(self._bind_backward, nondiff_argnums=(0, 1))
@@ -82,7 +82,7 @@ class Fused:
 
     # --- rules --------------------------------------------------------------------------------------------------------
 
-    def _primitive(self, name: str, formula: Callable, types: Callable, kernel: Callable | None = None) -> Primitive:
+    def _primitive(self, name: str, formula: Callable, types: Callable, kernel: str | None = None) -> Primitive:
         primitive = Primitive(name)
         primitive.multiple_results = True
         compiled = functools.cache(lambda call: jax.jit(functools.partial(primitive.bind, call=call)))
@@ -90,9 +90,8 @@ class Fused:
         primitive.def_abstract_eval(types)
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
         mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(formula, multiple_results=True)))
-        if kernel is not None and cpu.library().loaded:
-            on_cpu = room.lowering(primitive, kernel, formula, self._across)
-            mlir.register_lowering(primitive, on_cpu, platform="cpu")
+        if kernel is not None:
+            register(primitive, kernel, formula, self._across)
         return primitive
 
     def _tangent_jvp(self, primals, tangents, *, call: Call):
@@ -147,22 +146,18 @@ def _batched(primitive: Primitive, operands, dims, *, call: Call):
 
 
 def _elsewhere(lower: Callable) -> Callable:
-    """The lowering where no room has one of its own. A room that is named runs, or says that it cannot."""
+    """The lowering where no room has one of its own."""
 
     def rule(context, *operands, call: Call):
-        platforms = context.platforms or context.module_context.platforms
-        if call.recipe.room == "native" and any(p != "cpu" for p in platforms):
-            raise ValueError(
-                f"implementation='native' runs on CPU, and this program is for {', '.join(platforms)}. "
-                "Write implementation=None for the best room of each platform."
-            )
+        check_platform(context, call)
         return lower(context, *operands, call=call)
 
     return rule
 
 
 def _count(recipe: Recipe, x) -> Array:
-    n = math.prod(x.shape[a] for a in recipe.how.axes)
+    names = recipe.how.axis_name
+    n = math.prod(x.shape[a] for a in recipe.how.axes) * (1 if names is None else lax.axis_size(names))
     return jnp.full((1,) * x.ndim, n, jnp.finfo(accumulator(x)).dtype)
 
 

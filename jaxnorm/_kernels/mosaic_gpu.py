@@ -260,17 +260,17 @@ def _all_teams(barrier):
 
 def _sum_over_teams(team: _Team, together, block_sums, totals, out_ref):
     """One team after the other adds its totals to the block's; the last writes them out. Always in the same order."""
+
+    def add(turn: int):
+        for total, c in zip(totals, team.chunks, strict=True):
+            total = total if turn == 0 else team.shared(block_sums, c) + total
+            if turn == team.plan.teams - 1:
+                out_ref[team.block, :, c] = total
+            else:
+                block_sums[:, c] = total
+
     for turn in range(team.plan.teams):
-
-        @pl.when(team.team == turn)
-        def _():
-            for total, c in zip(totals, team.chunks, strict=True):
-                total = total if turn == 0 else team.shared(block_sums, c) + total
-                if turn == team.plan.teams - 1:
-                    out_ref[team.block, :, c] = total
-                else:
-                    block_sums[:, c] = total
-
+        pl.when(team.team == turn)(functools.partial(add, turn))
         _all_teams(together)
 
 

@@ -52,8 +52,8 @@ def _vmem() -> int:
 def refusal(shape: tuple[int, int], *dtypes) -> str | None:
     """Why there is no kernel for rows of this shape and these dtypes, or None if there is."""
     rows, columns = shape
-    if rows == 0 or not 0 < columns <= WIDEST:
-        return f"a row has 1 to {WIDEST} columns, and there is one at least: got {shape}"
+    if rows == 0 or columns % _LANES or not 0 < columns <= WIDEST:  # others would be copied, to be padded
+        return f"a row is a multiple of {_LANES} columns, up to {WIDEST}, and there is one at least: got {shape}"
     wrong = [str(jnp.dtype(t)) for t in dtypes if jnp.dtype(t) not in (jnp.float32, jnp.bfloat16)]
     return f"arrays are float32 or bfloat16: got {', '.join(wrong)}" if wrong else None
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
-from ..xla import Reduction, accumulator, widest
+from ..xla import Reduction, accumulator
 
 Array = jax.Array
 
@@ -122,11 +122,6 @@ def view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[in
     return View(tuple(sizes), tuple(parameters))
 
 
-def varying_axes(*parameters: Array | None) -> frozenset[int]:
-    """The axes along which a scale or a bias, of x's rank, has more than one value."""
-    return frozenset(a for p in parameters if p is not None for a, size in enumerate(p.shape) if size != 1)
-
-
 # --- what the room takes ---------------------------------------------------------------------------------------------
 
 _HALVES = ("float16", "bfloat16")
@@ -134,21 +129,12 @@ _PAIRS = {(t, t) for t in (*_HALVES, "float32", "float64")}
 _PAIRS |= {pair for half in _HALVES for pair in ((half, "float32"), ("float32", half))}
 
 
-def refusal(x: Array, how: Reduction, dtype, scale: Array | None, bias: Array | None, mask, weights) -> str | None:
-    """Why the room does not take this norm, or None if it does. Of shapes and dtypes alone."""
-    if not library().loaded:
-        return library().reason
-    if mask is not None or weights is not None:
-        return "masks and weights are XLA's"
-    if how.axis_name is not None:
-        return "statistics over an axis name are merged by XLA"
+def refusal(x: Array, how: Reduction, dtype, varying: frozenset[int]) -> str | None:
+    """Why there is no kernel for this x, reduced so, with parameters along the axes `varying`; None if there is."""
     pair = (x.dtype.name, jnp.dtype(dtype).name)
     if pair not in _PAIRS:
         return f"there is no kernel from {pair[0]} to {pair[1]}"
-    for p in (scale, bias):
-        if p is not None and widest(p.dtype, accumulator(x)) != accumulator(x):
-            return f"a parameter of {p.dtype} is wider than the arithmetic for {x.dtype}"
-    if view_of(x.shape, how.axes, varying_axes(scale, bias)) is None:
+    if view_of(x.shape, how.axes, varying) is None:
         return f"no kernel reduces axes {how.axes} of {x.shape} with such parameters without transposing"
     return None
 

@@ -1,54 +1,23 @@
-"""What the CPU room does in the place of a primitive's formula, and when: chosen as a program is lowered."""
+"""What the CPU room does in the place of a primitive's formula, and when."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import jax
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from .. import cpu
 from ..call import BACKWARD, FORWARD, Call
-from ..partition import Across, has_devices, partitioned
-from ..varying import unvarying
+from ..partition import Across
 from ..xla import Statistics
 
 Array = jax.Array
 
 
-def lowering(primitive: Primitive, kernel: Callable, formula: Callable, across: Across) -> Callable:
-    """The rule that lowers a primitive for CPU: to its kernel where that takes the shape and pays, else its formula."""
-    sharded, can_shard = partitioned(kernel, across), has_devices(primitive)
-
-    def lowered(run: Callable, pays: Callable, *operands, call: Call):
-        x = operands[0]
-        view = cpu.view_of(x.shape, call.recipe.how.axes, call.varying(operands))
-        takes = view is not None and (call.recipe.room == "native" or pays(view, x.dtype))
-        return list(run(call, *operands) if takes else formula(*operands, call=call))
-
-    def rule(context, *operands, call: Call):
-        module = context.module_context
-        where = module.axis_context
-        manual = getattr(where, "manual_axes", frozenset())
-        alone = getattr(where, "num_devices", 0) == 1 or bool(manual)
-        # A program for other processes, and one that is manual over some mesh axes only, are XLA's.
-        refused = (
-            getattr(module.lowering_parameters, "for_export", False)
-            or (manual and set(manual) != set(where.mesh.axis_names))
-            or not (alone or can_shard)
-        )
-        run = functools.partial(lowered, sharded.fun if alone else sharded, _never if refused else cpu.pays)
-        context = context.replace(avals_in=[unvarying(kind) for kind in context.avals_in])
-        return mlir.lower_fun(run, multiple_results=True)(context, *operands, call=call)
-
-    return rule
-
-
-def _never(view, dtype) -> bool:
-    return False
+def takes(call: Call, operands, by_default: bool) -> bool:
+    """Whether the kernels run a call: one that names the room where there is a view at all, others where they pay."""
+    x = operands[0]
+    view = cpu.view_of(x.shape, call.recipe.how.axes, call.varying(operands))
+    return view is not None and (call.recipe.room == "native" or (by_default and cpu.pays(view, x.dtype)))
 
 
 def _static(call: Call, operands, names) -> cpu.Static:

@@ -1,0 +1,109 @@
+"""The rooms of kernels beside XLA's: what each is asked, and how a program is lowered to one where it takes a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from . import cpu, mosaic
+from .call import Call, varying_axes
+from .cpu import room as native
+from .partition import Across, has_devices, partitioned
+from .varying import unvarying
+from .xla import Reduction, accumulator, widest
+
+
+class Room(NamedTuple):
+    """What a room of kernels answers, and does."""
+
+    platform: str  # as JAX calls it
+    missing: Callable[[], str | None]  # why it is not on this machine
+    refusal: Callable  # (x, how, dtype, varying axes of parameters) -> why it does not take them, or None. As traced
+    takes: Callable  # (call, operands, by default) -> bool. As lowered, of the part of one device
+    forward: Callable  # (call, mesh axes that reduced ones are spread over, Across, *operands) -> y, statistics
+    backward: Callable  # the same -> dx, gradients of scale and bias
+    merges: bool = False  # whether those two know what to do about such mesh axes
+
+
+def _mosaic(platform: str, module: str) -> Room:
+    about = lambda f: functools.partial(f, module)
+    return Room(platform, *map(about, (mosaic.missing, mosaic.refusal, mosaic.takes, mosaic.forward, mosaic.backward)))
+
+
+ROOMS = {
+    "native": Room(
+        "cpu", lambda: None if cpu.library().loaded else cpu.library().reason, cpu.refusal,
+        native.takes, native.forward, native.backward, merges=True,
+    ),
+    "mosaic_gpu": _mosaic("cuda", "mosaic_gpu"),
+    "mosaic_tpu": _mosaic("tpu", "mosaic_tpu"),
+}  # fmt: skip
+DEFAULT = "native"  # the room of implementation=None: on its platform it has been measured to win, others have not
+
+
+def refusal(name: str, x, how: Reduction, dtype, scale, bias, mask, weights) -> str | None:
+    """Why a room does not take this norm, or None if it does. Of shapes and dtypes alone."""
+    room = ROOMS[name]
+    if (missing := room.missing()) is not None:
+        return missing
+    if mask is not None or weights is not None:
+        return "masks and weights are XLA's"
+    if how.axis_name is not None:
+        return "statistics over an axis name are merged by XLA"
+    for p in (scale, bias):
+        if p is not None and widest(p.dtype, accumulator(x)) != accumulator(x):
+            return f"a parameter of {p.dtype} is wider than the arithmetic for {x.dtype}"
+    return room.refusal(x, how, dtype, varying_axes(scale, bias))
+
+
+def register(primitive: Primitive, kernel: str, formula: Callable, across: Across) -> None:
+    """Lower `primitive` to the `kernel` ("forward" or "backward") of each room that takes a call, else to `formula`."""
+    for room in ROOMS.values():
+        if room.platform != "cpu" or room.missing() is None:
+            rule = _lowering(room, primitive, getattr(room, kernel), formula, across)
+            mlir.register_lowering(primitive, rule, platform=room.platform)
+
+
+def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Callable, across: Across) -> Callable:
+    def merging(call: Call, names, across: Across, *operands):
+        if names and not room.merges:
+            return formula(*operands, call=call.over(names))
+        return kernel(call, names, across, *operands)
+
+    sharded, can_shard = partitioned(merging, across), has_devices(primitive)
+
+    def lowered(run: Callable, by_default: bool, *operands, call: Call):
+        return list(run(call, *operands) if room.takes(call, operands, by_default) else formula(*operands, call=call))
+
+    def rule(context, *operands, call: Call):
+        check_platform(context, call)
+        module = context.module_context
+        where = module.axis_context
+        manual = getattr(where, "manual_axes", frozenset())
+        alone = getattr(where, "num_devices", 0) == 1 or bool(manual)
+        # A program for other processes, and one that is manual over some mesh axes only, are XLA's.
+        by_default = (
+            not getattr(module.lowering_parameters, "for_export", False)
+            and not (manual and set(manual) != set(where.mesh.axis_names))
+            and (alone or can_shard)
+        )
+        run = functools.partial(lowered, sharded.fun if alone else sharded, by_default)
+        context = context.replace(avals_in=[unvarying(kind) for kind in context.avals_in])
+        return mlir.lower_fun(run, multiple_results=True)(context, *operands, call=call)
+
+    return rule
+
+
+def check_platform(context, call: Call) -> None:
+    """A room that is named runs, or says that it cannot."""
+    platforms = context.platforms or context.module_context.platforms
+    room = ROOMS.get(call.recipe.room or "")
+    if room is not None and any(p != room.platform for p in platforms):
+        raise ValueError(
+            f"implementation={call.recipe.room!r} runs on {room.platform.upper()}, and this program is for "
+            f"{', '.join(platforms)}. Write implementation=None for the best room of each platform."
+        )
