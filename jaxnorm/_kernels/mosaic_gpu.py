@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .rows import Rows, rsqrt, settled, xhat_of
+from .varying import unvarying_result
 
 Array = jax.Array
 
@@ -177,7 +178,7 @@ def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None,
 
     y, *statistics = _kernel(
         kernel, plan, [x], 3, interpret,
-        [jax.ShapeDtypeStruct(_quartered(x).shape, dtype), *[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 3],
+        [unvarying_result(_quartered(x).shape, dtype), *[unvarying_result((rows,), jnp.float32)] * 3],
     )(_quartered(x), *map(_quartered, given))  # fmt: skip
     return y.reshape(x.shape), *statistics
 
@@ -242,8 +243,8 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
             for sums_ref, totals in zip(sums_refs, sums, strict=True):
                 _sum_over_teams(team, together, block_sums, totals, sums_ref)
 
-    shapes = [jax.ShapeDtypeStruct(_quartered(x).shape, x.dtype)]
-    shapes += [jax.ShapeDtypeStruct((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
+    shapes = [unvarying_result(_quartered(x).shape, x.dtype)]
+    shapes += [unvarying_result((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
     shared = plgpu.SMEM((_WARPS, columns // _WARPS), jnp.float32)
     more = [plgpu.Barrier(num_arrivals=plan.teams), *[shared] * (len(given) + any(wanted))]
     dx, *sums = _kernel(kernel, plan, [x, g], 2, interpret, shapes, more)(

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .rows import Rows, rsqrt, settled, xhat_of
+from .varying import unvarying_result
 
 Array = jax.Array
 
@@ -92,7 +93,7 @@ def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None,
         grid=(pl.cdiv(rows, plan.rows),),
         in_specs=[_block(plan, columns), *[_whole(columns)] * len(given)],
         out_specs=[_block(plan, columns), _along_lanes(plan)],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, dtype), jax.ShapeDtypeStruct((8, rows), jnp.float32)],
+        out_shape=[unvarying_result(x.shape, dtype), unvarying_result((8, rows), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.limit),
         interpret=interpret,
@@ -163,7 +164,7 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
         grid=(pl.cdiv(rows, plan.rows),),
         in_specs=[_block(plan, columns), _block(plan, columns), _along_lanes(plan), *[_whole(columns)] * len(given)],
         out_specs=[_block(plan, columns), *[eighth] * count],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *[jax.ShapeDtypeStruct((8, columns), jnp.float32)] * count],
+        out_shape=[unvarying_result(x.shape, x.dtype), *[unvarying_result((8, columns), jnp.float32)] * count],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=plan.limit),
         interpret=interpret,

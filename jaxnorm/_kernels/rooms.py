@@ -27,11 +27,13 @@ class Room(NamedTuple):
     forward: Callable  # (call, mesh axes that reduced ones are spread over, Across, *operands) -> y, statistics
     backward: Callable  # the same -> dx, gradients of scale and bias
     merges: bool = False  # whether those two know what to do about such mesh axes
+    partitions: bool = True  # whether jit can split them over devices: libtpu has no custom_partitioning
 
 
-def _mosaic(platform: str, module: str) -> Room:
+def _mosaic(platform: str, module: str, **more) -> Room:
     about = lambda f: functools.partial(f, module)
-    return Room(platform, *map(about, (mosaic.missing, mosaic.refusal, mosaic.takes, mosaic.forward, mosaic.backward)))
+    answers = map(about, (mosaic.missing, mosaic.refusal, mosaic.takes, mosaic.forward, mosaic.backward))
+    return Room(platform, *answers, **more)
 
 
 ROOMS = {
@@ -40,7 +42,7 @@ ROOMS = {
         native.takes, native.forward, native.backward, merges=True,
     ),
     "mosaic_gpu": _mosaic("cuda", "mosaic_gpu"),
-    "mosaic_tpu": _mosaic("tpu", "mosaic_tpu"),
+    "mosaic_tpu": _mosaic("tpu", "mosaic_tpu", partitions=False),
 }  # fmt: skip
 DEFAULT = "native"  # the room of implementation=None: on its platform it has been measured to win, others have not
 
@@ -85,6 +87,11 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
         where = module.axis_context
         manual = getattr(where, "manual_axes", frozenset())
         alone = getattr(where, "num_devices", 0) == 1 or bool(manual)
+        if not alone and not room.partitions and room is ROOMS.get(call.recipe.room or ""):
+            raise ValueError(
+                f"implementation={call.recipe.room!r} cannot be split over devices by jit. Call the norm inside "
+                "jax.shard_map, which hands every device its own rows, or write implementation=None."
+            )
         # A program for other processes, and one that is manual over some mesh axes only, are XLA's.
         by_default = (
             not getattr(module.lowering_parameters, "for_export", False)

@@ -32,6 +32,13 @@ def unvarying(kind):
     return kind.update(vma=frozenset()) if hasattr(kind, "vma") else kind
 
 
+def unvarying_result(shape, dtype) -> jax.ShapeDtypeStruct:
+    """What such a kernel gives: Pallas wants it said, where shard_map checks these types."""
+    if hasattr(jax.sharding, "ManualAxisType"):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType())  # pyright: ignore
+    return jax.ShapeDtypeStruct(shape, dtype, vma=frozenset())  # pyright: ignore[reportCallIssue]
+
+
 def _varying_over(axes: frozenset, a: Array) -> Array:
     missing = tuple(axes - varying(a))
     if not missing:

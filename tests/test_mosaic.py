@@ -1,0 +1,219 @@
+"""The Mosaic rooms on a machine without their chips: numbers in interpret mode, programs lowered and compiled for them."""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm as jn
+from jaxnorm._kernels import mosaic_gpu, mosaic_tpu
+from jaxnorm._kernels.rows import Rows, rows_of
+
+UNIT = 2.0**-40
+
+
+@pytest.fixture(params=["tpu", "gpu"])
+def kernels(request, monkeypatch):
+    """The forward and backward kernels of a chip, interpreted; on the GPU with a watch for races between its threads."""
+    if request.param == "tpu":
+        return SimpleNamespace(
+            forward=functools.partial(mosaic_tpu.forward, interpret=True),
+            backward=functools.partial(mosaic_tpu.backward, interpret=True),
+            races=lambda: False,
+        )
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    states = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
+    whole = mosaic_gpu._plan
+    # Every thread of the interpreter is one of Python's: two blocks of two teams, which walk over several rows each.
+    monkeypatch.setattr(mosaic_gpu, "_plan", lambda *args: whole(*args)._replace(blocks=2, teams=2))
+    how = params.InterpretGPUParams(detect_races=True)
+    return SimpleNamespace(
+        forward=functools.partial(mosaic_gpu.forward, interpret=how),
+        backward=functools.partial(mosaic_gpu.backward, interpret=how),
+        races=lambda: states.get_races().races_found,
+    )
+
+
+def truth(how: Rows, x, scale, bias, g):
+    """y, dx, dscale and dbias in float64."""
+    x, g = np.asarray(x, np.float64), np.asarray(g, np.float64)
+    d = x - (x.mean(1, keepdims=True) if how.centered else 0.0)
+    v = (d * d).mean(1, keepdims=True) + how.epsilon
+    r = np.where(v == 0, 0.0, 1 / np.sqrt(np.where(v == 0, 1.0, v)))
+    xhat = d * r
+    h = g if scale is None else g * scale
+    mean = lambda a: a.mean(1, keepdims=True)
+    dx = r * (h - (mean(h) if how.centered else 0.0) - xhat * mean(h * xhat))
+    y = xhat * (1.0 if scale is None else scale) + (0.0 if bias is None else bias)
+    return y, dx, (g * xhat).sum(0), g.sum(0)
+
+
+def close(found, want, dtype, size=1.0):
+    """Within float32 arithmetic and one rounding to `dtype`, in units of the largest."""
+    found, want = np.asarray(found, np.float64), np.asarray(want)
+    # Half a unit in the last place is at most eps / 2 of a number itself.
+    bound = 4e-6 * size * max(np.abs(want).max(), 1e-30) + 0.5 * float(jnp.finfo(dtype).eps) * np.abs(want) * 1.01
+    assert found.shape == want.shape
+    np.testing.assert_array_less(np.abs(found - want), bound + 1e-30)
+
+
+CASES = [  # rows, columns, dtype, centered, with scale and bias
+    (7, 512, jnp.float32, True, True),
+    (3, 384, jnp.bfloat16, False, True),
+    (1, 128, jnp.bfloat16, True, False),
+    (21, 1024, jnp.bfloat16, True, True),
+]
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype", "centered", "affine"), CASES)
+def test_kernels_equal_the_oracle(kernels, rows, columns, dtype, centered, affine, rng):
+    check(kernels, rng, rows, columns, dtype, centered, affine, lambda shape: rng.normal(1, 2, shape))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_kernels_equal_the_oracle_over_random_shapes(seed):
+    rng = np.random.default_rng(seed)
+    kernels = SimpleNamespace(
+        forward=functools.partial(mosaic_tpu.forward, interpret=True),
+        backward=functools.partial(mosaic_tpu.backward, interpret=True),
+        races=lambda: False,
+    )
+    rows, columns = int(rng.integers(1, 700)), 128 * int(rng.integers(1, 17))
+    dtype = (jnp.float32, jnp.bfloat16)[rng.integers(2)]
+    mean = 10.0 ** rng.integers(-2, 3)
+    check(kernels, rng, rows, columns, dtype, bool(rng.integers(2)), bool(rng.integers(2)),
+          lambda shape: rng.normal(mean, 1, shape))  # fmt: skip
+
+
+def check(kernels, rng, rows, columns, dtype, centered, affine, draw):
+    how = Rows(columns, 1e-6, UNIT, centered)
+    x, g = (jnp.asarray(a, dtype) for a in (draw((rows, columns)), rng.normal(size=(rows, columns))))
+    scale, bias = (rng.normal(size=columns).astype(np.float32) if affine else None for _ in range(2))
+    y, *statistics = kernels.forward(how, dtype, x, *map(as_array, (scale, bias)))
+    found = kernels.backward(how, (True, True), x, *statistics, as_array(scale), g)
+    y_want, dx, dscale, dbias = truth(how, x, scale, bias, g)
+    spread = 1 + np.abs(np.asarray(x, np.float64)).max() / np.asarray(x, np.float64).std()
+    close(y, y_want, dtype, spread)
+    close(found[0], dx, dtype, spread)
+    close(found[1], dscale, jnp.float32, spread * max(1, rows / 64))
+    close(found[2], dbias, jnp.float32, spread * max(1, rows / 64))
+    assert not kernels.races()
+
+
+def as_array(p):
+    return None if p is None else jnp.asarray(p)
+
+
+def test_extremes(kernels):
+    """1e20 does not overflow, a constant row is the bias, and a mean of 1e4 costs what float32 of it costs."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 128))
+    x[0] *= 1e20
+    x[1] = 12345.678
+    x[2] += 1e4
+    x[3] = 0.0
+    x = jnp.asarray(x, jnp.float32)
+    how = Rows(128, 1e-6, UNIT, True)
+    bias = jnp.full(128, 0.5)
+    y, *statistics = kernels.forward(how, jnp.float32, x, None, bias)
+    want = truth(how, x, None, np.full(128, 0.5), x)[0]
+    assert np.abs(np.asarray(y, np.float64) - want).max() < 2e-6 + 1e-7 * 1e4
+    np.testing.assert_array_equal(y[1], bias)
+    np.testing.assert_array_equal(y[3], bias)
+    dx, *sums = kernels.backward(how, (False, True), x, *statistics, None, jnp.ones_like(x))
+    assert np.isfinite(dx).all() and len(sums) == 1
+    assert not kernels.races()
+
+
+# --- through the seam -------------------------------------------------------------------------------------------------
+
+
+def both_passes(norm, room):
+    def run(x, scale, g):
+        y, vjp = jax.vjp(functools.partial(norm, implementation=room), x, scale)
+        return y, vjp(g)
+
+    return run
+
+
+ROOMS = [("mosaic_gpu", "cuda", "mosaic_gpu_v2"), ("mosaic_tpu", "tpu", "tpu_custom_call")]
+
+
+@pytest.mark.parametrize(("room", "platform", "target"), ROOMS)
+@pytest.mark.parametrize("norm", [jn.layer_norm, jn.rms_norm, functools.partial(jn.layer_norm, axis=(-2, -1))])
+def test_one_kernel_each_way(room, platform, target, norm):
+    x, scale = jax.ShapeDtypeStruct((6, 10, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), jnp.float32)
+    lowered = jax.jit(both_passes(norm, room)).trace(x, scale, x).lower(lowering_platforms=(platform,)).as_text()
+    assert lowered.count(target) == 2
+    elsewhere = jax.jit(both_passes(norm, None)).trace(x, scale, x).lower(lowering_platforms=(platform,)).as_text()
+    assert target not in elsewhere
+
+
+@pytest.mark.parametrize(("room", "platform", "target"), ROOMS)
+def test_vmap_folds_into_rows(room, platform, target):
+    x = jax.ShapeDtypeStruct((5, 8, 256), jnp.bfloat16)
+    norm = jax.vmap(functools.partial(jn.layer_norm, implementation=room))
+    assert jax.jit(norm).trace(x).lower(lowering_platforms=(platform,)).as_text().count(target) == 1
+
+
+@pytest.mark.parametrize(("room", "platform", "_"), ROOMS)
+def test_a_named_room_runs_or_says_why_not(room, platform, _):
+    x = jnp.ones((4, 256))
+    norm = functools.partial(jn.layer_norm, implementation=room)
+    with pytest.raises(ValueError, match=rf"runs on {platform.upper()}, and this program is for cpu.*implementation=None"):
+        norm(x)
+    with pytest.raises(ValueError, match="masks and weights are XLA's"):
+        norm(x, mask=jnp.ones((4, 256), bool))
+    with pytest.raises(ValueError, match=r"multiple of 128 columns, up to 8192.*got \(4, 200\)"):
+        norm(x[:, :200])
+    with pytest.raises(ValueError, match="got float64"), jax.enable_x64():
+        norm(np.ones((4, 256)))
+    with pytest.raises(ValueError, match="for rows, the last axes of x"):
+        norm(x, axis=0)
+    assert not jn.backends()[room].active and room in jn.backends()[room].reason
+
+
+def test_jit_over_devices_does_not_split_tpu_kernels():
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), P("data"))
+    x = jax.ShapeDtypeStruct((16, 256), jnp.float32, sharding=sharding)
+    with pytest.raises(ValueError, match="jax.shard_map"):
+        jax.jit(functools.partial(jn.rms_norm, implementation="mosaic_tpu")).trace(x).lower(lowering_platforms=("tpu",))
+
+
+def test_rows_are_the_last_axes():
+    assert rows_of((4, 1, 8), (2,), frozenset({2})) == (4, 8)
+    assert rows_of((4, 8, 1), (1,), frozenset()) == (4, 8)
+    assert rows_of((4, 8, 2), (1,), frozenset()) is None
+    assert rows_of((4, 8), (1,), frozenset({0})) is None  # a scale for each example
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="needs the wheels of jax[cuda13]")
+@pytest.mark.parametrize("columns", [1024, 4096, 8192])
+def test_no_register_is_spilled(columns):
+    code = f"""
+import jax, jax.numpy as jnp
+from benchmarks import compiled
+import jaxnorm as jn
+def both(x, scale, bias, g):
+    y, vjp = jax.vjp(lambda *a: jn.layer_norm(*a, implementation="mosaic_gpu"), x, scale, bias)
+    return y, vjp(g)
+for dtype in (jnp.bfloat16, jnp.float32):
+    x, p = jax.ShapeDtypeStruct((4096, {columns}), dtype), jax.ShapeDtypeStruct(({columns},), jnp.float32)
+    compiled.compiled(both, "h200", *compiled.placed("h200", (x, p, p, x)))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"},
+    )  # fmt: skip
+    spills = re.findall(r"(\d+) bytes spill stores", found.stdout + found.stderr)
+    assert spills == ["0"] * 4
