@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.process is None:
         return start(given, options)
     if options.process >= options.processes:
-        parser.error(f"argument --process: must be below {options.processes}, that of --processes, got {options.process}")
+        parser.error(f"argument --process: must be below --processes {options.processes}, got {options.process}")
     with joined(options.address, options.processes, options.process, options.devices, options.heartbeat):
         from . import _process
 
