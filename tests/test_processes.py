@@ -1,12 +1,15 @@
 """Law 5 over processes: 2 and 4 train as one does, a dead one ends them all, and a checkpoint fits any number of them.
 
-The program is the demo's own, `python -m jaxnorm.demo.processes`. 71 images in batches of 13 make 6 steps. Two processes
-hold 7 rows each, the last of them padding, and in the last step of 6 images one process has none; four hold 4 each.
+The program is the demo's own, `python -m jaxnorm.demo.processes`. 71 images in batches of 13 make 6 steps. Two
+processes hold 7 rows each, the last of them padding, and in the last step, of 6 images, one process has none; four hold
+4 each.
 
 The tolerance is of the largest element of each array, and ten times what float32 rounding does by itself: the same
 training on one device with the rows of each batch in another order moves by up to 8e-7, and processes by up to 1.5e-6.
 """
 
+import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -25,7 +28,9 @@ from jax.sharding import Mesh
 
 pytest.importorskip("optax")
 pytest.importorskip("sklearn")
-ocp = pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("orbax.checkpoint")
+
+import orbax.checkpoint as ocp
 
 from jaxnorm.demo import _data, _process, _train
 
@@ -46,10 +51,8 @@ def run(command, env, status=0, limit=240) -> str:
             os.killpg(child.pid, signal.SIGKILL)
             pytest.fail(f"still running after {limit} s:\n{child.communicate()[0]}")
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
     assert child.returncode == status, printed
     return printed
 
@@ -101,7 +104,8 @@ def on_one_device(order=lambda rows: rows) -> tuple[_process.Progress, float]:
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     step, evaluate = _train.make_step(NORM, OPTIMIZER, mesh), _train.make_evaluate(NORM, mesh)
     now = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
-    for i, batch in enumerate(itertools.islice(_data.shuffled(_data.standardized(train, pixels), SIZE, SIZE, 0), STEPS)):
+    batches = _data.shuffled(_data.standardized(train, pixels), SIZE, SIZE, 0)
+    for i, batch in enumerate(itertools.islice(batches, STEPS)):
         *trained, loss = step(*now[:3], _data.Batch(*(order(a) for a in batch)))
         now.losses[i] = loss
         now = _process.Progress(*trained, now.losses)
@@ -124,11 +128,14 @@ def apart(a, b) -> list[float]:
 
 def test_the_tolerance_is_one_of_rounding(one):
     beginning = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
-    assert min(apart(beginning[:2], one[0][:2])) > 500 * TOLERANCE, "all of them were trained"
+    assert min(apart(beginning[:2], one[0][:2])) > 100 * TOLERANCE, "all of them were trained"
     assert 0 < max(apart(on_one_device(lambda rows: rows[::-1])[0], one[0])) < TOLERANCE / 5
 
 
-REAL = {2: ["6 to 7 images in 7", "0 to 6 images in 7"], 4: [f"{n} images in 4" for n in ("4 to 4", "2 to 4", "0 to 4", "0 to 1")]}
+REAL = {  # what each process says of its images
+    2: ["6 to 7 images in 7", "0 to 6 images in 7"],
+    4: ["4 to 4 images in 4", "2 to 4 images in 4", "0 to 4 images in 4", "0 to 1 images in 4"],
+}
 # Those of the losses and of all gradients together are one. Each norm has one backward, and forward one under
 # shard_map, two under jit, whose formula needs the mean first.
 COLLECTIVES = {"shard_map": 1 + 2 * len(_train.STRIDES), "jit": 1 + 3 * len(_train.STRIDES)}
@@ -253,6 +260,11 @@ def case(row):
     return row.params(rng), draw(rng, shape, 2.0), draw(rng, shape)
 
 
+def close(halves, row: str, name: str, want) -> None:
+    got = np.concatenate([half[f"{row} {name}"] for half in halves])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5, err_msg=f"{row} {name}")
+
+
 @pytest.mark.parametrize("native", [False, True], ids=["xla", "native"])
 def test_norms_over_global_arrays_are_exact_and_gather_nothing(native, kernels, tmp_path):
     if native and not kernels:
@@ -261,7 +273,7 @@ def test_norms_over_global_arrays_are_exact_and_gather_nothing(native, kernels, 
     printed = run(["-c", LAUNCH, sys.executable, "-c", NORMS, str(tmp_path)], env)
     halves = [np.load(tmp_path / f"{i}.npz") for i in (0, 1)]
     for row in EACH:
-        rounds = (2 if native else 3) if row.batch else 1  # statistics forward and backward; else the parameters' gradients
+        rounds = (2 if native else 3) if row.batch else 1  # all norms: one for gradients, those of parameters included
         found = [] if not native else SYNCED if row.batch else ALONE
         for i in (0, 1):
             assert f"{row.name} in {i}: {found} {['all-reduce'] * rounds}\n" in printed, printed
@@ -270,9 +282,7 @@ def test_norms_over_global_arrays_are_exact_and_gather_nothing(native, kernels, 
         how = dict(epsilon=row.spec.epsilon, centered=row.centered)
         truth = oracle.normalize(x, labels, *row.in_rank(params), **how)
         dx, dscale, dbias = oracle.gradients(x, labels, *row.in_rank(params), g, **how)
-        near = lambda name, want: np.testing.assert_allclose(
-            np.concatenate([half[f"{row.name} {name}"] for half in halves]), want, rtol=1e-5, atol=2e-5, err_msg=name
-        )
+        near = functools.partial(close, halves, row.name)
         near("y", truth.y)
         near("dx", dx)
         for name, want in (("dscale", dscale), ("dbias", dbias)):

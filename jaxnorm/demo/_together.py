@@ -72,7 +72,8 @@ def supervise(children: dict[int, subprocess.Popen], patience: float) -> bool:
             if child.returncode:
                 died = died or time.monotonic()
                 status = child.returncode
-                say(f"launch: process {i} ended {f'with status {status}' if status > 0 else signal.Signals(-status).name}")
+                how = f"with status {status}" if status > 0 else signal.Signals(-status).name
+                say(f"launch: process {i} ended {how}")
         if died and time.monotonic() - died > patience:
             for i, child in running.items():
                 say(f"launch: process {i} still runs {patience:g} s after the first death, and is killed")

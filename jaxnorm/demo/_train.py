@@ -103,7 +103,7 @@ def over_devices(mesh: Mesh, in_specs, out_specs):
     return lambda f: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
 
 
-def stepping(norm: jn.Norm, optimizer: optax.GradientTransformation, mean: Callable):
+def stepping(norm: Any, optimizer: optax.GradientTransformation, mean: Callable):
     """(params, states, optimizer state, batch) -> the same three after one step, and the loss before it."""
 
     def loss_of(params, states, batch: Batch):
@@ -126,7 +126,7 @@ def make_step(norm: jn.Norm, optimizer: optax.GradientTransformation, mesh: Mesh
 
 
 def make_global_step(norm: jn.BatchNorm, optimizer: optax.GradientTransformation, mesh: Mesh):
-    """`stepping` as one program over global arrays, which XLA divides: there the statistics are global by themselves."""
+    """`stepping` as one program over global arrays, which XLA divides: statistics are global there anyway."""
     step = stepping(replace(norm, axis_name=None), optimizer, lambda values, mask: values.mean(where=mask))
     return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 

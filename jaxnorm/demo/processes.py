@@ -28,12 +28,15 @@ NEEDS = {"optax": "optax", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="python -m jaxnorm.demo.processes", description=str(__doc__).splitlines()[0])
-    add = lambda name, kind, default, metavar, text: parser.add_argument(
-        name, type=kind, default=default, metavar=metavar, help=text if default is None else f"{text} (default: {default})"
-    )
+
+    def add(name: str, kind, default, metavar: str, text: str) -> None:
+        text = text if default is None else f"{text} (default: {default})"
+        parser.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+
+    forms = ("shard_map", "jit")
+    parser.add_argument("--form", choices=forms, default=forms[0], help="of a step (default: shard_map)")
     add("--processes", positive, 4, "N", "how many")
     add("--devices", positive, 1, "N", "CPU devices of each process")
-    parser.add_argument("--form", choices=("shard_map", "jit"), default="shard_map", help="of a step: shard_map (default), or jit")
     add("--steps", positive, 60, "N", "of the training")
     add("--images", positive, 1347, "N", "to train on")
     add("--batch-size", positive, 127, "N", "images in a step, over all processes")
@@ -55,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.process is None:
         return start(given, options)
     if options.process >= options.processes:
-        parser.error(f"argument --process: must be below --processes {options.processes}, got {options.process}")
+        most = f"--processes {options.processes}"
+        parser.error(f"argument --process: must be below {most}, got {options.process}")
     with joined(options.address, options.processes, options.process, options.devices, options.heartbeat):
         from . import _process
 
@@ -76,7 +80,8 @@ def start(given: list[str], options) -> int:
     for left in range(options.restarts, -1, -1):
         if launch(command, options.processes, options.heartbeat):
             return 0
-        say("launch: all start again" if left else "launch: the same line, written again, goes on from the last checkpoint")
+        again = "all start again" if left else "the same line, written again, goes on from the last checkpoint"
+        say(f"launch: {again}")
         command += ["--kill", "0:0"]
     return 1
 
