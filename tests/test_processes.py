@@ -9,6 +9,7 @@ training on one device with the rows of each batch in another order moves by up 
 """
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import os
@@ -76,14 +77,21 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def through(train, tmp_path_factory):
-    """through(form, processes) -> (what was printed, the checkpoints) of a training that nothing disturbed."""
-    done = {}
+    """through(form, processes) -> (what was printed, the checkpoints) of a training that nothing disturbed.
+
+    Each is run once, whichever of pytest-xdist's workers asks first; another that asks meanwhile waits for it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def once(form, processes):
-        if (form, processes) not in done:
-            folder = tmp_path_factory.mktemp("through")
-            done[form, processes] = train(folder, form, processes), folder
-        return done[form, processes]
+        folder = root / f"through-{form}-{processes}"
+        printed = folder.with_suffix(".txt")
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not printed.exists():
+                printed.write_text(train(folder, form, processes))
+        return printed.read_text(), folder
 
     return once
 

@@ -38,7 +38,8 @@ def train(options) -> None:
     mesh = Mesh(np.array(jax.devices()), ("data",))  # of all processes, those of process 0 first
     norm, optimizer = _train.NORMS["batch"], _train.make_optimizer(options.steps, options.learning_rate)
     images, test = standardized(options, mesh)
-    now, real, step = beginning(norm, optimizer, options), [], None
+    now, masks = beginning(norm, optimizer, options), []
+    step: Any = None  # compiled for the first batch
     now = jax.device_put(now._replace(losses=None), NamedSharding(mesh, P()))._replace(losses=now.losses)
     tell = say if jax.process_index() == 0 else lambda line: None
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -57,12 +58,13 @@ def train(options) -> None:
             *trained, loss = step(*now[:3], batch)
             now.losses[i - 1] = jax.block_until_ready(loss)  # raises where another process has died
             now = Progress(*trained, now.losses)
-            real.append(int(mine.mask.sum()))
+            masks.append(mine.mask)
             if i % options.every == 0 or i == options.steps:
                 manager.save(i, args=ocp.args.StandardSave(now))
                 tell(f"step {i}: loss {now.losses[i - 1]:.4f}, saved")
-    if real:
-        say(f"process {jax.process_index()}: {min(real)} to {max(real)} images in {len(mine.mask)} rows a step")
+    if masks:
+        counts = [mask.sum() for mask in masks]
+        say(f"process {jax.process_index()}: {min(counts)} to {max(counts)} images in {len(masks[0])} rows a step")
     (test,) = _data.in_order(test, _data.TEST, rows(_data.TEST, mesh))
     accuracy, _ = _train.make_evaluate(norm, mesh)(now.params, now.states, shared(own(test), mesh))
     tell(f"test accuracy {float(accuracy):.1%}")
