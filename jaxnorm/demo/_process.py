@@ -55,9 +55,9 @@ def train(options) -> None:
                 tell(f"each step: {collectives(step.as_text())}")
             if options.kill and options.kill[:2] == (jax.process_index(), i):
                 os.kill(os.getpid(), options.kill[2])
-            *trained, loss = step(*now[:3], batch)
+            params, states, memory, loss = step(*now[:3], batch)
             now.losses[i - 1] = jax.block_until_ready(loss)  # raises where another process has died
-            now = Progress(*trained, now.losses)
+            now = Progress(params, states, memory, now.losses)
             masks.append(mine.mask)
             if i % options.every == 0 or i == options.steps:
                 manager.save(i, args=ocp.args.StandardSave(now))
