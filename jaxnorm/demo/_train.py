@@ -9,7 +9,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -103,21 +103,32 @@ def over_devices(mesh: Mesh, in_specs, out_specs):
     return lambda f: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
 
 
-def make_step(norm: jn.Norm, optimizer: optax.GradientTransformation, mesh: Mesh):
+def stepping(norm: Any, optimizer: optax.GradientTransformation, mean: Callable):
     """(params, states, optimizer state, batch) -> the same three after one step, and the loss before it."""
 
     def loss_of(params, states, batch: Batch):
         logits, states, _ = forward(norm, params, states, batch.images, train=True, mask=batch.mask)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return mean_over_devices(losses, batch.mask), states
+        return mean(losses, batch.mask), states
 
-    @over_devices(mesh, (P(), P(), P(), P("data")), P())
     def step(params, states, memory, batch):
         (loss, states), gradient = jax.value_and_grad(loss_of, has_aux=True)(params, states, batch)
         updates, memory = optimizer.update(gradient, memory, params)
         return optax.apply_updates(params, updates), states, memory, loss
 
     return step
+
+
+def make_step(norm: jn.Norm, optimizer: optax.GradientTransformation, mesh: Mesh):
+    """`stepping` where each device sees its own images: norm and loss name the mesh axis they work over."""
+    step = stepping(norm, optimizer, mean_over_devices)
+    return over_devices(mesh, (P(), P(), P(), P("data")), P())(step)
+
+
+def make_global_step(norm: jn.BatchNorm, optimizer: optax.GradientTransformation, mesh: Mesh):
+    """`stepping` as one program over global arrays, which XLA divides: statistics are global there anyway."""
+    step = stepping(replace(norm, axis_name=None), optimizer, lambda values, mask: values.mean(where=mask))
+    return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
 
 def make_evaluate(norm: jn.Norm, mesh: Mesh, *, one_by_one: bool = False):
@@ -182,13 +193,18 @@ class Run(NamedTuple):
         return next((int(s) for s, a in zip(self.looks, self.accuracies, strict=True) if a >= accuracy), None)
 
 
+def make_optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
+    """Plain SGD; the learning rate rises over a tenth of the steps and falls to zero along a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+    return optax.sgd(lambda count: schedule(jnp.asarray(count, jnp.float32)))
+
+
 def fit(
     norm: jn.Norm, mesh: Mesh, batches: Iterator[Batch], test: Batch, *,
     steps: int, learning_rate: float, seed: int, on_step: Callable[[float, float], None] = lambda loss, accuracy: None,
 ) -> Run:  # fmt: skip
-    """Train by plain SGD; the learning rate rises over a tenth of the steps and falls to zero along a cosine."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
-    optimizer = optax.sgd(lambda count: schedule(jnp.asarray(count, jnp.float32)))
+    """Train by `make_optimizer`, and look at the test set now and then."""
+    optimizer = make_optimizer(steps, learning_rate)
     step, evaluate = make_step(norm, optimizer, mesh), make_evaluate(norm, mesh)
     params, states = init(norm, seed)
     params, states, memory = jax.device_put((params, states, optimizer.init(params)), NamedSharding(mesh, P()))

@@ -1,0 +1,115 @@
+"""What each of several processes does: its own rows of every batch, and one checkpoint together with the others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from . import _data, _train
+from ._data import Batch
+from ._together import say
+
+FORMS = {"shard_map": _train.make_step, "jit": _train.make_global_step}
+COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+
+
+class Progress(NamedTuple):
+    """All that a checkpoint holds. The order of the data needs no place in it: it is a function of the step."""
+
+    params: Any
+    states: tuple  # the running statistics of each norm
+    memory: Any  # the optimizer's
+    losses: np.ndarray  # (steps,) float32: of each batch before its step; NaN for steps to come
+
+
+def train(options) -> None:
+    """From the last checkpoint, if there is one, to step `options.steps`. Process 0 speaks for all."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))  # of all processes, those of process 0 first
+    norm, optimizer = _train.NORMS["batch"], _train.make_optimizer(options.steps, options.learning_rate)
+    images, test = standardized(options, mesh)
+    now, masks = beginning(norm, optimizer, options), []
+    step: Any = None  # compiled for the first batch
+    now = jax.device_put(now._replace(losses=None), NamedSharding(mesh, P()))._replace(losses=now.losses)
+    tell = say if jax.process_index() == 0 else lambda line: None
+    keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager(options.checkpoints.absolute(), options=keep) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            now = manager.restore(done, args=ocp.args.StandardRestore(now))
+            tell(f"from the checkpoint of step {done}")
+        for i, mine in own_batches(images, mesh, options, done):
+            batch = shared(mine, mesh)
+            if step is None:
+                step = FORMS[options.form](norm, optimizer, mesh).lower(*now[:3], batch).compile()
+                tell(f"each step: {collectives(step.as_text())}")
+            if options.kill and options.kill[:2] == (jax.process_index(), i):
+                os.kill(os.getpid(), options.kill[2])
+            params, states, memory, loss = step(*now[:3], batch)
+            now.losses[i - 1] = jax.block_until_ready(loss)  # raises where another process has died
+            now = Progress(params, states, memory, now.losses)
+            masks.append(mine.mask)
+            if i % options.every == 0 or i == options.steps:
+                manager.save(i, args=ocp.args.StandardSave(now))
+                tell(f"step {i}: loss {now.losses[i - 1]:.4f}, saved")
+    if masks:
+        counts = [mask.sum() for mask in masks]
+        say(f"process {jax.process_index()}: {min(counts)} to {max(counts)} images in {len(masks[0])} rows a step")
+    (test,) = _data.in_order(test, _data.TEST, rows(_data.TEST, mesh))
+    accuracy, _ = _train.make_evaluate(norm, mesh)(now.params, now.states, shared(own(test), mesh))
+    tell(f"test accuracy {float(accuracy):.1%}")
+
+
+def beginning(norm, optimizer, options) -> Progress:
+    params, states = _train.init(norm, options.seed)
+    return Progress(params, states, optimizer.init(params), np.full(options.steps, np.nan, np.float32))
+
+
+# --- data: the batches are the same whatever the number of processes, and so is what comes of them --------------------
+
+
+def standardized(options, mesh: Mesh) -> tuple[_data.Images, _data.Images]:
+    """`options.images` training images, and the test images. They are few: every process reads them all."""
+    train, test = _data.load()
+    train = _data.Images(*(a[: options.images] for a in train))
+    pixels = _data.pixel_moments(_data.in_order(train, options.batch_size, rows(options.batch_size, mesh)))
+    return _data.standardized(train, pixels), _data.standardized(test, pixels)
+
+
+def rows(size: int, mesh: Mesh) -> int:
+    """As many for each device: what is too many is padding, on the last devices."""
+    return math.ceil(size / mesh.size) * mesh.size
+
+
+def own_batches(images: _data.Images, mesh: Mesh, options, done: int) -> Iterator[tuple[int, Batch]]:
+    """(i, this process's rows of batch i) for each step after `done`."""
+    size = options.batch_size
+    batches = enumerate(_data.shuffled(images, size, rows(size, mesh), options.seed), start=1)
+    return ((i, own(batch)) for i, batch in itertools.islice(batches, done, options.steps))
+
+
+def own(batch: Batch) -> Batch:
+    count = len(batch.mask) // jax.process_count()
+    start = jax.process_index() * count
+    return Batch(*(a[start : start + count] for a in batch))
+
+
+def shared(mine: Batch, mesh: Mesh) -> Batch:
+    """The whole batch as global arrays, of which each process gives its own rows; nothing is sent."""
+    over = NamedSharding(mesh, P("data"))
+    return Batch(*(jax.make_array_from_process_local_data(over, a) for a in mine))
+
+
+def collectives(text: str) -> str:
+    """Those of a compiled program, by kind."""
+    return ", ".join(f"{n} {kind}" for kind, n in Counter(re.findall(COLLECTIVES, text)).items()) or "no collective"

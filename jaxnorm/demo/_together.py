@@ -1,0 +1,102 @@
+"""Several processes as one JAX: started, joined, and ended together, in bounded time whatever becomes of one of them.
+
+What happens when one dies. Its connections are closed, so the others' next collective raises, and `joined` ends them;
+or they are ended by JAX itself, whose coordinator lives in process 0. Where the connections only fall silent, the
+coordinator ends them all once the heartbeats fail to come. And `launch` kills whatever still runs after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+
+HEARTBEAT = 20  # seconds without a sign of life after which the coordinator takes a process for dead
+START = 120  # seconds for all processes to be there
+BROKEN = 3  # the status of a process that cannot go on with the others
+
+
+@contextlib.contextmanager
+def joined(address: str, processes: int, process: int, devices: int, heartbeat: int = HEARTBEAT) -> Iterator[None]:
+    """This process, with so many CPU devices, as one of several for the time of the block.
+
+    An error in the block ends the process at once, with status `BROKEN`: an ordinary end would first wait for the other
+    processes, which wait for this one.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        address, processes, process, coordinator_bind_address=address, cluster_detection_method="deactivate",
+        initialization_timeout=START, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat,
+    )  # fmt: skip
+    try:
+        yield
+    except BaseException as error:
+        traceback.print_exc()
+        say(f"process {process} cannot go on with the others, and ends. {type(error).__name__}: {error}", sys.stderr)
+        sys.stdout.flush()
+        os._exit(BROKEN)
+    jax.distributed.shutdown()
+
+
+def launch(command: Sequence[str], processes: int, heartbeat: int = HEARTBEAT) -> bool:
+    """`command --address HOST:PORT --process I` for every I, on this machine; whether all of them ended well."""
+    with free_port() as port:
+        start = lambda i: subprocess.Popen([*command, "--address", f"127.0.0.1:{port}", "--process", str(i)])
+        children = {i: start(i) for i in range(processes)}
+        try:
+            return supervise(children, patience=2 * heartbeat + 10)
+        finally:
+            for child in children.values():
+                child.kill()
+                child.wait()
+
+
+def supervise(children: dict[int, subprocess.Popen], patience: float) -> bool:
+    """Wait for them all, but only so many seconds once one has died, and say how each ended that did not end well."""
+    running, died = dict(children), None
+    while running:
+        for i, child in list(running.items()):
+            if child.poll() is None:
+                continue
+            del running[i]
+            if child.returncode:
+                died = died or time.monotonic()
+                status = child.returncode
+                how = f"with status {status}" if status > 0 else signal.Signals(-status).name
+                say(f"launch: process {i} ended {how}")
+        if died and time.monotonic() - died > patience:
+            for i, child in running.items():
+                say(f"launch: process {i} still runs {patience:g} s after the first death, and is killed")
+                child.kill()
+                child.wait()
+        time.sleep(0.05)
+    return died is None
+
+
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port of this machine that no other program is given meanwhile.
+
+    It stays bound here, without listening; SO_REUSEPORT, which gRPC sets as well, lets the coordinator bind it too.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def say(line: str, file=None) -> None:
+    """A line in one piece, since several processes write to the same place."""
+    file = file or sys.stdout
+    file.write(line + "\n")
+    file.flush()

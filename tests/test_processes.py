@@ -1,0 +1,302 @@
+"""Law 5 over processes: 2 and 4 train as one does, a dead one ends them all, and a checkpoint fits any number of them.
+
+The program is the demo's own, `python -m jaxnorm.demo.processes`. 71 images in batches of 13 make 6 steps. Two
+processes hold 7 rows each, the last of them padding, and in the last step, of 6 images, one process has none; four hold
+4 each.
+
+The tolerance is of the largest element of each array, and ten times what float32 rounding does by itself: the same
+training on one device with the rows of each batch in another order moves by up to 8e-7, and processes by up to 1.5e-6.
+"""
+
+import contextlib
+import fcntl
+import functools
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from catalogue import EACH, draw
+from jax.sharding import Mesh
+
+pytest.importorskip("optax")
+pytest.importorskip("sklearn")
+pytest.importorskip("orbax.checkpoint")
+
+import orbax.checkpoint as ocp
+
+from jaxnorm.demo import _data, _process, _train
+
+IMAGES, SIZE, STEPS, RATE = 71, 13, 6, 0.1
+OPTIONS = f"--images {IMAGES} --batch-size {SIZE} --steps {STEPS} --every 3 --learning-rate {RATE}".split()
+NORM, OPTIMIZER = _train.NORMS["batch"], _train.make_optimizer(STEPS, RATE)
+TOLERANCE = 1.5e-5
+
+
+def run(command, env, status=0, limit=240) -> str:
+    """What a command and the processes that it starts print; none of them outlives this call."""
+    theirs = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    with subprocess.Popen([sys.executable, *command], env=theirs | env, **piped) as child:
+        try:
+            printed, _ = child.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            pytest.fail(f"still running after {limit} s:\n{child.communicate()[0]}")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    assert child.returncode == status, printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """train(checkpoints, form, processes, ...) -> what was printed. All runs of this file share compiled programs."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def started(checkpoints: Path, form: str, processes: int, *further: str, devices: int = 1, status: int = 0) -> str:
+        how = ["--form", form, "--processes", str(processes), "--devices", str(devices)]
+        given = ["-m", "jaxnorm.demo.processes", *OPTIONS, *how, "--checkpoints", str(checkpoints), *further]
+        return run(given, cache, status)
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def through(train, tmp_path_factory):
+    """through(form, processes) -> (what was printed, the checkpoints) of a training that nothing disturbed.
+
+    Each is run once, whichever of pytest-xdist's workers asks first; another that asks meanwhile waits for it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(form, processes):
+        folder = root / f"through-{form}-{processes}"
+        printed = folder.with_suffix(".txt")
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not printed.exists():
+                printed.write_text(train(folder, form, processes))
+        return printed.read_text(), folder
+
+    return once
+
+
+def saved(folder: Path, step: int = STEPS) -> _process.Progress:
+    """A checkpoint, read by this process alone."""
+    like = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
+    with ocp.CheckpointManager(folder) as manager:
+        assert manager.latest_step() == STEPS
+        return jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore(like)))
+
+
+def on_one_device(order=lambda rows: rows) -> tuple[_process.Progress, float]:
+    """The same training on one device, without padding, and its test accuracy."""
+    train, test = _data.load()
+    train = _data.Images(*(a[:IMAGES] for a in train))
+    pixels = _data.pixel_moments(_data.in_order(train, SIZE, SIZE))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    step, evaluate = _train.make_step(NORM, OPTIMIZER, mesh), _train.make_evaluate(NORM, mesh)
+    now = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
+    batches = _data.shuffled(_data.standardized(train, pixels), SIZE, SIZE, 0)
+    for i, batch in enumerate(itertools.islice(batches, STEPS)):
+        *trained, loss = step(*now[:3], _data.Batch(*(order(a) for a in batch)))
+        now.losses[i] = loss
+        now = _process.Progress(*trained, now.losses)
+    (test,) = _data.in_order(_data.standardized(test, pixels), _data.TEST, _data.TEST)
+    return jax.tree.map(np.asarray, now), float(evaluate(now.params, now.states, test)[0])
+
+
+@pytest.fixture(scope="module")
+def one():
+    return on_one_device()
+
+
+def apart(a, b) -> list[float]:
+    """For each array, the largest difference in units of its largest element."""
+    return [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_tolerance_is_one_of_rounding(one):
+    beginning = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
+    assert min(apart(beginning[:2], one[0][:2])) > 100 * TOLERANCE, "all of them were trained"
+    assert 0 < max(apart(on_one_device(lambda rows: rows[::-1])[0], one[0])) < TOLERANCE / 5
+
+
+REAL = {  # what each process says of its images
+    2: ["6 to 7 images in 7", "0 to 6 images in 7"],
+    4: ["4 to 4 images in 4", "2 to 4 images in 4", "0 to 4 images in 4", "0 to 1 images in 4"],
+}
+# Those of the losses and of all gradients together are one. Each norm has one backward, and forward one under
+# shard_map, two under jit, whose formula needs the mean first.
+COLLECTIVES = {"shard_map": 1 + 2 * len(_train.STRIDES), "jit": 1 + 3 * len(_train.STRIDES)}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("form", ["shard_map", "jit"])
+def test_processes_train_as_one_does(form, processes, through, one):
+    printed, folder = through(form, processes)
+    for i, images in enumerate(REAL[processes]):
+        assert f"process {i}: {images} rows a step\n" in printed
+    assert f"each step: {COLLECTIVES[form]} all-reduce\n" in printed, "and nothing else; above all no all-gather"
+    assert f"test accuracy {one[1]:.1%}\n" in printed
+    assert max(apart(saved(folder), one[0])) < TOLERANCE
+
+
+# --- death ------------------------------------------------------------------------------------------------------------
+
+
+def others_ended_by_themselves(printed: str, processes: int, victim: int) -> None:
+    assert f"launch: process {victim} ended SIGKILL\n" in printed
+    for i in {*range(processes)} - {victim}:
+        mine = f"process {i} cannot go on with the others, and ends. ", f"launch: process {i} ended with status 3\n"
+        jax_s = "Terminating process because the JAX distributed service", f"launch: process {i} ended SIGABRT\n"
+        assert any(all(line in printed for line in lines) for lines in (mine, jax_s)), printed
+        assert f"process {i} still runs" not in printed
+
+
+@pytest.mark.parametrize(("form", "processes", "victim"), [("shard_map", 4, 2), ("jit", 2, 0)])
+def test_a_death_ends_all_and_a_restart_changes_no_bit(form, processes, victim, train, through, tmp_path):
+    """Process 0 is the coordinator. The death is before step 5, the last checkpoint of step 3."""
+    printed = train(tmp_path, form, processes, "--kill", f"{victim}:5", "--restarts", "1")
+    others_ended_by_themselves(printed, processes, victim)
+    assert printed.count("launch: all start again\n") == printed.count("from the checkpoint of step 3\n") == 1
+    _, folder = through(form, processes)
+    jax.tree.map(np.testing.assert_array_equal, saved(tmp_path), saved(folder))
+
+
+def test_a_process_that_falls_silent_ends_all(train, tmp_path):
+    """Its connections stay open, and only the heartbeats tell: JAX ends the others, `launch` what is left."""
+    printed = train(tmp_path, "shard_map", 2, "--kill", "1:5:STOP", "--heartbeat", "6", status=1)
+    assert "stopped sending heartbeats" in printed
+    assert "launch: process 1 still runs 22 s after the first death, and is killed\n" in printed
+    others_ended_by_themselves(printed, 2, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]
+
+
+@pytest.mark.parametrize(("form", "processes", "devices"), [("shard_map", 4, 1), ("shard_map", 1, 8), ("jit", 2, 2)])
+def test_a_checkpoint_fits_other_processes_and_devices(form, processes, devices, train, through, one, tmp_path):
+    _, folder = through("shard_map", 2)
+    shutil.copytree(folder / "3", tmp_path / "3")
+    printed = train(tmp_path, form, processes, devices=devices)
+    assert printed.count("from the checkpoint of step 3\n") == 1
+    assert max(apart(saved(tmp_path), one[0])) < TOLERANCE
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "--kill 3": "argument --kill: must be PROCESS:STEP, such as 1:30, got '3'",
+    "--process 1": "--process and --address go together",
+    "--process 4 --address a:1": "argument --process: must be below --processes 4, got 4",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_option_is_one_message_and_status_2(line, capsys):
+    from jaxnorm.demo import processes
+
+    with pytest.raises(SystemExit) as end:
+        processes.main(line.split())
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"python -m jaxnorm.demo.processes: {BAD[line]}")
+    assert message.count("\n") == 1
+
+
+# --- kernels over global arrays ---------------------------------------------------------------------------------------
+
+LAUNCH = "import sys; from jaxnorm.demo._together import launch; sys.exit(not launch(sys.argv[1:], 2))"
+NORMS = """
+import re, sys
+folder, _, address, _, process = sys.argv[1:]
+from jaxnorm.demo._together import joined, say
+with joined(address, 2, int(process), 2):
+    import jax, numpy as np
+    from catalogue import EACH
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    from jaxnorm._kernels import cpu
+    from test_processes import case
+    cpu.pays = lambda view, dtype: True  # however small
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    assert mesh.size == 4
+    own = lambda a: jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), np.split(a, 2)[int(process)])
+    shards = lambda a: np.concatenate([s.data for s in a.addressable_shards])
+    out = {}
+    for row in EACH:
+        params, x, g = case(row)
+        def step(params, x, g):
+            f = lambda params, x: row.spec.apply(params, row.state(), x, train=True)
+            y, pull, state = jax.vjp(f, params, x, has_aux=True)
+            return y, pull(g), state
+        args = jax.device_put(params, NamedSharding(mesh, P())), own(x), own(g)
+        run = jax.jit(step).lower(*args).compile()
+        text = run.as_text()
+        kernels = re.findall(r'custom_call_target="jaxnorm_(\\w+)"', text)
+        moves = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\\(", text)
+        say(f"{row.name} in {process}: {sorted({*kernels})} {moves}")
+        y, (dparams, dx), state = run(*args)
+        assert all(a.is_fully_replicated for a in jax.tree.leaves((dparams, state)))
+        whole = {f"d{name}": np.asarray(a) for name, a in dparams._asdict().items() if a is not None}
+        whole |= {name: np.asarray(getattr(state, name)) for name in ("mean", "var") if row.batch}
+        out |= {f"{row.name} {name}": a for name, a in (whole | {"y": shards(y), "dx": shards(dx)}).items()}
+    np.savez(f"{folder}/{process}.npz", **out)
+"""
+ALONE, SYNCED = ["backward", "forward"], ["gradient", "gradient_sums", "moments", "normalize"]
+
+
+def case(row):
+    rng = np.random.default_rng(0)
+    shape = (16, *row.shape[1:])
+    return row.params(rng), draw(rng, shape, 2.0), draw(rng, shape)
+
+
+def close(halves, row: str, name: str, want) -> None:
+    got = np.concatenate([half[f"{row} {name}"] for half in halves])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5, err_msg=f"{row} {name}")
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["xla", "native"])
+def test_norms_over_global_arrays_are_exact_and_gather_nothing(native, kernels, tmp_path):
+    if native and not kernels:
+        pytest.skip("the kernels are not under test")
+    env = {"JAXNORM_NATIVE": str(int(native)), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    printed = run(["-c", LAUNCH, sys.executable, "-c", NORMS, str(tmp_path)], env)
+    halves = [np.load(tmp_path / f"{i}.npz") for i in (0, 1)]
+    for row in EACH:
+        rounds = (2 if native else 3) if row.batch else 1  # all norms: one for gradients, those of parameters included
+        found = [] if not native else SYNCED if row.batch else ALONE
+        for i in (0, 1):
+            assert f"{row.name} in {i}: {found} {['all-reduce'] * rounds}\n" in printed, printed
+        params, x, g = case(row)
+        labels, _ = row.with_shape(x.shape)
+        how = dict(epsilon=row.spec.epsilon, centered=row.centered)
+        truth = oracle.normalize(x, labels, *row.in_rank(params), **how)
+        dx, dscale, dbias = oracle.gradients(x, labels, *row.in_rank(params), g, **how)
+        near = functools.partial(close, halves, row.name)
+        near("y", truth.y)
+        near("dx", dx)
+        for name, want in (("dscale", dscale), ("dbias", dbias)):
+            if want is not None:
+                near(name, np.tile(want.ravel(), 2))
+        if row.batch:
+            first = lambda a: np.tile(a[(0,) * (a.ndim - 1)], 2)
+            near("mean", 0.01 * first(truth.mean))
+            near("var", 0.99 + 0.01 * first(truth.var))
