@@ -20,7 +20,7 @@ COLLECTIVES = frozenset(
     """all-reduce all-gather all-to-all ragged-all-to-all reduce-scatter collective-permute collective-broadcast
     """.split()
 )
-NO_WORK = frozenset({"AllocateBuffer", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"})
+NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"})
 
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.$~-]+) \(.*\{$")
@@ -149,9 +149,11 @@ def _of_instruction(it: Instruction, around: Computation, computations: dict[str
         moved = sum(around[o].bytes for o in it.operands)
         written = moved if op != kind else it.bytes  # the type of a start may have its operands in it too
         return Cost(0, moved + written, Counter({kind: 1}), Counter({kind: payload}))
-    if op == "copy-start":  # of (destination, source, context)
-        destination = _SHAPE.search(it.type)
-        return Cost(0, around[it.operands[0]].bytes + main_memory_bytes(destination.group()))
+    if op.endswith("-start"):  # of a copy: (destination, source, context); of a slice: ((source), destination, context)
+        arrays = [found.group() for found in _SHAPE.finditer(it.type)]
+        destination = arrays[0 if op == "copy-start" else len(it.operands)]
+        read = _everything(destination) if around[it.operands[0]].bytes else 0
+        return Cost(0, read + main_memory_bytes(destination))
     if op == "custom-call" and (re.search(r'custom_call_target="([^"]*)"', it.rest) or [""] * 2)[1] in NO_WORK:
         return Cost()
     if op == "fusion":

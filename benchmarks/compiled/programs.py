@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import jax.extend.core
 from jax.sharding import PartitionSpec as P
 
 from .hlo import Cost, cost
@@ -92,15 +93,26 @@ def residuals(f: Callable, *args) -> Residuals:
         structure[:] = tree, [place[id(a)] for a in leaves]
         return y, unique
 
+    jaxpr, (y, unique) = jax.make_jaxpr(everything, return_shape=True)(*args)
+    tree, places = structure
+    own = _views_of_arguments(jaxpr.jaxpr)
+    news = [var not in own for var in jaxpr.jaxpr.outvars[len(jax.tree.leaves(y)) :]]
+
     def forward(*args):
         y, unique = everything(*args)
-        own = {id(a) for a in jax.tree.leaves(args)}
-        return y, [a for a in unique if id(a) not in own]
-
-    y, unique = jax.eval_shape(everything, *args)
-    tree, places = structure
+        return y, [a for a, new in zip(unique, news, strict=True) if new]
 
     def backward(unique, g):
         return jax.tree.unflatten(tree, [unique[i] for i in places])(g)
 
     return Residuals(y, unique, forward, backward)
+
+
+def _views_of_arguments(jaxpr) -> set:
+    """The variables of a program that are its arguments, or reshaped ones: keeping those moves no bytes."""
+    views = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        moves_nothing = equation.primitive.name in ("reshape", "squeeze", "expand_dims", "pvary", "pcast")
+        if moves_nothing and not isinstance(equation.invars[0], jax.extend.core.Literal) and equation.invars[0] in views:
+            views.update(equation.outvars)
+    return views

@@ -17,6 +17,8 @@ from jax import lax
 
 Array = jax.Array
 
+_LONGEST_ROW = 1 << 14  # elements of a row up to which XLA makes one kernel for a GPU; measured by its compiler
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -106,13 +108,21 @@ def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reducti
     if 0 in x.shape:
         zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
-    pilot = _pilot(x, how.axes) if how.one_pass and keep is None else None
-    if pilot is not None:
-        return Statistics(n, *about(*args, pilot, how))
+    if how.one_pass and keep is None:
+        return Statistics(n, *in_one_pass(*args, how))
     if how.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
         return Statistics(n, *two_pass(*args, how))
-    rows = lambda formula: lambda *args: formula(*args, how)
-    return Statistics(n, *lax.platform_dependent(*args, cpu=rows(two_pass), default=rows(welford)))
+    by = lambda formula: lambda *args: formula(*args, how)
+    on_gpu = by(welford if _last(x, how.axes) else in_one_pass)
+    return Statistics(
+        n, *lax.platform_dependent(*args, cpu=by(two_pass), cuda=on_gpu, rocm=on_gpu, default=by(welford))
+    )
+
+
+def in_one_pass(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """`about` the mean of a sample, where x has one that will do; else in two passes."""
+    pilot = _pilot(x, how.axes)
+    return two_pass(x, keep, weights, n, how) if pilot is None else about(x, keep, weights, n, pilot, how)
 
 
 def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Array]:
@@ -127,7 +137,9 @@ def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Arr
     w = _weight(weights, n)
     offset = mean(d, w, n, how.axes)
     correction = n * square(offset * how.unit)
-    m2 = (w * square(d * how.unit)).sum(how.axes, keepdims=True) - correction
+    # The unit taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
+    squares = square(_difference(x, keep, shift, how.unit))
+    m2 = (w * squares).sum(how.axes, keepdims=True) - correction
     constant = m2 <= 2.0**-18 * correction
     return (
         jnp.where(constant, shift + offset, shift),
@@ -168,7 +180,8 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     def combine(a, b):
         (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
         total = n_a + n_b
-        part, gap = n_b / safe(total), mean_b - mean_a
+        # No jnp.where in here: it is lowered to a call, and StableHLO's optimizer fails on an unused reduction with calls.
+        part, gap = n_b / lax.select(total == 0, jnp.ones_like(total), total), mean_b - mean_a
         return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap * unit) * (n_a * part)
 
     zero = np.zeros((), n.dtype)
@@ -177,14 +190,55 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     return first, kept(offset), kept(m2)
 
 
+def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, how: Reduction):
+    """The statistics that y is made of: those kept for the backward pass but for rows on a GPU.
+
+    There `in_kernel` lets XLA make one kernel of them and y, which reads x once. Those kept are then, where anything
+    asks for them, another read: 3 passes in training, as one set for both would take, and 2 at inference, not 3.
+    """
+    if weights is not None or mask is not None or not _is_row(x, how):
+        return stats
+    alone = lambda x, n, *stats: in_kernel(x, n, how)
+    kept = lambda x, n, *stats: stats
+    return Statistics(stats.count, *lax.platform_dependent(x, *stats, cuda=alone, rocm=alone, default=kept))
+
+
+def _is_row(x: Array, how: Reduction) -> bool:
+    """Whether XLA's GPU compiler may hold the reduced axes in one block of threads: they are the last, and not long."""
+    size = math.prod(x.shape[a] for a in how.axes)
+    mine = how.centered and how.axis_name is None and not how.one_pass and not _sharded_axes(x)
+    return _last(x, how.axes) and mine and 0 < size <= _LONGEST_ROW and 0 not in x.shape and not jnp.iscomplexobj(x)
+
+
+def _last(x: Array, axes: tuple[int, ...]) -> bool:
+    return axes == tuple(range(x.ndim - len(axes), x.ndim))
+
+
+def in_kernel(x, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """`two_pass` for one kernel of XLA's on a GPU: of a constant row, whose m2 is rounding noise, m2 becomes huge.
+
+    So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `about` has, would have XLA cut the kernel in three.
+    """
+    x = x.astype(accumulator(x))
+    over = lambda a: a.sum(how.axes, keepdims=True)
+    shift = over(x) / n
+    d = x - shift
+    offset = over(d) / n
+    correction = n * square(offset * how.unit)
+    m2 = over(square(d * how.unit)) - correction
+    constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
+    return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
+
+
 def _weight(weights: Array | None, n: Array) -> Array:
     return jnp.ones((1,) * n.ndim, n.dtype) if weights is None else weights.astype(n.dtype)
 
 
-def _difference(x: Array, keep: Array | None, shift: Array | None) -> Array:
-    """x - shift in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
-    x = x.astype(accumulator(x))
-    d = x if shift is None else x - shift
+def _difference(x: Array, keep: Array | None, shift: Array | None, unit: float = 1.0) -> Array:
+    """unit * (x - shift) in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
+    scaled = lambda a: a if unit == 1.0 else a * unit
+    x = scaled(x.astype(accumulator(x)))
+    d = x if shift is None else x - scaled(shift)
     return d if keep is None else jnp.where(keep, d, 0.0)
 
 
