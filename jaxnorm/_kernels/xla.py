@@ -173,21 +173,20 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     for a in how.axes:
         first = lax.slice_in_dim(first, 0, 1, axis=a)
     first = first.astype(accumulator(x))
-    d = _difference(x, keep, first)
+    z = _difference(x, keep, first, how.unit)  # not in `combine`, where XLA would square before it scales
     w = jnp.broadcast_to(_weight(weights, n), x.shape)
-    unit = how.unit
 
     def combine(a, b):
         (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
         total = n_a + n_b
-        # No jnp.where in here: it is lowered to a call, and StableHLO's optimizer fails on an unused reduction with calls.
+        # No jnp.where in here: it is lowered to a call, and StableHLO's optimizer fails on an unused reduction with one.
         part, gap = n_b / lax.select(total == 0, jnp.ones_like(total), total), mean_b - mean_a
-        return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap * unit) * (n_a * part)
+        return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap) * (n_a * part)
 
     zero = np.zeros((), n.dtype)
-    _, offset, m2 = lax.reduce((w, d, jnp.zeros_like(w)), (zero, np.zeros((), d.dtype), zero), combine, how.axes)
+    _, offset, m2 = lax.reduce((w, z, jnp.zeros_like(w)), (zero, np.zeros((), z.dtype), zero), combine, how.axes)
     kept = lambda a: lax.expand_dims(a, how.axes)
-    return first, kept(offset), kept(m2)
+    return first, kept(offset) / how.unit, kept(m2)
 
 
 def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, how: Reduction):
