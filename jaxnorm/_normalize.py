@@ -222,8 +222,17 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         times.append(dscale.astype(wide))
     if dbias is not None:
         plus.append(dbias.astype(wide))
-    dy = direct + (xhat.astype(wide) * sum(times) if times else 0.0) + (sum(plus) if plus else 0.0)
+    times, plus = (_summed_first(sum(terms), x) if terms else None for terms in (times, plus))
+    dy = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
+
+
+def _summed_first(bracket: Array, x: Array) -> Array:
+    """The bracket as it is. Where it is far smaller than x, sums of its cotangent are taken of it, not of x anew.
+
+    XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share.
+    """
+    return lax.optimization_barrier(bracket) if 16 * bracket.size <= x.size else bracket
 
 
 def normalize(

@@ -135,9 +135,8 @@ def _of_instruction(it: Instruction, around: Computation, computations: dict[str
     if op in FREE or op.endswith("-done") or op.endswith("-update"):
         return Cost()
     if op == "while":
-        turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', it.rest)
-        body = sum(called("body") + called("condition"), Cost())
-        return body * int(turns.group(1)) if turns else replace(body, endless=body.endless + 1)
+        turns, body = _turns(it, computations), sum(called("body"), Cost())
+        return replace(body, endless=body.endless + 1) if turns is None else body * turns
     if op == "conditional":
         branches = called("branch_computations") + called("true_computation") + called("false_computation")
         return max(branches, key=lambda branch: branch.bytes)
@@ -154,6 +153,8 @@ def _of_instruction(it: Instruction, around: Computation, computations: dict[str
         destination = arrays[0 if op == "copy-start" else len(it.operands)]
         read = _everything(destination) if around[it.operands[0]].bytes else 0
         return Cost(0, read + main_memory_bytes(destination))
+    if re.match(r"[a-z]\w*\[\]", it.type) and op not in ("fusion", "custom-call", "reduce"):
+        return Cost()  # a counter
     if op == "custom-call" and (re.search(r'custom_call_target="([^"]*)"', it.rest) or [""] * 2)[1] in NO_WORK:
         return Cost()
     if op == "fusion":
@@ -164,6 +165,17 @@ def _of_instruction(it: Instruction, around: Computation, computations: dict[str
                 within += replace(_of_instruction(inner, inside, computations), bytes=0)
         return within + Cost(1, _fused_bytes(it, inside, around))
     return Cost(1, _plain_bytes(it, around))
+
+
+def _turns(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """How often a loop runs: said by the compiler, or by its condition, i < n, as JAX counts: from 0, by 1."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+    if known:
+        return int(known.group(1))
+    condition = computations[loop.attribute("condition")[0]]
+    root = next(i for i in condition.values() if i.root)
+    bounds = [condition[o].operands[0].strip("()") for o in root.operands if condition[o].opcode == "constant"]
+    return int(bounds[0]) if root.opcode == "compare" and "direction=LT" in root.rest and bounds else None
 
 
 def _everything(type_text: str) -> int:
