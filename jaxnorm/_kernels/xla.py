@@ -7,6 +7,7 @@ Accumulation is in `accumulator(x)`: float32, or wider where x is wider.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,24 +109,47 @@ def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reducti
     if 0 in x.shape:
         zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
-    if how.one_pass and keep is None:
+    by = lambda formula: lambda *args: formula(*args, how)
+    if how.one_pass and keep is None and _sharded_axes(x):
         return Statistics(n, *in_one_pass(*args, how))
+    if how.one_pass and keep is None:
+        on_gpu = by(in_one_pass_by_parts)
+        return Statistics(n, *lax.platform_dependent(*args, cuda=on_gpu, rocm=on_gpu, default=by(in_one_pass)))
     if how.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
         return Statistics(n, *two_pass(*args, how))
-    by = lambda formula: lambda *args: formula(*args, how)
-    on_gpu = by(welford if _last(x, how.axes) else in_one_pass)
+    on_gpu = by(welford if _last(x, how.axes) else in_one_pass_by_parts)
     return Statistics(
         n, *lax.platform_dependent(*args, cpu=by(two_pass), cuda=on_gpu, rocm=on_gpu, default=by(welford))
     )
 
 
-def in_one_pass(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+def in_one_pass(x, keep, weights, n, how: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
     """`about` the mean of a sample, where x has one that will do; else in two passes."""
     pilot = _pilot(x, how.axes)
-    return two_pass(x, keep, weights, n, how) if pilot is None else about(x, keep, weights, n, pilot, how)
+    if pilot is None:
+        return two_pass(x, keep, weights, n, how)
+    return about(x, keep, weights, n, pilot, how, total)
 
 
-def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Array]:
+def in_one_pass_by_parts(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """`in_one_pass` for a GPU, where XLA writes x - shift out unless it finds sums to be enough threads' work.
+
+    Long ones it cuts in parts by itself. Here short ones are cut along an axis, which a barrier keeps from being undone.
+    """
+
+    def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
+        if len(axes) == 1 or not 256 <= math.prod(a.shape[i] for i in axes) < 1 << 15:
+            return _total(a, axes)
+        return _total(lax.optimization_barrier(_total(a, axes[1:])), axes[:1])
+
+    return in_one_pass(x, keep, weights, n, how, by_parts)
+
+
+def _total(a: Array, axes: tuple[int, ...]) -> Array:
+    return a.sum(axes, keepdims=True)
+
+
+def about(x, keep, weights, n, shift, how: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
     """In one pass about a `shift` near the mean: the mean as shift + offset, and the second moment.
 
     offset = sum(w (x - shift)) / n;   m2 = sum(w |x - shift|**2) - n |offset|**2
@@ -135,11 +159,12 @@ def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Arr
     """
     d = _difference(x, keep, shift)
     w = _weight(weights, n)
-    offset = mean(d, w, n, how.axes)
+    total = total or _total
+    offset = mean(d, w, n, how.axes, total)
     correction = n * square(offset * how.unit)
     # The unit taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
     squares = square(_difference(x, keep, shift, how.unit))
-    m2 = (w * squares).sum(how.axes, keepdims=True) - correction
+    m2 = total(w * squares, how.axes) - correction
     constant = m2 <= 2.0**-18 * correction
     return (
         jnp.where(constant, shift + offset, shift),
@@ -157,9 +182,9 @@ def two_pass(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     return about(x, keep, weights, n, shift, how)
 
 
-def mean(x: Array, w: Array, n: Array, axes: tuple[int, ...]) -> Array:
+def mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Callable | None = None) -> Array:
     """sum(w x) / n over axes, and 0 where n is 0."""
-    return (w.astype(x.dtype) * x).sum(axes, keepdims=True) / safe(n).astype(x.dtype)
+    return (total or _total)(w.astype(x.dtype) * x, axes) / safe(n).astype(x.dtype)
 
 
 def safe(n: Array) -> Array:
