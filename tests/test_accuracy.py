@@ -1,6 +1,7 @@
 """Law 1: within 2e-6 of the truth whatever the mean, never E[x^2] - E[x]^2, constants exact, 1e20 in range."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.export
@@ -11,6 +12,7 @@ import pytest
 from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
 
 import jaxnorm as jn
+from jaxnorm import _moments
 from jaxnorm._kernels import xla
 from jaxnorm._normalize import rsqrt
 
@@ -115,12 +117,18 @@ def in_kernel(x, keep, weights, n, how):
     return xla.in_kernel(x, n, how)
 
 
+def merged_parts(x, keep, weights, n, how):
+    return _moments.statistics(replace(how, one_pass=True, parts=8), x, keep, weights)[1:]
+
+
 BRANCHES = {  # and the error of each, where nothing is constant
     "two_pass": (xla.two_pass, ((2,), (1, 2), (0, 1)), 2e-6),  # CPU
     # TPU, and on a GPU the statistics of rows that are kept; one chain of sums on CPU, a tree there
     "welford": (xla.welford, ((2,), (0,)), 6e-6),
     "in_kernel": (in_kernel, ((2,), (1, 2)), 2e-6),  # on a GPU the statistics of rows that y is made of
-    "in_one_pass": (xla.in_one_pass, ((0, 1), (0,)), 2e-6),  # on a GPU what is no row; batch norm everywhere
+    "in_one_pass": (xla.in_one_pass, ((0, 1), (0,)), 2e-6),  # batch norm
+    "in_one_pass_by_parts": (xla.in_one_pass_by_parts, ((0, 1), (0,)), 2e-6),  # on a GPU, and there what is no row
+    "merged_parts": (merged_parts, ((0, 1), (0,)), 2e-6),  # batch norm of a batch that jit spreads over devices
 }
 UNIT = 2.0**-40
 EXTREMES = {

@@ -12,15 +12,11 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-FREE = frozenset(
-    """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier add-dependency
-    domain token""".split()
-)
-COLLECTIVES = frozenset(
-    """all-reduce all-gather all-to-all ragged-all-to-all reduce-scatter collective-permute collective-broadcast
-    """.split()
-)
-NO_WORK = frozenset({"AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"})
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+        "opt-barrier", "add-dependency", "domain"}  # fmt: skip
+COLLECTIVES = {"all-reduce", "all-gather", "all-to-all", "ragged-all-to-all", "reduce-scatter", "collective-permute",
+               "collective-broadcast"}  # fmt: skip
+NO_WORK = {"AllocateBuffer", "ConcatBitcast", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.$~-]+) \(.*\{$")

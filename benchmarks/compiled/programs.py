@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import jax.extend.core
+from jax.extend.core import Literal
 from jax.sharding import PartitionSpec as P
 
 from .hlo import Cost, cost
@@ -113,6 +113,6 @@ def _views_of_arguments(jaxpr) -> set:
     views = set(jaxpr.invars)
     for equation in jaxpr.eqns:
         moves_nothing = equation.primitive.name in ("reshape", "squeeze", "expand_dims", "pvary", "pcast")
-        if moves_nothing and not isinstance(equation.invars[0], jax.extend.core.Literal) and equation.invars[0] in views:
+        if moves_nothing and all(not isinstance(v, Literal) and v in views for v in equation.invars):
             views.update(equation.outvars)
     return views

@@ -96,7 +96,10 @@ def mesh(target: str, explicit: bool = False) -> Mesh:
     return Mesh(devices, (AXIS,), axis_types=(AxisType.Explicit if explicit else AxisType.Auto,))
 
 
-def placed(target: str, tree, spec: P = P()):
+REPLICATED = P()
+
+
+def placed(target: str, tree, spec: P = REPLICATED):
     """Arrays, or their shapes and dtypes, as arguments that lie on a target's devices."""
     sharding = NamedSharding(mesh(target), spec)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -156,9 +157,18 @@ def _elsewhere(lower: Callable) -> Callable:
                 f"implementation='native' runs on CPU, and this program is for {', '.join(platforms)}. "
                 "Write implementation=None for the best room of each platform."
             )
-        return lower(context, *operands, call=call)
+        return lower(context, *operands, call=_by_devices(context, call))
 
     return rule
+
+
+def _by_devices(context, call: Call) -> Call:
+    """The call with its statistics in a part for each device, where jit is to partition the program among several."""
+    where, how = context.module_context.axis_context, call.recipe.how
+    devices, x = getattr(where, "num_devices", None) or 1, context.avals_in[0]
+    if getattr(where, "manual_axes", ()) or not (how.one_pass and 0 in how.axes) or x.shape[0] % devices:
+        return call
+    return replace(call, recipe=replace(call.recipe, how=replace(how, parts=devices)))
 
 
 def _count(recipe: Recipe, x) -> Array:

@@ -31,6 +31,7 @@ class Reduction:
     unit: float = 1.0  # squares are sums of (unit * x)**2; a power of two, so exact, that keeps 1e20**2 in range
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
+    parts: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ def in_one_pass(x, keep, weights, n, how: Reduction, total: Callable | None = No
 
 
 def in_one_pass_by_parts(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
-    """`in_one_pass` for a GPU, where XLA writes x - shift out unless it finds sums to be enough threads' work.
+    """`in_one_pass` for a GPU, where XLA writes x - shift out unless it finds the sums to be enough threads' work.
 
-    Long ones it cuts in parts by itself. Here short ones are cut along an axis, which a barrier keeps from being undone.
+    Long ones it cuts in parts by itself. Here short ones are cut along an axis; a barrier keeps that from being undone.
     """
 
     def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
@@ -204,7 +205,7 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     def combine(a, b):
         (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
         total = n_a + n_b
-        # No jnp.where in here: it is lowered to a call, and StableHLO's optimizer fails on an unused reduction with one.
+        # No jnp.where in here: it is lowered to a call, and an unused reduction with calls crashes XLA's GPU compiler.
         part, gap = n_b / lax.select(total == 0, jnp.ones_like(total), total), mean_b - mean_a
         return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap) * (n_a * part)
 
