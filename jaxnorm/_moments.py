@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -124,7 +125,10 @@ def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | No
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # one program also where the caller does not jit
 def statistics(how: Reduction, x: Array, mask: Array | None, weights: Array | None) -> Statistics:
     """The statistics of x over `how.axes` and, where `how` names an axis, over its devices."""
-    local = xla.statistics(x, mask, weights, how)
+    if how.parts > 1 and mask is None and weights is None and not jnp.iscomplexobj(x):
+        local = _merged_parts(how, x)
+    else:
+        local = xla.statistics(x, mask, weights, how)
     return local if how.axis_name is None else across(local, how.axis_name, how.groups, how.unit)
 
 
@@ -219,6 +223,24 @@ def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistic
     n, first, second = sum_across(parts, axis_name, groups)
     offset = first / safe(n).astype(first.dtype)
     return Statistics(n, shift, offset, jnp.maximum(second - n * xla.square(offset * unit), 0.0))
+
+
+def _merged_parts(how: Reduction, x: Array) -> Statistics:
+    """The statistics of parts of the leading axis, merged: one all-reduce where each part is on a device of its own.
+
+    Summed at once there would be two: of the sample that sums are taken about, and of the sums. So every part gets a
+    slot of its own in one array, and that is summed, which adds nothing but zeros.
+    """
+    view = x.reshape(how.parts, x.shape[0] // how.parts, *x.shape[1:])
+    of_part = replace(how, parts=1, axes=tuple(a + 1 for a in how.axes))
+    count, *stats = xla.statistics(view, None, None, of_part)
+    if sum(a.nbytes for a in stats) > _SLOT_BYTES:
+        return xla.statistics(x, None, None, how)
+    stats = jnp.stack(stats, 1)
+    own = jnp.reshape(jnp.eye(how.parts, dtype=bool), (how.parts, how.parts) + (1,) * (stats.ndim - 1))
+    slots = jnp.where(own, stats[None], jnp.zeros((), stats.dtype)).sum(1)
+    count = jnp.broadcast_to(count, slots[:, 0].shape)
+    return combine(Statistics(count, *(slots[:, i] for i in range(3))), how.unit)
 
 
 def sum_across(parts: list, axis_name: AxisName, groups) -> list:

@@ -40,16 +40,26 @@ def rsqrt(m2: Array, n: Array, unit: float, epsilon: float) -> Array:
 
     A group of nothing, and a constant one without epsilon, so come out as the bias.
     """
-    v = m2 / safe(n) + epsilon * unit**2
-    void = (n == 0) | (v == 0)
-    s, one = _near_one(jnp.where(void, 1.0, v))
-    return jnp.where(void, 0.0, unit * (s * lax.rsqrt(one)))
+    least = epsilon * unit**2
+    v = m2 / safe(n) + least
+    void = n == 0
+    if least < jnp.finfo(v.dtype).tiny:  # else v is never 0, and a select would cut XLA's kernels for rows on a GPU
+        void |= v == 0
+    return jnp.where(void, 0.0, unit * _rsqrt(jnp.where(void, 1.0, v)))
 
 
-def _near_one(v: Array) -> tuple[Array, Array]:
-    """(s, v s^2): s is a constant that brings v to 1, so that higher derivatives of its powers stay in range."""
+@jax.custom_jvp
+def _rsqrt(v: Array) -> Array:
+    """1 / sqrt(v), whose higher derivatives stay in range: s is a constant that brings v to 1."""
+    return lax.rsqrt(v)
+
+
+@_rsqrt.defjvp
+def _(primals, tangents):
+    (v,), (dv,) = primals, tangents
     s = lax.stop_gradient(lax.rsqrt(v))
-    return s, (v * s) * s
+    r = s * lax.rsqrt((v * s) * s)
+    return lax.rsqrt(v), -0.5 * r * ((dv * s) * s) / ((v * s) * s)
 
 
 def affine(xhat, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
@@ -240,6 +250,7 @@ def _around_tangent(recipe, plain, in_room, stats, x, scale, bias, mask, weights
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) -> Array:
+    stats = xla.statistics_of_output(x, mask, weights, stats, recipe.how)
     xhat, _ = _xhat_and_r(recipe, x, mask, weights, stats)
     return affine(xhat, scale, bias, recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
 
@@ -280,8 +291,17 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         times.append(dscale.astype(wide))
     if dbias is not None:
         plus.append(dbias.astype(wide))
-    dy = direct + (xhat.astype(wide) * sum(times) if times else 0.0) + (sum(plus) if plus else 0.0)
+    times, plus = (_summed_first(sum(terms), x) if terms else None for terms in (times, plus))
+    dy = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
+
+
+def _summed_first(bracket: Array, x: Array) -> Array:
+    """The bracket as it is. Where it is far smaller than x, sums of its cotangent are taken of it, not of x anew.
+
+    XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share.
+    """
+    return lax.optimization_barrier(bracket) if 16 * bracket.size <= x.size else bracket
 
 
 def normalize(

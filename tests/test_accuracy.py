@@ -1,6 +1,7 @@
 """Law 1: within 2e-6 of the truth whatever the mean, never E[x^2] - E[x]^2, constants exact, 1e20 in range."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.export
@@ -11,7 +12,9 @@ import pytest
 from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
 
 import jaxnorm as jn
+from jaxnorm import _moments
 from jaxnorm._kernels import xla
+from jaxnorm._normalize import rsqrt
 
 MEANS = (0.0, 1.0, 1e2, 1e4)
 
@@ -110,6 +113,59 @@ def test_the_formulas_of_each_platform_agree(formula, mean, rng):
         np.testing.assert_allclose(m2 / n, true.var(axes, keepdims=True), rtol=4e-6)
 
 
+def in_kernel(x, keep, weights, n, how):
+    return xla.in_kernel(x, n, how)
+
+
+def merged_parts(x, keep, weights, n, how):
+    return _moments.statistics(replace(how, one_pass=True, parts=8), x, keep, weights)[1:]
+
+
+BRANCHES = {  # and the error of each, where nothing is constant
+    "two_pass": (xla.two_pass, ((2,), (1, 2), (0, 1)), 2e-6),  # CPU
+    # TPU, and on a GPU the statistics of rows that are kept; one chain of sums on CPU, a tree there
+    "welford": (xla.welford, ((2,), (0,)), 6e-6),
+    "in_kernel": (in_kernel, ((2,), (1, 2)), 2e-6),  # on a GPU the statistics of rows that y is made of
+    "in_one_pass": (xla.in_one_pass, ((0, 1), (0,)), 2e-6),  # batch norm
+    "in_one_pass_by_parts": (xla.in_one_pass_by_parts, ((0, 1), (0,)), 2e-6),  # on a GPU, and there what is no row
+    "merged_parts": (merged_parts, ((0, 1), (0,)), 2e-6),  # batch norm of a batch that jit spreads over devices
+}
+UNIT = 2.0**-40
+EXTREMES = {
+    "constant 1": lambda rng, shape: np.ones(shape),
+    "constant 1e4 / 3": lambda rng, shape: np.full(shape, 1e4 / 3),
+    "constant 1e20": lambda rng, shape: np.full(shape, 1e20),
+    "constant 1e-20": lambda rng, shape: np.full(shape, 1e-20),
+    "1e20": lambda rng, shape: rng.normal(size=shape) * 1e20,
+    "1e28": lambda rng, shape: (rng.normal(size=shape) + 1.0) * 1e28,
+    "1e-30": lambda rng, shape: rng.normal(size=shape) * 1e-30,
+    "mean 1e4": lambda rng, shape: rng.normal(size=shape) + 1e4,
+    "an outlier": lambda rng, shape: np.where(np.arange(shape[2]) == 0, 1e5, 3.0) + rng.normal(size=shape),
+}
+
+
+@pytest.mark.parametrize("values", EXTREMES)
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_each_platform_s_formula_holds_at_the_extremes(branch, values, rng):
+    """The output that each branch leads to, run here whatever platform would choose it."""
+    formula, kinds_of_axes, error = BRANCHES[branch]
+    x = EXTREMES[values](rng, (64, 32, 300)).astype(np.float32)
+    for axes in kinds_of_axes:
+
+        @jax.jit
+        def output(x, axes=axes):
+            n = xla.count(x, None, None, axes)
+            stats = xla.Statistics(n, *formula(x, None, None, n, xla.Reduction(axes, unit=UNIT)))
+            return ((x - stats.shift) - stats.offset) * rsqrt(stats.m2, n, UNIT, 1e-6)
+
+        labels = np.arange(x.size).reshape(x.shape)
+        labels = np.broadcast_to(labels.min(axes, keepdims=True), x.shape)
+        labels = np.unique(labels, return_inverse=True)[1].reshape(x.shape)
+        true = oracle.normalize(x, labels, None, None, epsilon=1e-6).y
+        error *= 2.5 if values == "an outlier" else 1.0
+        np.testing.assert_allclose(output(x), true, rtol=1e-5, atol=1e-6 if "constant" in values else error)
+
+
 @pytest.mark.parametrize("mean", MEANS)
 def test_moments(mean, rng):
     x = draw(rng, (40, 6, 9), mean)
@@ -160,10 +216,14 @@ def test_complex(name, rng):
 
 @pytest.mark.parametrize(("platform", "reads"), [("cpu", False), ("cuda", True), ("rocm", True), ("tpu", True)])
 def test_the_formula_for_rows_is_chosen_at_lowering(platform, reads):
-    """Lowered for a GPU or TPU, on this machine that has none, the statistics are one reduction of three arrays."""
+    """Lowered for a GPU or TPU, on this machine that has none, the statistics kept are one reduction of three arrays.
+
+    Those that a GPU's y is made of are three reductions, which XLA puts into one kernel with it.
+    """
     x = jax.ShapeDtypeStruct((16, 8), jnp.float32)
-    lowered = jax.export.export(jax.jit(jn.layer_norm), platforms=[platform])(x).mlir_module()
-    at_once = re.search(r"stablehlo\.reduce\(.*\), \(.*\), \(", lowered)
-    assert bool(at_once) == reads
+    lowered = lambda f: jax.export.export(jax.jit(f), platforms=[platform])(x).mlir_module()
+    at_once = lambda text: bool(re.search(r"stablehlo\.reduce\(.*\), \(.*\), \(", text))
+    assert at_once(lowered(lambda x: jax.vjp(jn.layer_norm, x)[1](x))) == reads
+    assert at_once(lowered(jn.layer_norm)) == (platform == "tpu")
     if platform == "cpu":
         assert "conditional" not in jax.jit(jn.layer_norm).lower(x).compile().as_text()

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from .call import BACKWARD, FORWARD, TANGENT, Call, packed
 from .partition import Across
-from .rooms import check_platform, register
+from .rooms import by_devices, check_platform, register
 from .varying import varying_as, varying_together
 from .xla import Recipe, Statistics, accumulator
 
@@ -150,7 +150,7 @@ def _elsewhere(lower: Callable) -> Callable:
 
     def rule(context, *operands, call: Call):
         check_platform(context, call)
-        return lower(context, *operands, call=call)
+        return lower(context, *operands, call=by_devices(context, call))
 
     return rule
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from jax.extend.core import Primitive
@@ -78,8 +79,8 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
 
     sharded, can_shard = partitioned(merging, across), has_devices(primitive)
 
-    def lowered(run: Callable, by_default: bool, *operands, call: Call):
-        return list(run(call, *operands) if room.takes(call, operands, by_default) else formula(*operands, call=call))
+    def lowered(run: Callable, by_default: bool, spread: Call, *operands, call: Call):
+        return list(run(call, *operands) if room.takes(call, operands, by_default) else formula(*operands, call=spread))
 
     def rule(context, *operands, call: Call):
         check_platform(context, call)
@@ -98,7 +99,8 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
             and not (manual and set(manual) != set(where.mesh.axis_names))
             and (alone or can_shard)
         )
-        run = functools.partial(lowered, sharded.fun if alone else sharded, by_default)
+        spread = call if room.platform == "cpu" else by_devices(context, call)
+        run = functools.partial(lowered, sharded.fun if alone else sharded, by_default, spread)
         context = context.replace(avals_in=[unvarying(kind) for kind in context.avals_in])
         return mlir.lower_fun(run, multiple_results=True)(context, *operands, call=call)
 
@@ -114,3 +116,12 @@ def check_platform(context, call: Call) -> None:
             f"implementation={call.recipe.room!r} runs on {room.platform.upper()}, and this program is for "
             f"{', '.join(platforms)}. Write implementation=None for the best room of each platform."
         )
+
+
+def by_devices(context, call: Call) -> Call:
+    """The call with its statistics in a part for each device, where jit is to partition the program among several."""
+    where, how = context.module_context.axis_context, call.recipe.how
+    devices, x = getattr(where, "num_devices", None) or 1, context.avals_in[0]
+    if getattr(where, "manual_axes", ()) or not (how.one_pass and 0 in how.axes) or x.shape[0] % devices:
+        return call
+    return replace(call, recipe=replace(call.recipe, how=replace(how, parts=devices)))

@@ -7,6 +7,7 @@ Accumulation is in `accumulator(x)`: float32, or wider where x is wider.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import numpy as np
 from jax import lax
 
 Array = jax.Array
+
+_LONGEST_ROW = 1 << 14  # elements of a row up to which XLA makes one kernel for a GPU; measured by its compiler
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Reduction:
     unit: float = 1.0  # squares are sums of (unit * x)**2; a power of two, so exact, that keeps 1e20**2 in range
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
+    parts: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,47 @@ def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reducti
     if 0 in x.shape:
         zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
-    pilot = _pilot(x, how.axes) if how.one_pass and keep is None else None
-    if pilot is not None:
-        return Statistics(n, *about(*args, pilot, how))
+    by = lambda formula: lambda *args: formula(*args, how)
+    if how.one_pass and keep is None and _sharded_axes(x):
+        return Statistics(n, *in_one_pass(*args, how))
+    if how.one_pass and keep is None:
+        on_gpu = by(in_one_pass_by_parts)
+        return Statistics(n, *lax.platform_dependent(*args, cuda=on_gpu, rocm=on_gpu, default=by(in_one_pass)))
     if how.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
         return Statistics(n, *two_pass(*args, how))
-    rows = lambda formula: lambda *args: formula(*args, how)
-    return Statistics(n, *lax.platform_dependent(*args, cpu=rows(two_pass), default=rows(welford)))
+    on_gpu = by(welford if _last(x, how.axes) else in_one_pass_by_parts)
+    return Statistics(
+        n, *lax.platform_dependent(*args, cpu=by(two_pass), cuda=on_gpu, rocm=on_gpu, default=by(welford))
+    )
 
 
-def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Array]:
+def in_one_pass(x, keep, weights, n, how: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
+    """`about` the mean of a sample, where x has one that will do; else in two passes."""
+    pilot = _pilot(x, how.axes)
+    if pilot is None:
+        return two_pass(x, keep, weights, n, how)
+    return about(x, keep, weights, n, pilot, how, total)
+
+
+def in_one_pass_by_parts(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """`in_one_pass` for a GPU, where XLA writes x - shift out unless it finds the sums to be enough threads' work.
+
+    Long ones it cuts in parts by itself. Here short ones are cut along an axis; a barrier keeps that from being undone.
+    """
+
+    def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
+        if len(axes) == 1 or not 256 <= math.prod(a.shape[i] for i in axes) < 1 << 15:
+            return _total(a, axes)
+        return _total(lax.optimization_barrier(_total(a, axes[1:])), axes[:1])
+
+    return in_one_pass(x, keep, weights, n, how, by_parts)
+
+
+def _total(a: Array, axes: tuple[int, ...]) -> Array:
+    return a.sum(axes, keepdims=True)
+
+
+def about(x, keep, weights, n, shift, how: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
     """In one pass about a `shift` near the mean: the mean as shift + offset, and the second moment.
 
     offset = sum(w (x - shift)) / n;   m2 = sum(w |x - shift|**2) - n |offset|**2
@@ -127,9 +162,12 @@ def about(x, keep, weights, n, shift, how: Reduction) -> tuple[Array, Array, Arr
     """
     d = _difference(x, keep, shift)
     w = _weight(weights, n)
-    offset = mean(d, w, n, how.axes)
+    total = total or _total
+    offset = mean(d, w, n, how.axes, total)
     correction = n * square(offset * how.unit)
-    m2 = (w * square(d * how.unit)).sum(how.axes, keepdims=True) - correction
+    # The unit taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
+    squares = square(_difference(x, keep, shift, how.unit))
+    m2 = total(w * squares, how.axes) - correction
     constant = m2 <= 2.0**-18 * correction
     return (
         jnp.where(constant, shift + offset, shift),
@@ -147,9 +185,9 @@ def two_pass(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     return about(x, keep, weights, n, shift, how)
 
 
-def mean(x: Array, w: Array, n: Array, axes: tuple[int, ...]) -> Array:
+def mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Callable | None = None) -> Array:
     """sum(w x) / n over axes, and 0 where n is 0."""
-    return (w.astype(x.dtype) * x).sum(axes, keepdims=True) / safe(n).astype(x.dtype)
+    return (total or _total)(w.astype(x.dtype) * x, axes) / safe(n).astype(x.dtype)
 
 
 def safe(n: Array) -> Array:
@@ -163,30 +201,71 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     for a in how.axes:
         first = lax.slice_in_dim(first, 0, 1, axis=a)
     first = first.astype(accumulator(x))
-    d = _difference(x, keep, first)
+    z = _difference(x, keep, first, how.unit)  # not in `combine`, where XLA would square before it scales
     w = jnp.broadcast_to(_weight(weights, n), x.shape)
-    unit = how.unit
 
     def combine(a, b):
         (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
         total = n_a + n_b
-        part, gap = n_b / safe(total), mean_b - mean_a
-        return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap * unit) * (n_a * part)
+        # No jnp.where in here: it is lowered to a call, and an unused reduction with calls crashes XLA's GPU compiler.
+        part, gap = n_b / lax.select(total == 0, jnp.ones_like(total), total), mean_b - mean_a
+        return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap) * (n_a * part)
 
     zero = np.zeros((), n.dtype)
-    _, offset, m2 = lax.reduce((w, d, jnp.zeros_like(w)), (zero, np.zeros((), d.dtype), zero), combine, how.axes)
+    _, offset, m2 = lax.reduce((w, z, jnp.zeros_like(w)), (zero, np.zeros((), z.dtype), zero), combine, how.axes)
     kept = lambda a: lax.expand_dims(a, how.axes)
-    return first, kept(offset), kept(m2)
+    return first, kept(offset) / how.unit, kept(m2)
+
+
+def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, how: Reduction):
+    """The statistics that y is made of: those kept for the backward pass but for rows on a GPU.
+
+    There `in_kernel` lets XLA make one kernel of them and y, which reads x once. Those kept are then, where anything
+    asks for them, another read: 3 passes in training, as one set for both would take, and 2 at inference, not 3.
+    """
+    if weights is not None or mask is not None or not _is_row(x, how):
+        return stats
+    alone = lambda x, n, *stats: in_kernel(x, n, how)
+    kept = lambda x, n, *stats: stats
+    return Statistics(stats.count, *lax.platform_dependent(x, *stats, cuda=alone, rocm=alone, default=kept))
+
+
+def _is_row(x: Array, how: Reduction) -> bool:
+    """Whether XLA's GPU compiler may hold the reduced axes in one block of threads: they are the last, and not long."""
+    size = math.prod(x.shape[a] for a in how.axes)
+    mine = how.centered and how.axis_name is None and not how.one_pass and not _sharded_axes(x)
+    return _last(x, how.axes) and mine and 0 < size <= _LONGEST_ROW and 0 not in x.shape and not jnp.iscomplexobj(x)
+
+
+def _last(x: Array, axes: tuple[int, ...]) -> bool:
+    return axes == tuple(range(x.ndim - len(axes), x.ndim))
+
+
+def in_kernel(x, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """`two_pass` for one kernel of XLA's on a GPU: of a constant row, whose m2 is rounding noise, m2 becomes huge.
+
+    So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `about` has, would have XLA cut the kernel in three.
+    """
+    x = x.astype(accumulator(x))
+    over = lambda a: a.sum(how.axes, keepdims=True)
+    shift = over(x) / n
+    d = x - shift
+    offset = over(d) / n
+    correction = n * square(offset * how.unit)
+    m2 = over(square(d * how.unit)) - correction
+    constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
+    return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
 
 
 def _weight(weights: Array | None, n: Array) -> Array:
     return jnp.ones((1,) * n.ndim, n.dtype) if weights is None else weights.astype(n.dtype)
 
 
-def _difference(x: Array, keep: Array | None, shift: Array | None) -> Array:
-    """x - shift in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
-    x = x.astype(accumulator(x))
-    d = x if shift is None else x - shift
+def _difference(x: Array, keep: Array | None, shift: Array | None, unit: float = 1.0) -> Array:
+    """unit * (x - shift) in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
+    scaled = lambda a: a if unit == 1.0 else a * unit
+    x = scaled(x.astype(accumulator(x)))
+    d = x if shift is None else x - scaled(shift)
     return d if keep is None else jnp.where(keep, d, 0.0)
 
 

@@ -1,0 +1,14 @@
+"""What programs do on GPUs and TPUs, compiled on a machine that has none. `python -m benchmarks.compiled` prints it."""
+
+from .hlo import Cost as Cost
+from .hlo import cost as cost
+from .programs import Report as Report
+from .programs import passes as passes
+from .programs import report as report
+from .programs import residuals as residuals
+from .targets import AXIS as AXIS
+from .targets import TARGETS as TARGETS
+from .targets import compiled as compiled
+from .targets import mesh as mesh
+from .targets import missing as missing
+from .targets import placed as placed

@@ -1,0 +1,123 @@
+"""What programs do on GPUs and TPUs, compiled for them by XLA's own compilers, which need none: counted and bounded."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import benchmarks.compiled as compiled
+import jaxnorm as jn
+from benchmarks.compiled import AXIS, TARGETS, cases, hlo, placed
+
+pytestmark = pytest.mark.compiled
+
+
+def needs(target: str) -> str:
+    reason = compiled.missing(TARGETS[target].platform)
+    if reason is not None:
+        pytest.skip(reason)
+    return target
+
+
+def norm_of(which, room="xla"):
+    """A norm of a room, and the shapes of its arguments."""
+
+    def norm(x, *params):
+        options = {"num_groups": 32} if which == "group" else {}
+        if which == "batch":
+            _, state = jn.BatchNorm().init(x.shape[-1])
+            return jn.batch_norm(x, jn.Affine(*params), state, train=True, implementation=room)[0]
+        return getattr(jn, f"{which}_norm")(x, *params, implementation=room, **options)
+
+    x = jax.ShapeDtypeStruct(cases.NORMS[which], jnp.bfloat16)
+    return norm, x, [jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)] * (1 if which == "rms" else 2)
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+@pytest.mark.parametrize("which", ["layer", "rms", "batch"])
+def test_traffic_of_training(which, target):
+    """In units of x: 3 forward, where statistics are a read of their own, and 5 backward."""
+    norm, x, params = norm_of(which)
+    found = compiled.passes(norm, needs(target), x, *params, which=["forward", "backward"])
+    assert found["forward"].traffic <= 3.05
+    assert found["backward"].traffic <= 5.1
+    assert found["forward"].temp < 0.1 > found["backward"].temp
+
+
+@pytest.mark.parametrize("width", [300, 4096, 16384])
+@pytest.mark.parametrize("which", ["layer", "rms"])
+def test_rows_at_inference_are_one_kernel_on_a_gpu(which, width):
+    norm, _, params = norm_of(which)
+    x = jax.ShapeDtypeStruct(((1 << 25) // width, width), jnp.bfloat16)
+    params = [jax.ShapeDtypeStruct((width,), a.dtype) for a in params]
+    found = compiled.passes(norm, needs("h200"), x, *params, which=["inference"])["inference"]
+    assert found.kernels == 1
+    assert found.traffic <= 2.05
+
+
+@pytest.mark.parametrize("which", ["group", "instance"])
+def test_groups_and_instances_read_x_once_for_their_statistics(which):
+    norm, x, params = norm_of(which)
+    for target in ("h200", "v5e"):
+        found = compiled.passes(norm, needs(target), x, *params, which=["inference"])["inference"]
+        assert found.traffic <= 3.2  # 3, and on a GPU partial sums
+        assert found.temp < 0.1
+
+
+@pytest.mark.parametrize("which", cases.NORMS)
+def test_what_is_kept_is_x(which):
+    norm, x, params = norm_of(which)
+    assert compiled.residuals(norm, x, *params).bytes <= 1.05 * 2 * x.size
+
+
+@pytest.mark.parametrize("target", ["h200x8", "v5ex8", "v5ex256"])
+def test_a_batch_that_is_spread_over_devices_is_merged_at_once(target):
+    """One all-reduce forward and one backward, of few bytes, and the traffic of one device."""
+    norm, x, params = norm_of("batch", None)
+    n = TARGETS[needs(target)].devices
+    x = jax.ShapeDtypeStruct((n * x.shape[0], *x.shape[1:]), x.dtype)
+    found = compiled.passes(norm, target, x, *params, which=["inference", "forward+backward"])
+    assert found["inference"].collectives == {"all-reduce": 1}
+    assert found["forward+backward"].collectives == {"all-reduce": 2}
+    assert found["forward+backward"].collective_bytes["all-reduce"] <= 1 << 20
+    assert found["inference"].traffic <= 3.05
+
+
+@pytest.mark.parametrize("target", ["h200", "v5p"])
+@jax.numpy_dtype_promotion("standard")  # for jax.nn and flax
+@jax.numpy_rank_promotion("allow")
+def test_a_scan_of_blocks_takes_less_temporary_memory_than_flax(target):
+    used = {}
+    for name, module in cases.MODULES.items():
+        f, args = cases.scan(module)
+        used[name] = compiled.report(f, needs(target), *placed(target, args), unit=1).temp_bytes
+    assert used["jaxnorm"] <= 0.6 * used["flax.linen"]
+
+
+# --- the counting itself, on programs whose cost is known -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_a_known_program_is_counted_right(target):
+    x = placed(needs(target), jax.ShapeDtypeStruct((1 << 14, 1 << 14), jnp.bfloat16))
+    unit = 2 * x.size
+    double = compiled.report(lambda x: x * 2, target, x, unit=unit)
+    assert (double.kernels, double.traffic) == (1, 2.0)
+    rolled = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: jnp.roll(x, 1, 0), x)
+    turns = compiled.report(rolled, target, x, unit=unit)
+    assert turns.traffic >= 5 * 2.0
+    assert turns.endless == 0
+    part = compiled.report(lambda x: jax.lax.dynamic_slice(x, (64, 0), (64, 1 << 14)) * 2, target, x, unit=unit)
+    assert part.traffic == pytest.approx(2 * 64 / (1 << 14), rel=0.01)
+
+
+@pytest.mark.parametrize("target", ["h200x8", "v5ex8"])
+def test_a_known_collective_is_counted_right(target):
+    x = placed(needs(target), jax.ShapeDtypeStruct((8, 1024), jnp.float32), P(AXIS))
+    found = compiled.report(lambda x: x.sum(0), target, x, unit=1)
+    assert found.collectives == {"all-reduce": 1}
+    assert found.collective_bytes == {"all-reduce": 4096}
+
+
+def test_vector_memory_costs_nothing():
+    assert hlo.main_memory_bytes("(f32[8,128]{1,0:T(8,128)}, bf16[64]{0:T(256)S(1)})") == 4096
