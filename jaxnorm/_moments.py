@@ -39,6 +39,17 @@ class Moments(NamedTuple):
         """The variance m2 / count (the biased one), and 0 where nothing was counted."""
         return self.m2 / jnp.where(self.count == 0, 1.0, self.count)
 
+    @classmethod
+    def empty(cls, features: int | tuple[int, ...] = (), dtype=jnp.float32) -> Moments:
+        """The moments of nothing, of a feature shape: where gathering them starts. `dtype` is the mean's.
+
+        >>> import jaxnorm as jn
+        >>> jn.Moments.empty(2).count.tolist()
+        [0.0, 0.0]
+        """
+        mean = jnp.zeros(features, dtype)
+        return cls(mean.real, mean, mean.real)
+
 
 def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None) -> Moments:
     """Count, mean and second moment of `x` over `axes`.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
 from ._kernels import checked_implementation
@@ -124,10 +125,29 @@ def recipe_for(
     return Recipe(how, epsilon, float(scale_offset), dtype, round_before_scale, implementation)
 
 
-def reduction(axes, axis_name, axis_index_groups, **more) -> Reduction:
-    """What is reduced, with names and groups made hashable."""
-    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    return Reduction(axes, axis_name=axis_name, groups=checked_groups(axis_index_groups), **more)
+
+def bound_names(axis_name, whole: bool = True) -> tuple[str, ...]:
+    """Those of `axis_name` that are mapped here; along the others, axes that jit partitions, arrays are whole.
+
+    With `whole` False there may be no others.
+
+    Raises:
+      NameError: a name that is neither mapped nor an axis of the mesh in use.
+    """
+    names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    mesh = jax.sharding.get_abstract_mesh()
+    jits = () if mesh.empty or not whole else {n for n in mesh.axis_names if n not in mesh.manual_axes}
+
+    def mapped(name) -> bool:
+        try:
+            lax.axis_size(name)
+        except NameError:
+            if name not in jits:
+                raise
+            return False
+        return True
+
+    return tuple(name for name in names if mapped(name))
 
 
 @contextlib.contextmanager
@@ -139,7 +159,7 @@ def bound_axes(norm: str, axis_name):
         raise NameError(
             f"{norm}: axis_name={axis_name!r} is not bound here: call it inside jax.shard_map over a mesh with that "
             f"axis, or inside jax.pmap or jax.vmap with axis_name={axis_name!r}. Under plain jit over sharded arrays "
-            "write axis_name=None: statistics there are global already."
+            "write axis_name=None, or wrap the call in jax.set_mesh(mesh): statistics there are global already."
         ) from error
 
 
@@ -165,9 +185,11 @@ def normalize_rows(
     mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
     before = more.pop("round_before_scale", False)
-    if mask is not None and axis_name is None and all(view(mask).shape[a] == 1 for a in axes):
+    with bound_axes(norm, axis_name):
+        names = bound_names(axis_name, whole=axis_index_groups is None) or None
+    if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
         x, mask = _kept_rows(mask, x), None
-    how = reduction(axes, axis_name, axis_index_groups, **more)
+    how = Reduction(axes, axis_name=names, groups=names and checked_groups(axis_index_groups), **more)
     epsilon = checked_epsilon(norm, epsilon)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, round_before_scale=before)
     with bound_axes(norm, axis_name):
