@@ -255,8 +255,11 @@ def _in_groups(collective, parts, empty, axis_name, groups):
     size = lax.axis_size(axis_name)
     mine = jnp.asarray(_group_of(groups, size))[lax.axis_index(axis_name)]
     parts = [jnp.asarray(p) for p in parts]
-    slots = [jnp.where(_slot(len(groups), mine, p.ndim), p[None], jnp.asarray(empty, p.dtype)) for p in parts]
-    return [lax.dynamic_index_in_dim(s, mine, 0, keepdims=False) for s in collective(tuple(slots))]
+    slot = lambda p: _slot(len(groups), mine, p.ndim)
+    slots = [jnp.where(slot(p), p[None], jnp.asarray(empty, p.dtype)) for p in parts]
+    # Taken by a sum, not by an index: vmapped over an axis that is sharded, that stays elementwise.
+    taken = zip(collective(tuple(slots)), parts, strict=True)
+    return [jnp.where(slot(p), s, jnp.zeros((), p.dtype)).sum(0) for s, p in taken]
 
 
 def _slot(size: int, index: Array, ndim: int) -> Array:

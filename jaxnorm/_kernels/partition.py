@@ -47,6 +47,10 @@ def partitioned(room: Callable, across: Across) -> custom_partitioning:
         return tuple(room(call, (), across, *operands))
 
     def partition(call: Call, mesh, operands, results):
+        if mesh.empty:  # under jax.set_mesh with nothing sharded JAX hands over no mesh, and every device has the whole
+            whole = operands[0].sharding
+            whole = whole if whole.is_fully_replicated else type(whole).get_replicated(tuple(whole.device_set))
+            return mesh, lambda *parts: run(call, *parts), (whole,) * len(results), (whole,) * len(operands)
         spec = _even(mesh, operands[0])
         names = lambda axes: tuple(name for a in axes for name in spec[a])
         placed = lambda shape: NamedSharding(mesh, P(*(None if n == 1 else spec[a] for a, n in enumerate(shape))))
