@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,14 @@ def group_norm(
         split = (1, 1) if a.shape[channel] == 1 != x.shape[channel] else (groups, x.shape[channel] // max(groups, 1))
         return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
 
+    sharding = jax.typeof(x).sharding  # known on Explicit meshes
+    if groups % math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[channel])):
+        # A group on several devices: types have no word for that split of an axis, while jit partitions it well.
+        how = dict(num_groups=groups, axis=channel, reduction_axes=given, epsilon=epsilon, scale_offset=scale_offset,
+                   axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+                   implementation=implementation)  # fmt: skip
+        alone = lambda x, scale, bias, mask: group_norm(x, scale, bias, mask=mask, **how)
+        return jax.sharding.auto_axes(alone, out_sharding=sharding)(x, scale, bias, mask)
     if axis_name is None:
         warn_if_single("group_norm", view(x), reduced, "group")
     return normalize_rows(
@@ -93,6 +102,11 @@ def group_norm(
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype, implementation=implementation,
         view=view,
     )  # fmt: skip
+
+
+def _names(entry) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def checked_group_count(norm: str, channels: int, num_groups: int | None, group_size: int | None) -> int:
