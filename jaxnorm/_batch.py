@@ -107,7 +107,8 @@ def batch_norm(
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
 
     Raises:
-      ValueError: a bad axis, momentum, epsilon, room, sync or virtual_batch_size; params, state or mask that fit x nowhere.
+      ValueError: a bad axis, momentum, epsilon, room, sync or virtual_batch_size; params, state or mask that fit x
+        nowhere.
       TypeError: a dtype that cannot hold the result; a train that is no bool.
       NameError: axis_name is not bound here.
 
@@ -139,7 +140,7 @@ def batch_norm(
     sync = checked_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
     if isinstance(state, Moments) and (frozen or train is not True):
         raise TypeError(
-            f"{norm}: there are no running statistics in the Moments given as a state: those gather what training sees. "
+            f"{norm}: there are no running statistics in the Moments given as a state: they gather what training sees. "
             "Write train=True, and jaxnorm.update_state(state, moments) afterwards."
         )
 
@@ -197,7 +198,7 @@ def _checked_state(norm: str, state, features: tuple[int, ...], x: Array, needs_
             f"{norm}: state must be a jaxnorm.RunningStats, got {type(state).__name__}. "
             "Write params, state = jaxnorm.BatchNorm().init(features)."
         )
-    state = type(state)(*(None if a is None else jnp.asarray(a) for a in state))
+    state = jax.tree.map(jnp.asarray, state)
     for what, a in state._asdict().items():
         if a is not None and a.shape != features:
             raise ValueError(

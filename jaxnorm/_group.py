@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -90,11 +91,13 @@ def group_norm(
     sharding = jax.typeof(x).sharding  # known on Explicit meshes
     if groups % math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[channel])):
         # A group on several devices: types have no word for that split of an axis, while jit partitions it well.
-        how = dict(num_groups=groups, axis=channel, reduction_axes=given, epsilon=epsilon, scale_offset=scale_offset,
-                   axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-                   implementation=implementation)  # fmt: skip
-        alone = lambda x, scale, bias, mask: group_norm(x, scale, bias, mask=mask, **how)
-        return jax.sharding.auto_axes(alone, out_sharding=sharding)(x, scale, bias, mask)
+        alone = lambda x, scale, bias, mask: group_norm(
+            x, scale, bias, num_groups=groups, axis=channel, reduction_axes=given, epsilon=epsilon,
+            scale_offset=scale_offset, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups,
+            dtype=dtype, implementation=implementation,
+        )  # fmt: skip
+        partitioned: Any = jax.sharding.auto_axes(alone, out_sharding=sharding)
+        return partitioned(x, scale, bias, mask)
     if axis_name is None:
         warn_if_single("group_norm", view(x), reduced, "group")
     return normalize_rows(

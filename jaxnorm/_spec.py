@@ -127,27 +127,22 @@ def recipe_for(
 
 
 def bound_names(axis_name, whole: bool = True) -> tuple[str, ...]:
-    """Those of `axis_name` that are mapped here; along the others, axes that jit partitions, arrays are whole.
+    """`axis_name` without those axes of the mesh in use that jit partitions: along them arrays are whole.
 
-    With `whole` False there may be no others.
-
-    Raises:
-      NameError: a name that is neither mapped nor an axis of the mesh in use.
+    With `whole` False there may be none such.
     """
     names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     mesh = jax.sharding.get_abstract_mesh()
     jits = () if mesh.empty or not whole else {n for n in mesh.axis_names if n not in mesh.manual_axes}
 
-    def mapped(name) -> bool:
+    def mapped(name) -> bool:  # by vmap, whatever the mesh
         try:
             lax.axis_size(name)
         except NameError:
-            if name not in jits:
-                raise
             return False
         return True
 
-    return tuple(name for name in names if mapped(name))
+    return tuple(name for name in names if name not in jits or mapped(name))
 
 
 @contextlib.contextmanager
@@ -185,11 +180,10 @@ def normalize_rows(
     mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
     before = more.pop("round_before_scale", False)
-    with bound_axes(norm, axis_name):
-        names = bound_names(axis_name, whole=axis_index_groups is None) or None
+    names = bound_names(axis_name, whole=axis_index_groups is None) or None
     if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
         x, mask = _kept_rows(mask, x), None
-    how = Reduction(axes, axis_name=names, groups=names and checked_groups(axis_index_groups), **more)
+    how = Reduction(axes, axis_name=names, groups=checked_groups(axis_index_groups) if names else None, **more)
     epsilon = checked_epsilon(norm, epsilon)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, round_before_scale=before)
     with bound_axes(norm, axis_name):

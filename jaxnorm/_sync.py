@@ -112,8 +112,8 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
     """Over an array that jit partitions along its batch: each part as a device of its own has it."""
     if bound:
         raise ValueError(
-            f"{norm}: of axis_name={axis_name} shard_map holds {bound} and jit partitions the rest; sync={sync!r} needs "
-            f"them in one hand. Write jax.shard_map(..., axis_names={set(axis_name)})."
+            f"{norm}: of axis_name={axis_name} shard_map holds {bound} and jit partitions the rest; sync={sync!r} "
+            f"needs them in one hand. Write jax.shard_map(..., axis_names={set(axis_name)})."
         )
     x = args[0]
     batch = _batch_axis(norm, recipe, x, "sync")
