@@ -24,6 +24,8 @@ from ._rms import RMSNorm as RMSNorm
 from ._rms import rms_norm as rms_norm
 from ._spec import Norm as Norm
 from ._spec import RunningStats as RunningStats
+from ._state import sync_state as sync_state
+from ._state import update_state as update_state
 
 __version__ = "0.1.0"
 
@@ -52,4 +54,6 @@ __all__ = [
     "moments",
     "normalize",
     "rms_norm",
+    "sync_state",
+    "update_state",
 ]

@@ -5,15 +5,13 @@ Legend: N batch, C channels, F the feature shape (C,), n the number of elements 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ._activation import Activation, checked_activation
 from ._checks import (
@@ -27,10 +25,12 @@ from ._checks import (
     warn_if_single,
 )  # fmt: skip
 from ._kernels import checked_implementation
-from ._kernels.xla import Statistics, safe, widest
-from ._moments import Moments, across, combine, merge
-from ._normalize import Affine, as_affine, normalize, standardize
-from ._spec import RunningStats, Spec, bound_axes, recipe_for, reduction
+from ._kernels.xla import Reduction, Statistics
+from ._moments import Moments
+from ._normalize import Affine, as_affine, normalize
+from ._spec import RunningStats, Spec, bound_axes, recipe_for
+from ._state import accumulated, update_state, updated
+from ._sync import checked_sync, standardize_together
 
 Array = jax.Array
 
@@ -38,7 +38,7 @@ Array = jax.Array
 def batch_norm(
     x,
     params: Affine | None,
-    state: RunningStats,
+    state: RunningStats | Moments,
     *,
     train,
     axis: int | Sequence[int] = -1,
@@ -50,6 +50,7 @@ def batch_norm(
     weights=None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups=None,
+    sync: str | int | Sequence[Sequence[int]] = "global",
     virtual_batch_size: int | None = None,
     update_stats: bool = True,
     min_count: float | None = None,
@@ -59,7 +60,7 @@ def batch_norm(
     unbiased_running_var: bool = False,
     dtype=None,
     implementation: str | None = None,
-) -> tuple[Array, RunningStats]:
+) -> tuple[Array, Any]:
     """Batch normalization, synchronized over devices where `axis_name` says so.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
@@ -72,7 +73,8 @@ def batch_norm(
       params: `Affine(scale, bias)`, each (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)), or
         None; None for neither.
       state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in.
-        A variance below 1e-13 may be recorded as 0.
+        A variance below 1e-13 may be recorded as 0. In training also `Moments`, which the batch's are merged into, for
+        one `update_state` after many micro-batches.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       axis: the channel axis, or axes, at any position.
       momentum: the weight of the old statistics, as in Flax (1 - torch's). None: the exact cumulative statistics, those
@@ -84,10 +86,15 @@ def batch_norm(
         trace in the statistics, the state, or any gradient, be they NaN; finite ones are still normalized.
       weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
       axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
-        inference. Under jit over sharded arrays leave it None: statistics are global there.
-      axis_index_groups: groups of indices along axis_name that normalize together.
+        inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
+        that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
+      axis_index_groups: the same as a `sync` of lists, by Flax's name.
+      sync: who of axis_name normalizes together. "global": all; "local": each device by itself; an int: so many
+        neighbours, where the last of several axes runs fastest (the chips of one host, for axis_name=("host", "chip"));
+        or lists of indices. Whoever does, the running statistics take the merged ones of everything, and are the same
+        on all devices; "local" costs that small all-reduce alone, with nothing waiting for it, and none backward.
       virtual_batch_size: ghost batch norm: normalize each run of so many examples (the last may be shorter) by its own
-        statistics, on its own device; the running ones take the merged statistics of the whole batch.
+        statistics, on its own device; the running ones take the merged statistics of the whole batch, as with `sync`.
       update_stats: False leaves the state as it was.
       min_count: a channel with fewer elements than this leaves its state as it was.
       frozen: normalize by the running statistics and never update them, in training too.
@@ -103,7 +110,8 @@ def batch_norm(
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
 
     Raises:
-      ValueError: a bad axis, momentum, epsilon, room or virtual_batch_size; params, state or mask that fit x nowhere.
+      ValueError: a bad axis, momentum, epsilon, room, sync or virtual_batch_size; params, state or mask that fit x
+        nowhere.
       TypeError: a dtype that cannot hold the result; a train that is no bool.
       NameError: axis_name is not bound here.
 
@@ -133,6 +141,12 @@ def batch_norm(
     checked_activation(norm, activation, x.shape, x.dtype)
     mask, weights = aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
     mask = None if mask is None else mask.astype(bool)
+    sync = checked_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
+    if isinstance(state, Moments) and (frozen or train is not True):
+        raise TypeError(
+            f"{norm}: there are no running statistics in the Moments given as a state: they gather what training sees. "
+            "Write train=True, and jaxnorm.update_state(state, moments) afterwards."
+        )
 
     def by_running() -> Array:
         return normalize(
@@ -149,55 +163,24 @@ def batch_norm(
     axes = tuple(a for a in range(x.ndim) if a not in channels)
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
-    how = reduction(axes, axis_name, axis_index_groups, one_pass=True)
+    how = Reduction(axes, one_pass=True)
     args = (x, scale, bias, mask, weights)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, activation=activation)
     with bound_axes(norm, axis_name):
-        if virtual_batch_size is None:
-            y, stats = standardize(norm, recipe, *args)
-        else:
-            y, stats = _by_ghost_batches(recipe, args, virtual_batch_size)
+        y, stats = standardize_together(
+            norm, recipe, args, axis_name, sync, virtual_batch_size, whole=update_stats
+        )
     new = state
     if update_stats:
         batch = _as_batch_moments(stats, features, recipe.how.unit)
-        new = _updated(state, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+        if isinstance(state, Moments):
+            new = accumulated(state, batch, skip_nonfinite)
+        else:
+            new = updated(state, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
     if train is not True:
         y = jnp.where(train, y, by_running())
         new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, state)
     return y, new
-
-
-def _updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
-    """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
-    acc = widest(state.var.dtype, batch.m2.dtype)
-    old_mean, old_var = state.mean.astype(widest(acc, state.mean.dtype)), state.var.astype(acc)
-    batch = Moments(batch.count.astype(acc), batch.mean.astype(old_mean.dtype), batch.m2.astype(acc))
-    freedom = 1.0 if unbiased else 0.0  # what the variance's divisor lacks of n
-    seen = batch.count > 0 if min_count is None else (batch.count > 0) & (batch.count >= min_count)
-    if skip_nonfinite:
-        seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)
-    has_var = batch.count > freedom
-    count = None if state.count is None else state.count.astype(acc)
-    if momentum is None:
-        assert count is not None  # _checked_state
-        old = Moments(count, old_mean, old_var * jnp.maximum(count - freedom, 0.0))
-        count, mean, m2 = merge(old, batch)
-        var = m2 / safe(jnp.maximum(count - freedom, 0.0))
-        has_var = count > freedom
-    else:
-        part = 1.0 - momentum
-        if zero_debias and count is not None:
-            count = count + 1.0
-            part = part / (1.0 - momentum**count) if momentum < 1 else 1.0 / count
-        var = batch.m2 / safe(jnp.maximum(batch.count - freedom, 0.0))
-        mean = (1.0 - part) * old_mean + part * batch.mean
-        var = (1.0 - part) * old_var + part * var
-    keep = lambda new, old, where=seen: lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))
-    return RunningStats(
-        keep(mean, state.mean),
-        keep(var, state.var, seen & has_var),
-        None if state.count is None else keep(count, state.count),
-    )
 
 
 def _as_batch_moments(stats: Statistics, features, unit: float) -> Moments:
@@ -205,37 +188,6 @@ def _as_batch_moments(stats: Statistics, features, unit: float) -> Moments:
     count = stats.count + jnp.zeros_like(stats.m2)
     moments = Moments(count, stats.shift + stats.offset, stats.m2 / unit / unit)
     return Moments(*(a.reshape(features) for a in moments))
-
-
-def _by_ghost_batches(recipe, args, size: int) -> tuple[Array, Statistics]:
-    """Each run of `size` examples by its own statistics; returns also the merged ones, over devices too."""
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"batch_norm: virtual_batch_size must be an int >= 1, got {size!r}. Write 32, or None.")
-    (x, scale, bias, mask, weights), how = args, recipe.how
-    if not how.axes:
-        raise ValueError(f"batch_norm: virtual_batch_size needs a batch axis, got x of shape {x.shape}. Write None.")
-    batch = how.axes[0]
-    ghosts = math.ceil(x.shape[batch] / size)
-    padding = ghosts * size - x.shape[batch]
-    if padding:
-        real = jnp.ones(tuple(n if a == batch else 1 for a, n in enumerate(x.shape)), bool)
-        mask = real if mask is None else mask & real
-
-    def view(a) -> Any:
-        if a is None:
-            return None
-        if a.shape[batch] == 1 != x.shape[batch]:
-            return jnp.expand_dims(a, batch)
-        a = jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)])
-        return a.reshape(*a.shape[:batch], ghosts, size, *a.shape[batch + 1 :])
-
-    local = replace(how, axes=tuple(a + 1 for a in how.axes), axis_name=None, groups=None)
-    y, stats = standardize("batch_norm", replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
-    y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
-    y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
-    stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
-    stats = combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
-    return y, stats if how.axis_name is None else across(stats, how.axis_name, how.groups, how.unit)
 
 
 def _checked_flag(norm: str, train):
@@ -246,31 +198,30 @@ def _checked_flag(norm: str, train):
     raise TypeError(f"{norm}: train must be a bool or a scalar bool array, got {train!r}. Write train=True.")
 
 
-def _checked_state(norm: str, state, features: tuple[int, ...], x: Array, needs_count: bool) -> RunningStats:
-    if not isinstance(state, RunningStats):
+def _checked_state(norm: str, state, features: tuple[int, ...], x: Array, needs_count: bool):
+    if not isinstance(state, (RunningStats, Moments)):
         raise TypeError(
             f"{norm}: state must be a jaxnorm.RunningStats, got {type(state).__name__}. "
             "Write params, state = jaxnorm.BatchNorm().init(features)."
         )
-    mean, var = jnp.asarray(state.mean), jnp.asarray(state.var)
-    count = None if state.count is None else jnp.asarray(state.count)
-    for what, a in (("mean", mean), ("var", var), ("count", count)):
+    state = jax.tree.map(jnp.asarray, state)
+    for what, a in state._asdict().items():
         if a is not None and a.shape != features:
             raise ValueError(
                 f"{norm}: state.{what} of shape {a.shape} does not fit the {features} features of x {x.shape}. "
                 f"Write jaxnorm.BatchNorm(...).init({features}), or set axis= to the channel axis."
             )
-    if needs_count and count is None:
+    if needs_count and state.count is None:
         raise ValueError(
             f"{norm}: momentum=None and zero_debias=True need state.count, which is None. "
             f"Write state._replace(count=jnp.zeros({features}))."
         )
-    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(mean):
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
         raise TypeError(
-            f"{norm}: a complex x needs a complex running mean, got {mean.dtype}. "
+            f"{norm}: a complex x needs a complex running mean, got {state.mean.dtype}. "
             "Write state._replace(mean=state.mean.astype(jnp.complex64))."
         )
-    return RunningStats(mean, var, count)
+    return state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +242,7 @@ class BatchNorm(Spec):
     epsilon: float = 1e-5
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
+    sync: Any = "global"
     virtual_batch_size: int | None = None
     min_count: float | None = None
     frozen: bool = False
@@ -301,6 +253,7 @@ class BatchNorm(Spec):
     def __post_init__(self):
         super().__post_init__()
         checked_momentum("BatchNorm", self.momentum)
+        checked_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
 
     def _init_state(self, shape) -> RunningStats:
         f32 = jnp.float32
@@ -308,11 +261,23 @@ class BatchNorm(Spec):
         return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
 
     def apply(
-        self, params: Affine | None, state: RunningStats, x, *, train, mask=None, weights=None, update_stats=True
-    ) -> tuple[Array, RunningStats]:
+        self, params: Affine | None, state: RunningStats | Moments, x, *, train, mask=None, weights=None,
+        update_stats=True,
+    ) -> tuple[Array, Any]:  # fmt: skip
         """The normalized x and the new running statistics. Arguments as for `batch_norm`."""
         call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
         return batch_norm(x, params, state, **call, **self.options())
+
+    def update_state(self, state: RunningStats, moments: Moments) -> RunningStats:
+        """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
+
+        >>> import jaxnorm as jn
+        >>> norm = jn.BatchNorm(momentum=0.5)
+        >>> norm.update_state(norm.init(1)[1], jn.moments([[2.], [6.]], axes=0)).mean.tolist()
+        [2.0]
+        """
+        how = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
+        return state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in how})
 
     def as_affine(self, params: Affine | None, state: RunningStats) -> Affine:
         """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.

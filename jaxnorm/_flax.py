@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jax.nn import initializers
 
 from . import _batch, _gated, _group, _instance, _layer, _rms
+from ._kernels.varying import varying
 from ._normalize import Affine
 from ._spec import RunningStats
 
@@ -99,14 +100,31 @@ def batch_norm(layer, x: Array, scale, bias, stats: RunningStats, *, train, mask
     state = reshaped(stats, tuple(x.shape[a] for a in axes))
     if jnp.iscomplexobj(x):
         state = state._replace(mean=state.mean.astype(promoted(state.mean, x)))
+    initializing = axis_name is None and layer.axis_name is not None
     y, new = _batch.batch_norm(
         x, Affine(scale, bias), state, train=train, axis=axes, mask=as_flax_has_it(mask, x.shape),
         weights=as_flax_has_it(weights, x.shape), update_stats=update_stats, dtype=dtype, momentum=layer.momentum,
         frozen=layer.frozen, skip_nonfinite=layer.skip_nonfinite, zero_debias=layer.zero_debias,
         unbiased_running_var=layer.unbiased_running_var, virtual_batch_size=layer.virtual_batch_size,
-        min_count=layer.min_count, **common(layer, axis_name),
+        min_count=layer.min_count, sync="global" if initializing else layer.sync, **common(layer, axis_name),
     )  # fmt: skip
+    if train is not False and update_stats:
+        refuse_diverging(layer, state, new)
     return y, reshaped(new, stats.mean.shape)
+
+
+def refuse_diverging(layer, old: RunningStats, new: RunningStats) -> None:
+    """Statistics that were the same on all devices stay so, as far as shard_map's types tell (with check_vma on)."""
+    for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        names = tuple(sorted(map(str, varying(after) - varying(before))))
+        if names:
+            name = repr(names[0] if len(names) == 1 else names)
+            raise ValueError(
+                f"{type(layer).__name__}: the running statistics would differ between the devices of mesh axis {name}, "
+                f"each having seen its own part of x, and they came in the same on all. Write axis_name={name} to "
+                f'normalize by all devices\' data, with sync="local" each by its own and update by all; or hand the '
+                f"statistics in as one per device, and merge them by jaxnorm.sync_state(batch_stats, {name}) later."
+            )
 
 
 def reshaped(stats: RunningStats, shape: Shape) -> RunningStats:

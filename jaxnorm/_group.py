@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -86,6 +88,16 @@ def group_norm(
     reduced = tuple(a if a < channel else a + 1 for a in given)
 
     view = lambda a: in_groups(a, x.shape, channel, groups)
+    sharding = jax.typeof(x).sharding  # known on Explicit meshes
+    if groups % math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[channel])):
+        # A group on several devices: types have no word for that split of an axis, while jit partitions it well.
+        alone = lambda x, scale, bias, mask: group_norm(
+            x, scale, bias, num_groups=groups, axis=channel, reduction_axes=given, epsilon=epsilon,
+            scale_offset=scale_offset, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups,
+            activation=activation, dtype=dtype, implementation=implementation,
+        )  # fmt: skip
+        partitioned: Any = jax.sharding.auto_axes(alone, out_sharding=sharding)
+        return partitioned(x, scale, bias, mask)
     if axis_name is None:
         warn_if_single("group_norm", view(x), reduced, "group")
     return normalize_rows(
@@ -100,6 +112,11 @@ def in_groups(a: Array, shape: tuple[int, ...], channel: int, groups: int) -> Ar
     """a, which broadcasts to x of this shape, with the channel axis split into groups and the channels of a group."""
     split = (1, 1) if a.shape[channel] == 1 != shape[channel] else (groups, shape[channel] // max(groups, 1))
     return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
+
+
+def _names(entry) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def checked_group_count(norm: str, channels: int, num_groups: int | None, group_size: int | None) -> int:

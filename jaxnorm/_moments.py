@@ -40,6 +40,17 @@ class Moments(NamedTuple):
         """The variance m2 / count (the biased one), and 0 where nothing was counted."""
         return self.m2 / jnp.where(self.count == 0, 1.0, self.count)
 
+    @classmethod
+    def empty(cls, features: int | tuple[int, ...] = (), dtype=jnp.float32) -> Moments:
+        """The moments of nothing, of a feature shape: where gathering them starts. `dtype` is the mean's.
+
+        >>> import jaxnorm as jn
+        >>> jn.Moments.empty(2).count.tolist()
+        [0.0, 0.0]
+        """
+        mean = jnp.zeros(features, dtype)
+        return cls(mean.real, mean, mean.real)
+
 
 def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None) -> Moments:
     """Count, mean and second moment of `x` over `axes`.
@@ -266,8 +277,11 @@ def _in_groups(collective, parts, empty, axis_name, groups):
     size = lax.axis_size(axis_name)
     mine = jnp.asarray(_group_of(groups, size))[lax.axis_index(axis_name)]
     parts = [jnp.asarray(p) for p in parts]
-    slots = [jnp.where(_slot(len(groups), mine, p.ndim), p[None], jnp.asarray(empty, p.dtype)) for p in parts]
-    return [lax.dynamic_index_in_dim(s, mine, 0, keepdims=False) for s in collective(tuple(slots))]
+    slot = lambda p: _slot(len(groups), mine, p.ndim)
+    slots = [jnp.where(slot(p), p[None], jnp.asarray(empty, p.dtype)) for p in parts]
+    # Taken by a sum, not by an index: vmapped over an axis that is sharded, that stays elementwise.
+    taken = zip(collective(tuple(slots)), parts, strict=True)
+    return [jnp.where(slot(p), s, jnp.zeros((), p.dtype)).sum(0) for s, p in taken]
 
 
 def _slot(size: int, index: Array, ndim: int) -> Array:

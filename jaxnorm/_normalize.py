@@ -7,6 +7,7 @@ xhat = (x - mean) r. All arithmetic is in float32 or wider; the output is rounde
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -291,7 +292,7 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         times.append(dscale.astype(wide))
     if dbias is not None:
         plus.append(dbias.astype(wide))
-    times, plus = (_summed_first(sum(terms), x) if terms else None for terms in (times, plus))
+    times, plus = (_summed_first(functools.reduce(operator.add, t), x) if t else None for t in (times, plus))
     dy = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
 

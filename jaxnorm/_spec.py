@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ._activation import checked_activation, checked_name
 from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
@@ -125,10 +126,23 @@ def recipe_for(epsilon, scale_offset, dtype, how: Reduction, implementation, **m
     return Recipe(how, epsilon, float(scale_offset), dtype, room=implementation, **more)
 
 
-def reduction(axes, axis_name, axis_index_groups, **more) -> Reduction:
-    """What is reduced, with names and groups made hashable."""
-    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
-    return Reduction(axes, axis_name=axis_name, groups=checked_groups(axis_index_groups), **more)
+def bound_names(axis_name, whole: bool = True) -> tuple[str, ...]:
+    """`axis_name` without those axes of the mesh in use that jit partitions: along them arrays are whole.
+
+    With `whole` False there may be none such.
+    """
+    names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    mesh = jax.sharding.get_abstract_mesh()
+    jits = () if mesh.empty or not whole else {n for n in mesh.axis_names if n not in mesh.manual_axes}
+
+    def mapped(name) -> bool:  # by vmap, whatever the mesh
+        try:
+            lax.axis_size(name)
+        except NameError:
+            return False
+        return True
+
+    return tuple(name for name in names if name not in jits or mapped(name))
 
 
 @contextlib.contextmanager
@@ -140,7 +154,7 @@ def bound_axes(norm: str, axis_name):
         raise NameError(
             f"{norm}: axis_name={axis_name!r} is not bound here: call it inside jax.shard_map over a mesh with that "
             f"axis, or inside jax.pmap or jax.vmap with axis_name={axis_name!r}. Under plain jit over sharded arrays "
-            "write axis_name=None: statistics there are global already."
+            "write axis_name=None, or wrap the call in jax.set_mesh(mesh): statistics there are global already."
         ) from error
 
 
@@ -168,9 +182,10 @@ def normalize_rows(
     out = checked_dtype(norm, dtype, x, scale, bias)
     of = (x, scale, bias) if gate is None else (gate,)
     checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
-    if mask is not None and axis_name is None and all(view(mask).shape[a] == 1 for a in axes):
+    names = bound_names(axis_name, whole=axis_index_groups is None) or None
+    if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
         x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
-    how = reduction(axes, axis_name, axis_index_groups, centered=centered)
+    how = Reduction(axes, centered, axis_name=names, groups=checked_groups(axis_index_groups) if names else None)
     epsilon = checked_epsilon(norm, epsilon)
     more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)

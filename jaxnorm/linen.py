@@ -334,11 +334,14 @@ class BatchNorm(_Norm):
       unbiased_running_var: the running variance divides by n - 1, as torch's does.
       frozen: normalize by the running statistics and never update them, whatever `use_running_average` says.
       skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
+      sync: who of axis_name normalizes together: "global", "local", a number of neighbouring devices, or lists of
+        indices. The running statistics are those of all devices whoever does.
       virtual_batch_size: ghost batch norm: each run of so many examples by its own statistics.
       min_count: a channel with fewer elements than this leaves its running statistics as they were.
 
     Raises:
-      ValueError: use_running_average is given nowhere, or twice.
+      ValueError: use_running_average is given nowhere, or twice; under shard_map with check_vma, running statistics
+        that came in the same on all devices would come out different.
       ModifyScopeVariableError: training with `batch_stats` immutable.
 
     Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167.
@@ -372,6 +375,7 @@ class BatchNorm(_Norm):
     skip_nonfinite: bool = field(default=False, kw_only=True)
     virtual_batch_size: int | None = field(default=None, kw_only=True)
     min_count: float | None = field(default=None, kw_only=True)
+    sync: Any = field(default="global", kw_only=True)
 
     @nn.compact
     def __call__(

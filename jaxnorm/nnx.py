@@ -344,11 +344,14 @@ class BatchNorm(_Norm):
       unbiased_running_var: the running variance divides by n - 1, as torch's does.
       frozen: normalize by the running statistics and never update them, after `train()` too.
       skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
+      sync: who of axis_name normalizes together: "global", "local", a number of neighbouring devices, or lists of
+        indices. The running statistics are those of all devices whoever does.
       virtual_batch_size: ghost batch norm: each run of so many examples by its own statistics.
       min_count: a channel with fewer elements than this leaves its running statistics as they were.
 
     Raises:
-      ValueError: use_running_average is said nowhere.
+      ValueError: use_running_average is said nowhere; under shard_map with check_vma, running statistics that came in
+        the same on all devices would come out different.
 
     Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167.
 
@@ -373,7 +376,7 @@ class BatchNorm(_Norm):
         bias_metadata: Metadata = _NONE, scale_metadata: Metadata = _NONE,
         zero_debias: bool = False, unbiased_running_var: bool = False, frozen: bool = False,
         skip_nonfinite: bool = False, virtual_batch_size: int | None = None, min_count: float | None = None,
-        scale_offset: float = 0.0, activation: Activation | None = None,
+        sync: Any = "global", scale_offset: float = 0.0, activation: Activation | None = None,
         implementation: str | None = None,
     ):  # fmt: skip
         shape = self._build(locals())

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .call import Call
@@ -47,6 +48,11 @@ def partitioned(room: Callable, across: Across) -> custom_partitioning:
         return tuple(room(call, (), across, *operands))
 
     def partition(call: Call, mesh, operands, results):
+        if mesh.empty:  # under jax.set_mesh with nothing sharded JAX hands over no mesh, and every device has the whole
+            whole = operands[0].sharding
+            whole = whole if whole.is_fully_replicated else type(whole).get_replicated(tuple(whole.device_set))
+            return mesh, lambda *parts: run(call, *parts), (whole,) * len(results), (whole,) * len(operands)
+        mesh = _fine(mesh)
         spec = _even(mesh, operands[0])
         names = lambda axes: tuple(name for a in axes for name in spec[a])
         placed = lambda shape: NamedSharding(mesh, P(*(None if n == 1 else spec[a] for a, n in enumerate(shape))))
@@ -68,16 +74,38 @@ def partitioned(room: Callable, across: Across) -> custom_partitioning:
         return f"{', '.join(map(word, operands))} -> {', '.join(map(word, results))}"
 
     function = custom_partitioning(run, static_argnums=(0,))
-    function.def_partition(partition=partition, sharding_rule=rule)
+    # Shardings come as they are: JAX's own decoding of them knows no part of a mesh axis.
+    function.def_partition(partition=partition, sharding_rule=rule, decode_shardings=False)
     return function
 
 
-def _even(mesh, x) -> list[tuple[str, ...]]:
-    """The mesh axes of each axis of x; none where they do not divide it, since a padded part has no true sums."""
-    entries = [*x.sharding.spec, *[None] * (len(x.shape) - len(x.sharding.spec))]
-    names = [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]
+def _fine(mesh) -> Mesh:
+    """The same devices along axes of prime sizes, since a dimension of x may be spread over a part of a mesh axis.
+
+    So it is with four devices along the channels of group norm in two groups: two devices for each group.
+    """
+    primes = {f"{name}.{i}": p for name, size in mesh.shape.items() for i, p in enumerate(_primes(size))}
+    return Mesh(mesh.devices.reshape([*primes.values()]), tuple(primes))
+
+
+def _primes(n: int) -> list[int]:
+    p = next((p for p in range(2, n + 1) if n % p == 0), None)
+    return [] if p is None else [p, *_primes(n // p)]
+
+
+def _even(mesh: Mesh, x) -> list[tuple[str, ...]]:
+    """The mesh axes of each axis of x; none where they do not divide it, since a padded part has no true sums.
+
+    Read off where each device begins in an array that has as many elements along every axis as there are devices.
+    """
+    size = mesh.devices.size
+    parts = x.sharding.devices_indices_map((size,) * len(x.shape))
+    begins = np.array([[part.start or 0 for part in parts[d]] for d in mesh.devices.flat])
+    step = dict(zip(mesh.axis_names, np.cumprod([1, *mesh.devices.shape[:0:-1]])[::-1], strict=True))
+    along = lambda a: {name: begins[device, a] for name, device in step.items() if begins[device, a]}
+    names = [sorted(found, key=found.__getitem__, reverse=True) for found in map(along, range(len(x.shape)))]
     divides = lambda n, e: n % math.prod(mesh.shape[name] for name in e) == 0
-    return [e if divides(n, e) else () for n, e in zip(x.shape, names, strict=True)]
+    return [tuple(e) if divides(n, e) else () for n, e in zip(x.shape, names, strict=True)]
 
 
 def _local(call: Call, shape) -> Call:

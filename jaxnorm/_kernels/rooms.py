@@ -31,10 +31,12 @@ class Room(NamedTuple):
     partitions: bool = True  # whether jit can split them over devices: libtpu has no custom_partitioning
 
 
-def _mosaic(platform: str, module: str, **more) -> Room:
+def _mosaic(platform: str, module: str, partitions: bool) -> Room:
     about = lambda f: functools.partial(f, module)
-    answers = map(about, (mosaic.missing, mosaic.refusal, mosaic.takes, mosaic.forward, mosaic.backward))
-    return Room(platform, *answers, **more)
+    return Room(
+        platform, about(mosaic.missing), about(mosaic.refusal), about(mosaic.takes),
+        about(mosaic.forward), about(mosaic.backward), partitions=partitions,
+    )  # fmt: skip
 
 
 ROOMS = {
@@ -42,7 +44,7 @@ ROOMS = {
         "cpu", lambda: None if cpu.library().loaded else cpu.library().reason, cpu.refusal,
         native.takes, native.forward, native.backward, merges=True,
     ),
-    "mosaic_gpu": _mosaic("cuda", "mosaic_gpu"),
+    "mosaic_gpu": _mosaic("cuda", "mosaic_gpu", partitions=True),
     "mosaic_tpu": _mosaic("tpu", "mosaic_tpu", partitions=False),
 }  # fmt: skip
 DEFAULT = "native"  # the room of implementation=None: on its platform it has been measured to win, others have not

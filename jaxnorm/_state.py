@@ -1,0 +1,221 @@
+"""The running statistics: one update, many updates in one, and bringing together what devices gathered apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._checks import checked_momentum
+from ._kernels.xla import safe, widest
+from ._moments import Moments, merge, merge_across
+from ._spec import RunningStats, bound_axes
+
+Array = jax.Array
+
+
+def update_state(
+    state,
+    moments,
+    *,
+    momentum: float | None = 0.99,
+    min_count: float | None = None,
+    skip_nonfinite: bool = False,
+    zero_debias: bool = False,
+    unbiased_running_var: bool = False,
+) -> Any:
+    """One update of running statistics, by the moments of what was seen since the last: a batch, or many micro-batches.
+
+        running = momentum * running + (1 - momentum) * batch
+
+    With gradients accumulated over k micro-batches (`optax.MultiSteps`), gather moments over the k as well and update
+    once: the state is then what one batch of them all would have made. In training `batch_norm` merges into `Moments`
+    where it is given those in place of a state:
+
+        seen = jn.Moments.empty(64)
+        for x in micro_batches:
+            y, seen = norm.apply(params, seen, x, train=True)
+        state = norm.update_state(state, seen)
+
+    In Flax, `BatchNorm(momentum=None)` gathers the same in its `batch_stats`, from a `count` of zero.
+
+    Args:
+      state: `RunningStats`, or any tree of them; of dicts with `mean` and `var` too, as Flax has them.
+      moments: `Moments`, or cumulative running statistics (those have a `count`); a tree of them as `state` is.
+      momentum: the weight of the old statistics; None: the exact cumulative statistics (needs `state.count`).
+      min_count: a channel with fewer elements than this keeps its old statistics.
+      skip_nonfinite: so does a channel whose moments are not finite.
+      zero_debias: correct for the start, as Adam does (needs `state.count`).
+      unbiased_running_var: the running variance takes m2 / (n - 1).
+
+    Returns:
+      The new state: its tree, shapes and dtypes are the old one's. What saw nothing stays as it was.
+
+    Raises:
+      ValueError: a bad momentum, a state without the count it needs, or moments without a count.
+      TypeError: something in the tree is no running statistic.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm, micro_batches = jn.BatchNorm(momentum=0.5), np.array([[[1.], [3.]], [[5.], [7.]]], "f")
+    >>> (params, state), seen = norm.init(1), jn.Moments.empty(1)
+    >>> for x in micro_batches:
+    ...     y, seen = norm.apply(params, seen, x, train=True)
+    >>> state = norm.update_state(state, seen)
+    >>> state.mean.tolist(), state.var.tolist()  # of 1, 3, 5, 7: mean 4, variance 5
+    ([2.0], [3.0])
+    """
+    checked_momentum("update_state", momentum)
+
+    def one(old: RunningStats, seen) -> RunningStats:
+        if seen.count is None:
+            raise ValueError(
+                "update_state: moments have no count, so how much was seen is unknown. Gather them in "
+                "jaxnorm.Moments.empty(features), or in the batch_stats of BatchNorm(momentum=None)."
+            )
+        if old.count is None and (momentum is None or zero_debias):
+            raise ValueError(
+                "update_state: momentum=None and zero_debias need state.count, which is None. Write "
+                "state._replace(count=jnp.zeros_like(state.var))."
+            )
+        m2 = seen.m2 if isinstance(seen, Moments) else seen.var * seen.count
+        batch = Moments(*(jnp.asarray(a) for a in (seen.count, seen.mean, m2)))
+        return updated(old, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+
+    return _each("update_state", one, state, moments)
+
+
+def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
+    """Running statistics that devices gathered each from its own data, as one: the same on all of them.
+
+        mean = sum(n_d mean_d) / n;   var = sum(n_d (var_d + |mean_d - mean|**2)) / n;   count = n / devices
+
+    where n_d is the device's `count`, or 1 where the state has none. An average of the variances alone lacks how far
+    the devices' means are apart. Averaging the counts keeps every element counted once, however often this is called
+    while `momentum=None` gathers on.
+
+    Statistics that batch norm with `axis_name` gathered are the same on all devices already. This is for those gathered
+    without: before evaluating, saving, or returning them from `shard_map` as replicated.
+
+    Args:
+      state: `RunningStats`, or any tree of them; of dicts with `mean` and `var` too, as Flax has them, and nnx states
+        of `nnx.BatchStat`.
+      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap. (For states stacked along a leading axis:
+        `jax.vmap(lambda s: jn.sync_state(s, "d"), axis_name="d", out_axes=None)(stacked)`.)
+
+    Returns:
+      The new state: its tree, shapes and dtypes are the old one's.
+
+    Raises:
+      NameError: axis_name is not bound here.
+      TypeError: something in the tree is no running statistic.
+
+    >>> import jax, jaxnorm as jn, numpy as np
+    >>> apart = jn.RunningStats(mean=np.array([[1.], [3.]]), var=np.array([[4.], [6.]]))
+    >>> state = jax.vmap(lambda s: jn.sync_state(s, "devices"), axis_name="devices", out_axes=None)(apart)
+    >>> state.mean.tolist(), state.var.tolist()
+    ([2.0], [6.0])
+    """
+
+    def one(old: RunningStats) -> RunningStats:
+        acc = widest(jnp.asarray(old.var).dtype, jnp.float32)
+        # Where no device has counted anything all have their initial values, and so has what is merged of them.
+        n = jnp.ones_like(old.var, acc) if old.count is None else jnp.maximum(old.count.astype(acc), _NOTHING)
+        mean = jnp.asarray(old.mean).astype(widest(acc, old.mean.dtype))
+        merged = merge_across(Moments(n, mean, jnp.asarray(old.var).astype(acc) * n), axis_name)
+        count = None
+        if old.count is not None:
+            share = merged.count / lax.axis_size(axis_name)
+            count = jnp.where(share > 2 * _NOTHING, share, 0.0).astype(old.count.dtype)
+        return RunningStats(merged.mean.astype(old.mean.dtype), merged.var.astype(old.var.dtype), count)
+
+    with bound_axes("sync_state", axis_name):
+        return _each("sync_state", one, state)
+
+
+_NOTHING = 1e-20  # a weight beside which every count is infinite
+
+
+def updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
+    """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
+    acc = widest(state.var.dtype, batch.m2.dtype)
+    old_mean, old_var = state.mean.astype(widest(acc, state.mean.dtype)), state.var.astype(acc)
+    batch = Moments(batch.count.astype(acc), batch.mean.astype(old_mean.dtype), batch.m2.astype(acc))
+    freedom = 1.0 if unbiased else 0.0  # what the variance's divisor lacks of n
+    seen = batch.count > 0 if min_count is None else (batch.count > 0) & (batch.count >= min_count)
+    if skip_nonfinite:
+        seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)
+    has_var = batch.count > freedom
+    count = None if state.count is None else state.count.astype(acc)
+    if momentum is None:
+        assert count is not None  # _checked_state
+        old = Moments(count, old_mean, old_var * jnp.maximum(count - freedom, 0.0))
+        count, mean, m2 = merge(old, batch)
+        var = m2 / safe(jnp.maximum(count - freedom, 0.0))
+        has_var = count > freedom
+    else:
+        part = 1.0 - momentum
+        if zero_debias and count is not None:
+            count = count + 1.0
+            part = part / (1.0 - momentum**count) if momentum < 1 else 1.0 / count
+        var = batch.m2 / safe(jnp.maximum(batch.count - freedom, 0.0))
+        mean = (1.0 - part) * old_mean + part * batch.mean
+        var = (1.0 - part) * old_var + part * var
+    keep = lambda new, old, where=seen: lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))
+    return RunningStats(
+        keep(mean, state.mean),
+        keep(var, state.var, seen & has_var),
+        None if state.count is None else keep(count, state.count),
+    )
+
+
+def accumulated(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:
+    """The moments of what was seen before and of this batch."""
+    new, keep = merge(seen, batch), True
+    if skip_nonfinite:
+        keep = jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)
+    return Moments(*(lax.stop_gradient(jnp.where(keep, a.astype(b.dtype), b)) for a, b in zip(new, seen, strict=True)))
+
+
+# --- trees of running statistics --------------------------------------------------------------------------------------
+
+
+def _each(name: str, f: Callable, state, *others) -> Any:
+    """f of every `RunningStats` in a tree, in whichever form, and of what the other trees have in the same place."""
+    nodes, treedef = jax.tree.flatten(state, is_leaf=_is_stats)
+    beside = [jax.tree.leaves(other, is_leaf=_is_stats) for other in others]
+    if any(len(other) != len(nodes) for other in beside):
+        counts = [len(nodes), *map(len, beside)]
+        raise TypeError(f"{name}: the trees hold {counts} running statistics. Write one for each of the state's.")
+    return jax.tree.unflatten(treedef, [_one(name, f, *parts) for parts in zip(nodes, *beside, strict=True)])
+
+
+def _one(name: str, f: Callable, node, *others):
+    """f of one node, put back in its own form."""
+    named = [_named(name, part) for part in (node, *others)]
+    first, *rest = (Moments(**n) if "m2" in n else RunningStats(**n) for n in named)
+    new = f(first, *rest)
+    order = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
+    return jax.tree.unflatten(jax.tree.structure(node), [getattr(new, key) for key in order])
+
+
+def _named(name: str, node) -> dict[str, Array]:
+    if not _is_stats(node):
+        raise TypeError(
+            f"{name}: the tree holds {type(node).__name__}, which is no running statistic. Write the state alone: "
+            "RunningStats, or the batch_stats of a Flax model."
+        )
+    return {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(node)}
+
+
+def _is_stats(node) -> bool:
+    if isinstance(node, (RunningStats, Moments)):
+        return True
+    return isinstance(node, Mapping) and {"mean", "var"} <= {*node} <= {"mean", "var", "count"}
+
+
+def _name(path) -> str:
+    """What a leaf of such a node is called there: by key in a mapping, by attribute in a NamedTuple."""
+    return getattr(path[0], "name", None) or path[0].key

@@ -1,0 +1,176 @@
+"""Who normalizes together: all devices, groups of them, each by itself, or ghost batches inside one.
+
+Whoever does, the statistics handed on for the running state are those of everything, so the state is the same on all
+devices. With "local" and with groups that takes one small all-reduce more, which nothing in the layer waits for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._kernels.xla import Recipe, Statistics
+from ._moments import across, combine
+from ._normalize import standardize
+from ._spec import bound_names
+
+Array = jax.Array
+Sync = str | int | tuple[tuple[int, ...], ...]
+
+_SHARDS = "jaxnorm.shards"  # the axis name of the parts of an array that jit partitions
+
+
+def checked_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_size) -> Sync:
+    """One answer to who normalizes together, by its static form; "global" where nothing else is said."""
+    if isinstance(sync, Sequence) and not isinstance(sync, str):
+        sync = tuple(tuple(int(i) for i in group) for group in sync)
+    elif sync not in ("global", "local") and (not isinstance(sync, int) or isinstance(sync, bool) or sync < 1):
+        raise ValueError(
+            f'{norm}: sync must be "global", "local", a number of neighbouring devices, or lists of indices along '
+            f'axis_name, got {sync!r}. Write sync="local".'
+        )
+    if axis_index_groups is not None:
+        if sync != "global":
+            raise ValueError(
+                f"{norm}: sync={sync!r} and axis_index_groups={axis_index_groups!r} both say who normalizes together. "
+                f"Write sync={axis_index_groups!r} alone."
+            )
+        sync = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    if sync == "global":
+        return sync
+    if axis_name is None and axis_index_groups is None:
+        raise ValueError(
+            f'{norm}: sync={sync!r} divides the devices of axis_name, which is None. Write axis_name="data"; under '
+            "plain jit with jax.set_mesh(mesh) around it, that is the mesh axis along which the batch is sharded."
+        )
+    if virtual_batch_size is not None and sync != "local":
+        raise ValueError(
+            f"{norm}: virtual_batch_size={virtual_batch_size} already says who normalizes together, each ghost batch "
+            f'on its own device; got sync={sync!r} besides. Write sync="global".'
+        )
+    return sync
+
+
+def standardize_together(
+    norm: str, recipe: Recipe, args, axis_name, sync: Sync, virtual_batch_size: int | None, whole: bool = True
+) -> tuple[Array, Statistics]:
+    """x normalized as `sync` says; the statistics are those of everything, on all devices (only if `whole`)."""
+    names = bound_names(axis_name)
+    by_shards = axis_name is not None and len(names) < len(_tuple(axis_name))  # these axes jit partitions
+    if virtual_batch_size is not None:
+        y, stats = _by_ghost_batches(norm, recipe, args, virtual_batch_size)
+        return y, _merged(stats, names, recipe) if names and whole else stats
+    if by_shards and sync != "global":
+        return _by_shards(norm, recipe, args, _tuple(axis_name), names, sync, whole)
+    if not names or sync == "global":
+        how = replace(recipe.how, axis_name=names or None)
+        return standardize(norm, replace(recipe, how=how), *args)
+    inner, outer, groups = _divided(norm, sync, names)
+    how = replace(recipe.how, axis_name=inner or None, groups=groups)
+    y, stats = standardize(norm, replace(recipe, how=how), *args)
+    if groups is not None:  # all members of a group know its statistics: the first brings them
+        first = jnp.isin(lax.axis_index(names), jnp.asarray([members[0] for members in groups]))
+        stats = stats._replace(count=jnp.where(first, stats.count, 0.0), m2=jnp.where(first, stats.m2, 0.0))
+    return y, _merged(stats, outer, recipe) if outer and whole else stats
+
+
+def _divided(norm: str, sync, names: tuple[str, ...]):
+    """(inner, outer, groups): normalize over `inner`, in `groups` where they are no axes; then merge over `outer`.
+
+    Neighbours are so by the last of the axes: where a number of devices is that of the last few, those are `inner`.
+    """
+    sizes = [lax.axis_size(name) for name in names]
+    total = math.prod(sizes)
+    if isinstance(sync, tuple):
+        return names, names, sync
+    number = 1 if sync == "local" else sync
+    if total % number:
+        near = max(d for d in range(1, number) if total % d == 0)
+        raise ValueError(
+            f"{norm}: sync={number} does not divide the {total} devices of axis_name={names}. Write sync={near}."
+        )
+    for k in range(len(names) + 1):
+        if math.prod(sizes[k:]) == number:
+            return names[k:], names[:k], None
+    runs = tuple(tuple(range(start, start + number)) for start in range(0, total, number))
+    return names, names, runs
+
+
+def _merged(stats: Statistics, names, recipe: Recipe) -> Statistics:
+    """Over devices, for the running statistics: nothing flows back."""
+    return across(Statistics(*map(lax.stop_gradient, stats)), names, None, recipe.how.unit)
+
+
+def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array, Statistics]:
+    """Over an array that jit partitions along its batch: each part as a device of its own has it."""
+    if bound:
+        raise ValueError(
+            f"{norm}: of axis_name={axis_name} shard_map holds {bound} and jit partitions the rest; sync={sync!r} "
+            f"needs them in one hand. Write jax.shard_map(..., axis_names={set(axis_name)})."
+        )
+    x = args[0]
+    batch = _batch_axis(norm, recipe, x, "sync")
+    shards = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axis_name)
+    if x.shape[batch] % shards:
+        raise ValueError(
+            f"{norm}: the {x.shape[batch]} examples of x {x.shape} do not divide among the {shards} devices of "
+            f'axis_name={axis_name}. Write sync="global", or pad the batch and give a mask.'
+        )
+    split = [a is not None and a.shape[batch] == x.shape[batch] for a in args]
+    parts = [_split(a, batch, shards, x.shape[batch] // shards) if s else a for a, s in zip(args, split, strict=True)]
+    each = functools.partial(
+        standardize_together, norm, recipe, axis_name=_SHARDS, sync=sync, virtual_batch_size=None, whole=whole
+    )
+    axes = tuple(batch if s else None for s in split)
+    outs = (batch, None if whole or sync == "global" else 0)
+    y, stats = jax.vmap(lambda *args: each(args), in_axes=axes, out_axes=outs, axis_name=_SHARDS)(*parts)
+    return y.reshape(x.shape), stats
+
+
+def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array, Statistics]:
+    """Each run of `size` examples by its own statistics; returns also the merged ones."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{norm}: virtual_batch_size must be an int >= 1, got {size!r}. Write 32, or None.")
+    (x, scale, bias, mask, weights), how = args, recipe.how
+    batch = _batch_axis(norm, recipe, x, "virtual_batch_size")
+    ghosts = math.ceil(x.shape[batch] / size)
+    padding = ghosts * size - x.shape[batch]
+    if padding:
+        real = jnp.ones(tuple(n if a == batch else 1 for a, n in enumerate(x.shape)), bool)
+        mask = real if mask is None else mask & real
+
+    def view(a) -> Any:
+        if a is None:
+            return None
+        if a.shape[batch] == 1 != x.shape[batch]:
+            return jnp.expand_dims(a, batch)
+        return _split(jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)]), batch, ghosts, size)
+
+    local = replace(how, axes=tuple(a + 1 for a in how.axes))
+    y, stats = standardize(norm, replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
+    y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
+    y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
+    stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
+    return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
+
+
+def _split(a: Array, axis: int, parts: int, size: int) -> Array:
+    """An axis as two: the parts, and what each has."""
+    return a.reshape(*a.shape[:axis], parts, size, *a.shape[axis + 1 :])
+
+
+def _batch_axis(norm: str, recipe: Recipe, x: Array, what: str) -> int:
+    if not recipe.how.axes:
+        raise ValueError(f"{norm}: {what} needs a batch axis, got x of shape {x.shape}. Write None.")
+    return recipe.how.axes[0]
+
+
+def _tuple(axis_name) -> tuple[str, ...]:
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
