@@ -201,8 +201,8 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
         x_ring, g_ring, partial, x_arrived, g_arrived, *refs = refs
         team = _Team(plan, rows, columns, [x_ref, g_ref], [x_ring, g_ring], [x_arrived, g_arrived], partial, interpret)
         together, *refs = refs
+        scale_smem, block_sums = refs[0], refs[-1]  # where they are there
         if given:
-            scale_smem, *refs = refs
 
 
             @pl.when(team.team == 0)
@@ -238,15 +238,13 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
         zero = jnp.float32(0.0)
         first = lax.cond(team.rows > 0, lambda: statistics(0), lambda: (zero, zero, zero))
         _, sums = team.each_row(one, (first, [[team.zeros() for _ in team.chunks]] * count))
-        if wanted[0] or wanted[1]:
-            (block_sums,) = refs
-            for sums_ref, totals in zip(sums_refs, sums, strict=True):
-                _sum_over_teams(team, together, block_sums, totals, sums_ref)
+        for sums_ref, totals in zip(sums_refs, sums, strict=True):
+            _sum_over_teams(team, together, block_sums, totals, sums_ref)
 
     shapes = [unvarying_result(_quartered(x).shape, x.dtype)]
     shapes += [unvarying_result((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
     shared = plgpu.SMEM((_WARPS, columns // _WARPS), jnp.float32)
-    more = [plgpu.Barrier(num_arrivals=plan.teams), *[shared] * (len(given) + any(wanted))]
+    more = [plgpu.Barrier(num_arrivals=plan.teams), *[shared] * max(1, len(given) + any(wanted))]
     dx, *sums = _kernel(kernel, plan, [x, g], 2, interpret, shapes, more)(
         _quartered(x), _quartered(g), shift, offset, m2, *given
     )
