@@ -7,7 +7,6 @@ xhat = (x - mean) r. All arithmetic is in float32 or wider; the output is rounde
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -292,16 +291,17 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         times.append(dscale.astype(wide))
     if dbias is not None:
         plus.append(dbias.astype(wide))
-    times, plus = (_summed_first(functools.reduce(operator.add, t), x) if t else None for t in (times, plus))
+    times, plus = (_summed_first(terms, x) if terms else None for terms in (times, plus))
     dy = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
 
 
-def _summed_first(bracket: Array, x: Array) -> Array:
-    """The bracket as it is. Where it is far smaller than x, sums of its cotangent are taken of it, not of x anew.
+def _summed_first(terms: list[Array], x: Array) -> Array:
+    """The sum of a bracket's terms. Where it is far smaller than x, the sums in their transposes are of its cotangent.
 
     XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share.
     """
+    bracket = functools.reduce(lambda a, b: a + b, terms)
     return lax.optimization_barrier(bracket) if 16 * bracket.size <= x.size else bracket
 
 

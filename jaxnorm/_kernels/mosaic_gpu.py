@@ -204,7 +204,6 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
         scale_smem, block_sums = refs[0], refs[-1]  # where they are there
         if given:
 
-
             @pl.when(team.team == 0)
             def _():
                 for c in team.chunks:
