@@ -121,3 +121,14 @@ def test_a_known_collective_is_counted_right(target):
 
 def test_vector_memory_costs_nothing():
     assert hlo.main_memory_bytes("(f32[8,128]{1,0:T(8,128)}, bf16[64]{0:T(256)S(1)})") == 4096
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("which", ["layer", "rms"])
+def test_kernels_read_every_array_once(which, target):
+    """Forward x and y, backward x, g and dx; the rest is statistics, and the sums for scale and bias."""
+    norm, x, params = norm_of(which, room=f"mosaic_{'gpu' if target == 'h200' else 'tpu'}")
+    found = compiled.passes(norm, needs(target), x, *params, which=["forward", "backward"])
+    assert found["forward"].traffic <= 2.05
+    assert found["backward"].traffic <= 3.15
+    assert found["forward"].temp < 0.1 > found["backward"].temp
