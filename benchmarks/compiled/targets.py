@@ -56,9 +56,13 @@ TARGETS = {
         Target("h200x8", "cuda", "1x1x8", 8),
         Target("v5e", "tpu", "v5e:2x2", 1),
         Target("v5ex8", "tpu", "v5e:2x4", 8),
+        Target("v5ex64", "tpu", "v5e:8x8", 64),
         Target("v5ex256", "tpu", "v5e:16x16", 256),
         Target("v5p", "tpu", "v5p:2x2x1", 1),
         Target("v5px8", "tpu", "v5p:2x2x2", 8),
+        Target("v5px64", "tpu", "v5p:4x4x4", 64),
+        Target("v5px256", "tpu", "v5p:4x8x8", 256),
+        Target("v5px1024", "tpu", "v5p:8x8x16", 1024),
         Target("v6e", "tpu", "v6e:2x2", 1),
         Target("v6ex8", "tpu", "v6e:2x4", 8),
     )
