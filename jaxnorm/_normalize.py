@@ -299,10 +299,18 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
 def _summed_first(terms: list[Array], x: Array) -> Array:
     """The sum of a bracket's terms. Where it is far smaller than x, the sums in their transposes are of its cotangent.
 
-    XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share.
+    XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share; barriers
+    keep them apart. The sum over x is by parts where `xla.in_parts` says so.
     """
     bracket = functools.reduce(lambda a, b: a + b, terms)
-    return lax.optimization_barrier(bracket) if 16 * bracket.size <= x.size else bracket
+    if 16 * bracket.size > x.size:
+        return bracket
+    bracket = lax.optimization_barrier(bracket)
+    axes = tuple(a for a, n in enumerate(bracket.shape) if n == 1 != x.shape[a])
+    if xla.in_parts(x, axes):
+        part = tuple(x.shape[a] if a == axes[0] else n for a, n in enumerate(bracket.shape))
+        bracket = lax.optimization_barrier(jnp.broadcast_to(bracket, part))
+    return bracket
 
 
 def normalize(

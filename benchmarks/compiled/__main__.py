@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", metavar="PATH", help="also write every number to this file")
     options = parser.parse_args()
+    del sys.argv[1:]  # tokamax reads flags of its own there
     reasons = {p: missing(p) for p in ("cuda", "tpu")}
     targets = [t for t in options.targets if reasons[TARGETS[t].platform] is None]
     print(f"jax {jax.__version__}, compiled for {', '.join(targets) or 'nothing'}; nothing was run.")

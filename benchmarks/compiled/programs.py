@@ -96,7 +96,7 @@ def residuals(f: Callable, *args) -> Residuals:
     jaxpr, (y, unique) = jax.make_jaxpr(everything, return_shape=True)(*args)
     tree, places = structure
     own = _views_of_arguments(jaxpr.jaxpr)
-    news = [var not in own for var in jaxpr.jaxpr.outvars[len(jax.tree.leaves(y)) :]]
+    news = [isinstance(var, Literal) or var not in own for var in jaxpr.jaxpr.outvars[len(jax.tree.leaves(y)) :]]
 
     def forward(*args):
         y, unique = everything(*args)

@@ -135,17 +135,23 @@ def in_one_pass(x, keep, weights, n, how: Reduction, total: Callable | None = No
 
 
 def in_one_pass_by_parts(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
-    """`in_one_pass` for a GPU, where XLA writes x - shift out unless it finds the sums to be enough threads' work.
-
-    Long ones it cuts in parts by itself. Here short ones are cut along an axis; a barrier keeps that from being undone.
-    """
+    """`in_one_pass` for a GPU, where sums `in_parts` keep x - shift out of memory."""
 
     def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
-        if len(axes) == 1 or not 256 <= math.prod(a.shape[i] for i in axes) < 1 << 15:
+        if not in_parts(a, axes):
             return _total(a, axes)
         return _total(lax.optimization_barrier(_total(a, axes[1:])), axes[:1])
 
     return in_one_pass(x, keep, weights, n, how, by_parts)
+
+
+def in_parts(x: Array, axes: tuple[int, ...]) -> bool:
+    """Whether to sum over all axes but the first of these, and then over that, for a GPU's sake.
+
+    XLA writes the summands of such sums out, in float32, unless it finds them to be enough threads' work. Long sums it
+    cuts in parts by itself; these it would not.
+    """
+    return len(axes) > 1 and 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15 and not _sharded_axes(x)
 
 
 def _total(a: Array, axes: tuple[int, ...]) -> Array:
