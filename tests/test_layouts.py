@@ -159,7 +159,9 @@ def test_jit(row, layout, rng):
         got = compiled(*args)
         close(got, want, rtol=5e-5, atol=5e-5)
     assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, case.spec), x.ndim)
-    assert_little_moves(case, compiled.as_text())
+    # XLA takes two rounds forward, having no common shift beforehand, and one backward; and where it sums over
+    # several mesh axes XLA may do so along one after the other.
+    assert_little_moves(case, compiled.as_text(), rounds=3 * len(case.over()))
 
 
 @pytest.mark.parametrize(("row", "layout"), CASES, ids=ids)
@@ -181,7 +183,7 @@ def test_shard_map(row, layout, rng):
     )
     close(run(*args), want, rtol=5e-5, atol=5e-5)
     text = run.lower(*args).compile().as_text()
-    assert_little_moves(case, text)
+    assert_little_moves(case, text, rounds=2 if over else 0)
     forward = jax.shard_map(
         lambda p, s, x: synced.apply(p, s, x, train=True)[0], mesh=case.mesh(),
         in_specs=(case.param_spec(), case.state_spec(), case.spec), out_specs=case.spec,
@@ -193,7 +195,7 @@ def test_shard_map(row, layout, rng):
         assert ops[0][1] <= 4 * devices * statistics_of_one_device(case)
 
 
-def assert_little_moves(case: Case, text: str) -> None:
+def assert_little_moves(case: Case, text: str, rounds: int) -> None:
     """Sums alone; each at most of all statistics' few floats in a slot per device, or of the parameters' gradients."""
     ops = moved(text)
     assert {name for name, _ in ops} <= {"all-reduce"}
@@ -201,10 +203,9 @@ def assert_little_moves(case: Case, text: str) -> None:
     # XLA may join the slots with a sum of the backward pass that is ready as early.
     most = (4 * devices + 2) * statistics_of_one_device(case) + 2 * math.prod(case.param)
     assert all(size <= most for _, size in ops), ops
-    # Forward two rounds at most, where XLA's formula under jit has no common shift; backward one; parameters besides.
     # Those given per example are sums over fewer devices than the statistics, so they come apart.
-    merges = 3 if case.over() else 0
-    assert len(ops) <= merges + 2 + 2 * ("per-sample" in case.row.flags), ops
+    parameters = 2 + 2 * ("per-sample" in case.row.flags)
+    assert len(ops) <= rounds + parameters, ops
 
 
 ONE_OF_EACH = [by_name[n] for n in ("layer", "rms", "group-size", "instance-sequence", "batch-nhwc")]
