@@ -100,14 +100,20 @@ class Worker:
         os.environ.update(ours)
         theirs.close()
 
-    def ask(self, method: str, *args):
-        """What the `Timed`'s method returns."""
+    def ask(self, method: str, *args, within: float | None = None):
+        """What the `Timed`'s method returns. EOFError where the process is gone, TimeoutError where it takes longer."""
         self._pipe.send((method, args))
+        if not self._pipe.poll(within):
+            raise TimeoutError
         return self._pipe.recv()
 
     def close(self) -> None:
         self._pipe.close()
         self._process.join()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self.close()
 
 
 def _serve(pipe, kind: type[Timed], args: tuple) -> None:

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 DEVICES = 8
-_flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
-os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={DEVICES}"])
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":  # who imports this module chooses for itself where it runs
+    _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+    os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={DEVICES}"])
+    os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax  # noqa: E402
