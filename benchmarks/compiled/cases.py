@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import jaxnorm as jn
 import jaxnorm.linen
+from benchmarks import field
 
 NORMS = {"layer": (8192, 4096), "rms": (8192, 4096), "batch": (32, 56, 56, 256), "group": (32, 56, 56, 256),
          "instance": (32, 56, 56, 256)}  # fmt: skip
@@ -21,15 +22,13 @@ STAGE = (16, 56, 56, 256)  # a device's images
 
 def contestants() -> tuple[dict[str, Callable], list[str]]:
     """By name, norm(which, x, *params) -> y; and which peers are not installed. jaxnorm has one for each room here."""
-    from benchmarks import cpu  # not above: it sets the environment of a process of its own
-
     found, absent = {}, []
     for room in jn.backends():
         if room in ROOMS:
-            peer = cpu.Jaxnorm()
+            peer = field.Jaxnorm()
             peer.implementation = room
             found[f"jaxnorm {room}"] = peer
-    for kind in (cpu.Linen, cpu.Haiku, cpu.Equinox, cpu.Keras, cpu.Tokamax):
+    for kind in (field.Linen, field.Haiku, field.Equinox, field.Keras, field.Tokamax):
         try:
             found[kind.name] = kind()
         except ImportError:
