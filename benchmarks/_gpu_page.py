@@ -81,6 +81,14 @@ def table(report: dict, which: str) -> list[list[str]]:
     return lines
 
 
+def _by_reason(failed) -> list[str]:
+    """A line for each reason, with the cases it holds for."""
+    cases: dict = {}
+    for why, case in failed:
+        cases.setdefault(why, []).append(case)
+    return [f"- {'; '.join(of)}: {why}" for why, of in cases.items()]
+
+
 def page(report: dict, markdown: bool) -> str:
     """Everything that is printed."""
     form, heading = (peers.as_markdown, "### {}\n") if markdown else (peers.as_text, "{}\n")
@@ -93,11 +101,11 @@ def page(report: dict, markdown: bool) -> str:
         lines.append([v["what"], v["verdict"], f"{v['met']} of {v['of']}", worst])
     parts += [heading.format("targets"), form(lines), "", NOTES.format(**report)]
     for room, cases in report["checks"].items():
-        good = [c for c, found in cases.items() if not isinstance(found, str)]
-        parts.append(f"{room}: equals float64 in {len(good)} of {len(cases)} small cases.")
-        parts += [f"- {case}: {found}" for case, found in cases.items() if isinstance(found, str)]
-    for r in report["results"]:
-        parts += [f"- {n}, {r['norm']} {shape_of(r)} {r['dtype']}: {why}" for n, why in r["failures"].items()]
+        failed = {case: found for case, found in cases.items() if isinstance(found, str)}
+        parts.append(f"{room}: equals float64 in {len(cases) - len(failed)} of {len(cases)} small cases.")
+        parts += _by_reason((why, case) for case, why in failed.items())
+    cases = [(f"{r['norm']} {shape_of(r)} {r['dtype']}", r["failures"]) for r in report["results"]]
+    parts += _by_reason((f"{name}: {why}", case) for case, failures in cases for name, why in failures.items())
     if report["missing"]:
         parts.append("Left out: " + "; ".join(f"{n} ({why})" for n, why in report["missing"].items()) + ".")
     if report["left_out"]:

@@ -134,6 +134,7 @@ class TorchDevice(Queued):
         """A graph is captured on another stream than the default one: on that which its autograd nodes were made on."""
         import torch
 
+        self.wait(None)  # until what other streams made is there
         return torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else nullcontext()
 
     def queued(self, run: Callable, batch: list) -> Callable:
@@ -150,7 +151,7 @@ class TorchDevice(Queued):
         with torch.cuda.graph(graph, stream=stream):
             results = run(batch)
 
-        def replay():
+        def replay(reads=batch):  # what it reads must stay: the graph holds no more than its address
             graph.replay()
             return results
 

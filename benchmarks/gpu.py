@@ -260,6 +260,14 @@ def run(platform_: str, names: tuple[str, ...], cases: list[Work], minutes: floa
         "checks": checked(crews, CHECKS if platform_ == "gpu" else CHECKS[::5]),
         "results": [],
     }
+    crews = [crew for crew in crews if crew.versions]
+
+    def saved(done: int) -> None:
+        report["minutes"], report["done"] = (time.monotonic() - started) / 60, done
+        report["left_out"], report["verdicts"] = [str(work) for work in cases[done:]], verdicts(report["results"])
+        save(report)
+
+    saved(0)
     longest = 0.0
     for i, work in enumerate(cases, 1):
         begun = time.monotonic()
@@ -268,9 +276,7 @@ def run(platform_: str, names: tuple[str, ...], cases: list[Work], minutes: floa
         print(f"{i} of {len(cases)}: {work}", file=sys.stderr)
         report["results"].append(measured(work, crews, platform_))
         longest = max(longest, time.monotonic() - begun)
-        report |= {"minutes": (time.monotonic() - started) / 60, "done": len(report["results"])}
-        report |= {"left_out": [str(w) for w in cases[i:]], "verdicts": verdicts(report["results"])}
-        save(report)
+        saved(i)
     for crew in crews:
         crew.close()
     return report
