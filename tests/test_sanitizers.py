@@ -29,8 +29,8 @@ def passes(mode: str, cases: int) -> None:
 
 
 def test_no_access_out_of_bounds_and_nothing_undefined():
-    passes("address,undefined", 60)
+    passes("address,undefined", 40)
 
 
 def test_no_race():
-    passes("thread", 40)
+    passes("thread", 24)
