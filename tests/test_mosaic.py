@@ -198,7 +198,7 @@ def test_rows_are_the_last_axes():
     assert rows_of((4, 8), (1,), frozenset({0})) is None  # a scale for each example
 
 
-@pytest.mark.skipif(compiled.missing("cuda"), reason="needs jax[cuda13]")
+@pytest.mark.skipif(bool(compiled.missing("cuda")), reason="needs jax[cuda13]")
 @pytest.mark.parametrize("columns", [1024, 4096, 8192])
 def test_no_register_is_spilled(columns):
     code = f"""
