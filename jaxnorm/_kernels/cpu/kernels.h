@@ -74,12 +74,13 @@ Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
 // y = ((x - shift) - offset) r scale + bias for `lines` lines, `stride` apart, of n elements.
 template <class T, class U, bool round_first, bool stream, int lines, class Stat, class Param,
           class A = typename accumulator<T>::type>
-void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, Stat shift, Stat offset, Stat r, Param scale,
+void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset, Stat r, Param scale,
                      Param bias) {
   over<A, 1>(n, JN_BODY(i, at, u) {
     const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
     const V<A> times = scale.at(i, at), plus = bias.at(i, at);
     for (int line = 0; line < lines; ++line) {
+      if constexpr (lines > 1) __builtin_prefetch(x + line * stride + i + ahead, 0, 2);
       V<A> xhat = ((at.load(x + line * stride + i) - from) - rest) * by;
       if constexpr (round_first) xhat = decoded(U{}, encoded(U{}, xhat));
       const V<A> v = xhat * times + plus;
@@ -91,12 +92,16 @@ void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, Stat shift, St
 
 // dx = r (g scale - mean_h - xhat mean_hx), likewise.
 template <class T, class U, bool stream, int lines, class Stat, class Param, class A = typename accumulator<T>::type>
-void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, Stat shift, Stat offset, Stat r,
+void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset, Stat r,
                     Stat mean_h, Stat mean_hx, Param scale) {
   over<A, 1>(n, JN_BODY(i, at, u) {
     const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
     const V<A> first = mean_h.at(i, at), second = mean_hx.at(i, at), times = scale.at(i, at);
     for (int line = 0; line < lines; ++line) {
+      if constexpr (lines > 1) {
+        __builtin_prefetch(x + line * stride + i + ahead, 0, 2);
+        __builtin_prefetch(g + line * stride + i + ahead, 0, 2);
+      }
       const V<A> xhat = ((at.load(x + line * stride + i) - from) - rest) * by;
       const V<A> v = by * (at.load(g + line * stride + i) * times - first - xhat * second);
       if constexpr (stream) at.stream(dx + line * stride + i, v);
@@ -151,11 +156,11 @@ template <class T, class U, bool round_first> struct Rows {
     const Same<A> from(s.shift), rest(s.offset), by(r);
     const A *scale = parameter(job.scale, row), *bias = parameter(job.bias, row);
     if (view.P == 1) {
-      normalize_lines<T, U, round_first, stream, 1>(x + row * n, y, n, 0, from, rest, by, Each<A>{scale}, Each<A>{bias});
+      normalize_lines<T, U, round_first, stream, 1>(x + row * n, y, n, 0, 0, from, rest, by, Each<A>{scale}, Each<A>{bias});
       return;
     }
     for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
-      normalize_lines<T, U, round_first, stream, 1>(x + row * n + at, y + at, view.P, 0, from, rest, by,
+      normalize_lines<T, U, round_first, stream, 1>(x + row * n + at, y + at, view.P, 0, 0, from, rest, by,
                                                     Same<A>(scale[d]), Same<A>(bias[d]));
   }
 
@@ -250,7 +255,7 @@ template <class T, class U, bool round_first> struct Rows {
     }
     const Same<A> from(s.shift), rest(s.offset), by(r), first(job.centered ? h / A(n) : A(0)), second(hx / A(n));
     for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
-      gradient_lines<T, U, stream, 1>(x + row * n + at, g + at, dx + at, view.P, 0, from, rest, by, first, second,
+      gradient_lines<T, U, stream, 1>(x + row * n + at, g + at, dx + at, view.P, 0, 0, from, rest, by, first, second,
                                       Same<A>(scale[d]));
   }
 
@@ -323,6 +328,7 @@ void slab_sums_in(const Job& job, const Block& b, int64_t run, A unit, const A* 
       const V<A> about = at.load(shift + k);
       V<A> s{}, q{};
       for (int line = 0; line < lines.value; ++line) {
+        __builtin_prefetch(x + from + line * stride + i + b.ahead, 0, 2);
         const V<A> d = at.load(x + from + line * stride + i) - about, z = scaled ? d * in : d;
         s += d;
         q += z * z;
@@ -358,6 +364,8 @@ void slab_gradient_sums(const Job& job, const Block& b, const Columns<A>& c, A* 
       const V<A> shift = at.load(c.shift + k), offset = at.load(c.offset + k), r = at.load(c.r + k);
       V<A> gx{}, gs{};
       for (int line = 0; line < lines.value; ++line) {
+        __builtin_prefetch(x + from + line * stride + i + b.ahead, 0, 2);
+        __builtin_prefetch(g + from + line * stride + i + b.ahead, 0, 2);
         const V<A> one = at.load(g + from + line * stride + i);
         gx += one * (((at.load(x + from + line * stride + i) - shift) - offset) * r);
         gs += one;
@@ -374,7 +382,7 @@ void slab_normalize_by(const Job& job, const Block& b, const Columns<A>& c) {
   U* y = static_cast<U*>(job.out);
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
-      normalize_lines<T, U, round_first, stream, 1>(x + at, y + at, job.view.P, 0, Same<A>(c.shift[k]),
+      normalize_lines<T, U, round_first, stream, 1>(x + at, y + at, job.view.P, 0, 0, Same<A>(c.shift[k]),
                                                     Same<A>(c.offset[k]), Same<A>(c.r[k]), Same<A>(c.scale[k]),
                                                     Same<A>(c.bias[k]));
     });
@@ -383,7 +391,7 @@ void slab_normalize_by(const Job& job, const Block& b, const Columns<A>& c) {
   const auto each = [&](const A* table) { return Each<A>{table + b.begin}; };
   over_lines(job.view, b, [&](int64_t at, auto lines) {
     normalize_lines<T, U, round_first, stream, lines.value>(x + at, y + at, b.end - b.begin, b.step * job.view.line(),
-                                                            each(c.shift), each(c.offset), each(c.r), each(c.scale),
+                                                            b.ahead, each(c.shift), each(c.offset), each(c.r), each(c.scale),
                                                             each(c.bias));
   });
 }
@@ -407,7 +415,7 @@ void slab_gradient_by(const Job& job, const Block& b, const Columns<A>& c) {
   T* dx = static_cast<T*>(job.out);
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
-      gradient_lines<T, U, stream, 1>(x + at, g + at, dx + at, job.view.P, 0, Same<A>(c.shift[k]),
+      gradient_lines<T, U, stream, 1>(x + at, g + at, dx + at, job.view.P, 0, 0, Same<A>(c.shift[k]),
                                       Same<A>(c.offset[k]), Same<A>(c.r[k]), Same<A>(c.mean_h[k]),
                                       Same<A>(c.mean_hx[k]), Same<A>(c.scale[k]));
     });
@@ -416,7 +424,7 @@ void slab_gradient_by(const Job& job, const Block& b, const Columns<A>& c) {
   const auto each = [&](const A* table) { return Each<A>{table + b.begin}; };
   over_lines(job.view, b, [&](int64_t at, auto lines) {
     gradient_lines<T, U, stream, lines.value>(x + at, g + at, dx + at, b.end - b.begin, b.step * job.view.line(),
-                                              each(c.shift), each(c.offset), each(c.r), each(c.mean_h),
+                                              b.ahead, each(c.shift), each(c.offset), each(c.r), each(c.mean_h),
                                               each(c.mean_hx), each(c.scale));
   });
 }

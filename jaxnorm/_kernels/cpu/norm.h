@@ -99,6 +99,7 @@ template <class A> class Norm {
   static constexpr int64_t cut = 1 << 15;     // elements of a task at least: what its own overhead is small beside
   static constexpr int64_t most = 64;         // tasks at the most, where the cut allows
   static constexpr int64_t width_cut = 512;   // columns of a task: what there is for each stays in the first cache
+  static constexpr int64_t far = 2048;        // elements to fetch ahead of a line, which ends and goes on elsewhere
   static constexpr int64_t samples = 64;      // lines that the shift of a slab is taken from
 
   static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
@@ -149,11 +150,11 @@ template <class A> class Norm {
 
   // A slab in blocks of lines by columns: so small that sums of one block are short chains, which rounds them little.
   struct Blocks {
-    int64_t lines, columns, down, across;
+    int64_t lines, columns, down, across, ahead;
     int64_t count() const { return down * across; }
     Block operator()(const View& v, int64_t slab, int64_t i) const {
       const int64_t line = i / across * lines, column = i % across * columns;
-      return {slab, line, 1, std::min(lines, v.S - line), column, std::min(v.columns(), column + columns)};
+      return {slab, line, 1, std::min(lines, v.S - line), column, std::min(v.columns(), column + columns), ahead};
     }
   };
   Blocks blocks() const {
@@ -162,6 +163,7 @@ template <class A> class Norm {
     b.columns = std::min(b.columns, view_.columns());
     const int64_t size = std::min(task_size(), int64_t(1) << 18);
     b.lines = std::min(view_.S, std::max<int64_t>(1, size / (b.columns * view_.P)));
+    b.ahead = parts(far, 4 * view_.line()) * 4 * view_.line();
     b.down = parts(view_.S, b.lines), b.across = parts(view_.columns(), b.columns);
     return b;
   }
@@ -229,11 +231,11 @@ template <class A> class Norm {
 
   // The mean of some evenly spaced lines, and of the first pixels of their planes.
   void sample(int64_t slab, A* shift) {
-    const int64_t step = std::max<int64_t>(1, view_.S / samples), lines = std::min(samples, view_.S);
+    const int64_t lines = std::min(view_.S, std::max<int64_t>(1, samples / view_.D)), step = view_.S / lines;
     const int64_t run = view_.P == 1 ? 1 : std::min<int64_t>(view_.P, 64);
     const Vector zero(view_.columns());
     Vector total(view_.columns()), square(view_.columns());
-    kernels_.sums(job_, {slab, 0, step, lines, 0, view_.columns()}, run, A(1), zero.data(), total.data(), square.data());
+    kernels_.sums(job_, {slab, 0, step, lines, 0, view_.columns(), 0}, run, A(1), zero.data(), total.data(), square.data());
     const std::vector<double> s = by_group(total);
     for (int64_t g = 0; g < view_.G; ++g) shift[g] = A(s[g] / double(lines * run * view_.D));
   }
@@ -263,8 +265,10 @@ template <class A> class Norm {
   }
 
   template <class Run> void each_block(int64_t slab, const Threads& threads, Run run) {
-    const Blocks cuts = blocks();
-    threads.each(cuts.count(), [&](int64_t i) { run(cuts(view_, slab, i)); });
+    Blocks cuts = blocks();
+    if (slabs_in_parallel()) cuts.ahead = (per_task(view_.slab()) == 1 ? threads_.count() : 1) * view_.slab();
+    const int64_t n = cuts.count();
+    threads.each(n, [&](int64_t i) { run(cuts(view_, slab, n - 1 - i)); });
   }
 
   void normalize(int64_t slab, const Threads& threads) {

@@ -76,8 +76,9 @@ template <class A> inline bool settled(const Job& job, double sum, double square
   return !far;
 }
 
-// Lines first, first + step, ... of one slab, `lines` of them, and of each the columns [begin, end).
-struct Block { int64_t slab, first, step, lines, begin, end; };
+// Lines first, first + step, ... of one slab, `lines` of them, and of each the columns [begin, end). While an element is
+// worked on, the one `ahead` of it is fetched.
+struct Block { int64_t slab, first, step, lines, begin, end, ahead; };
 
 template <class A> struct Kernels {
   // Rows [first, last): statistics and y; statistics given, dx, and sums over the rows added to (G, D) dscale, dbias.
