@@ -131,6 +131,7 @@ def _by_xla(recipe: Recipe, x, scale, bias, mask, weights) -> tuple[Array, Stati
 def _(recipe, primals, tangents):
     x, scale, bias, mask, weights = primals
     dx, dscale, dbias, _, dweights = none_for_zero(tangents)
+    recipe = replace(recipe, kept=True)
     stats = statistics(recipe.how, x, mask, weights)
     y = _output(recipe, x, mask, weights, stats, scale, bias)
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
@@ -189,6 +190,7 @@ def _(recipe, primals, tangents):
 
 def _in_room_with_tangent(recipe: Recipe, primals, tangents):
     x, scale, _ = primals
+    recipe = replace(recipe, kept=True)
     y, stats = _differentiable_in_room(recipe, *primals)
     dy = _fused.tangent(recipe, x, stats, scale, tangents)
     return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
@@ -225,6 +227,7 @@ def _around_differentiable(recipe: Recipe, plain: Recipe, in_room: bool, x, scal
 
 @functools.partial(_around.defjvp, symbolic_zeros=True)
 def _(recipe, plain, in_room, primals, tangents):
+    plain = replace(plain, kept=True)
     y, stats = _around_differentiable(recipe, plain, in_room, *primals)
     # As in the norm within: of what the map keeps, x and the gate alone have x's size. It makes z anew.
     tangent = jax.checkpoint(functools.partial(_around_tangent, recipe, plain, in_room), prevent_cse=False)
@@ -250,7 +253,8 @@ def _around_tangent(recipe, plain, in_room, stats, x, scale, bias, mask, weights
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) -> Array:
-    stats = xla.statistics_of_output(x, mask, weights, stats, recipe.how)
+    if not recipe.kept:
+        stats = xla.statistics_of_output(x, mask, weights, stats, recipe.how)
     xhat, _ = _xhat_and_r(recipe, x, mask, weights, stats)
     return affine(xhat, scale, bias, recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
 

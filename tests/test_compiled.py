@@ -38,9 +38,10 @@ def norm_of(which, room="xla"):
 def test_traffic_of_training(which, target):
     """In units of x: 3 forward, where statistics are a read of their own, and 5 backward."""
     norm, x, params = norm_of(which)
-    found = compiled.passes(norm, needs(target), x, *params, which=["forward", "backward"])
+    found = compiled.passes(norm, needs(target), x, *params, which=["forward", "backward", "forward+backward"])
     assert found["forward"].traffic <= 3.05
     assert found["backward"].traffic <= 5.1
+    assert found["forward+backward"].traffic <= 7.1  # in one program the two share a read
     assert found["forward"].temp < 0.1 > found["backward"].temp
 
 

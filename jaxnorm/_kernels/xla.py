@@ -45,6 +45,7 @@ class Recipe:
     round_before_scale: bool = False
     room: str | None = None  # of kernels: "xla", "native", or None for the best
     activation: Any = None  # f, a name or a function. A room of kernels never sees one: `standardize` puts it around
+    kept: bool = False  # the statistics are kept for a backward pass, and y may as well be made of the same ones
     gate: str | None = None  # f(gate) multiplies "before" or "after" the norm; None: f is of the output
 
 
@@ -226,8 +227,8 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
 def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, how: Reduction):
     """The statistics that y is made of: those kept for the backward pass but for rows on a GPU.
 
-    There `in_kernel` lets XLA make one kernel of them and y, which reads x once. Those kept are then, where anything
-    asks for them, another read: 3 passes in training, as one set for both would take, and 2 at inference, not 3.
+    There `in_kernel` lets XLA make one kernel of them and y, which reads x once: 2 passes at inference, not 3. Where
+    statistics are kept as well, those two sets would cost a pass more than one for both.
     """
     if weights is not None or mask is not None or not _is_row(x, how):
         return stats
