@@ -304,15 +304,15 @@ def _summed_first(terms: list[Array], x: Array) -> Array:
     """The sum of a bracket's terms. Where it is far smaller than x, the sums in their transposes are of its cotangent.
 
     XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share; barriers
-    keep them apart. The sum over x is by parts where `xla.in_parts` says so.
+    keep them apart. The sum over x is by `xla.parts` where it has some.
     """
     bracket = functools.reduce(lambda a, b: a + b, terms)
     if 16 * bracket.size > x.size:
         return bracket
     bracket = lax.optimization_barrier(bracket)
     axes = tuple(a for a, n in enumerate(bracket.shape) if n == 1 != x.shape[a])
-    if xla.in_parts(x, axes):
-        part = tuple(x.shape[a] if a == axes[0] else n for a, n in enumerate(bracket.shape))
+    if apart := xla.parts(x, axes):
+        part = tuple(x.shape[a] if a in apart else n for a, n in enumerate(bracket.shape))
         bracket = lax.optimization_barrier(jnp.broadcast_to(bracket, part))
     return bracket
 

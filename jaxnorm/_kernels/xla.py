@@ -19,6 +19,7 @@ from jax import lax
 Array = jax.Array
 
 _LONGEST_ROW = 1 << 14  # elements of a row up to which XLA makes one kernel for a GPU; measured by its compiler
+_ENOUGH_SUMS = 1 << 14  # sums at once from which on XLA keeps their summands out of a GPU's memory; likewise
 
 
 @dataclass(frozen=True)
@@ -136,23 +137,27 @@ def in_one_pass(x, keep, weights, n, how: Reduction, total: Callable | None = No
 
 
 def in_one_pass_by_parts(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
-    """`in_one_pass` for a GPU, where sums `in_parts` keep x - shift out of memory."""
+    """`in_one_pass` for a GPU, where sums by `parts` keep x - shift out of memory."""
 
     def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
-        if not in_parts(a, axes):
+        apart = parts(a, axes)
+        if not apart:
             return _total(a, axes)
-        return _total(lax.optimization_barrier(_total(a, axes[1:])), axes[:1])
+        return _total(lax.optimization_barrier(_total(a, axes[len(apart) :])), apart)
 
     return in_one_pass(x, keep, weights, n, how, by_parts)
 
 
-def in_parts(x: Array, axes: tuple[int, ...]) -> bool:
-    """Whether to sum over all axes but the first of these, and then over that, for a GPU's sake.
+def parts(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The first of these axes, over which to sum only after a sum over the others; none where one sum over all will do.
 
-    XLA writes the summands of such sums out, in float32, unless it finds them to be enough threads' work. Long sums it
-    cuts in parts by itself; these it would not.
+    XLA's GPU compiler writes the summands of such sums out, in float32, unless it finds enough threads' work in what
+    they come to. Long sums it cuts by itself.
     """
-    return len(axes) > 1 and 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15 and not _sharded_axes(x)
+    if len(axes) < 2 or not 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15 or _sharded_axes(x):
+        return ()
+    enough = lambda k: x.size >= _ENOUGH_SUMS * math.prod(x.shape[a] for a in axes[k:])
+    return axes[: next(filter(enough, range(1, len(axes))), len(axes) - 1)]
 
 
 def _total(a: Array, axes: tuple[int, ...]) -> Array:
