@@ -1,4 +1,4 @@
-"""The CPU kernels' C++ on its own, under sanitizers: random shapes, dtypes, layouts and threads against long double.
+"""The CPU kernels' C++ on its own: under sanitizers, random shapes, dtypes, layouts and threads against long double.
 
 What is asked is in native/fuzz.cpp; native/sanitize builds it. More cases: `tests/native/sanitize none 100000`.
 """
@@ -8,8 +8,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
+CROSS_COMPILER = "aarch64-linux-gnu-g++"  # Debian: apt-get install g++-aarch64-linux-gnu
 SANITIZE = Path(__file__).parent / "native" / "sanitize"
 CANNOT_RUN = 77
 
@@ -34,3 +36,11 @@ def test_no_access_out_of_bounds_and_nothing_undefined():
 
 def test_no_race():
     passes("thread", 24)
+
+
+@pytest.mark.skipif(shutil.which(CROSS_COMPILER) is None, reason=f"no {CROSS_COMPILER}")
+@pytest.mark.parametrize("source", ["ffi.cpp", "baseline.cpp"])
+def test_it_compiles_for_arm64(source):
+    room = Path(__file__).parents[1] / "jaxnorm" / "_kernels" / "cpu"
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi", "-isystem", jax.ffi.include_dir()]
+    subprocess.run([CROSS_COMPILER, *flags, str(room / source)], check=True)

@@ -8,11 +8,13 @@ template <class A> struct Same {
   V<A> value;
   explicit Same(A a) : value(all(a)) {}
   template <class At> JN_INLINE V<A> at(int64_t, At) const { return value; }
+  Same after(int64_t) const { return *this; }
 };
 
 template <class A> struct Each {
   const A* values;
   template <class At> JN_INLINE V<A> at(int64_t i, At a) const { return a.load(values + i); }
+  Each after(int64_t i) const { return {values + i}; }
 };
 
 #define JN_BODY(i, at, u) [&](int64_t i, auto at, [[maybe_unused]] int u) __attribute__((always_inline))
@@ -32,16 +34,19 @@ Pair<A> run_sums(const T* x, int64_t n, A shift, A unit) {
   return {sum<A>((s[0] + s[1]) + (s[2] + s[3])), sum<A>((q[0] + q[1]) + (q[2] + q[3]))};
 }
 
-// The same over a whole row, in pieces: a long chain of terms that round alike drifts, and the pieces add up in double.
-template <class T, bool scaled, class A = typename accumulator<T>::type>
-Pair<double> row_sums(const T* x, int64_t n, A shift, A unit) {
+// A pair of sums over a whole row, in pieces: a long chain of terms that round alike drifts; the pieces add up in double.
+template <class Run> JN_INLINE Pair<double> in_pieces(int64_t n, Run run) {
   constexpr int64_t piece = 4096;
   Pair<double> total{0, 0};
   for (int64_t i = 0; i < n; i += piece) {
-    const auto [s, q] = run_sums<T, scaled, A>(x + i, n - i < piece ? n - i : piece, shift, unit);
-    total.first += s, total.second += q;
+    const auto [first, second] = run(i, n - i < piece ? n - i : piece);
+    total.first += first, total.second += second;
   }
   return total;
+}
+template <class T, bool scaled, class A = typename accumulator<T>::type>
+Pair<double> row_sums(const T* x, int64_t n, A shift, A unit) {
+  return in_pieces(n, [&](int64_t i, int64_t size) { return run_sums<T, scaled, A>(x + i, size, shift, unit); });
 }
 
 // The mean of the first few elements: a shift for the others, near their mean but where they are peculiar.
@@ -71,11 +76,11 @@ Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
   }
 }
 
-// y = ((x - shift) - offset) r scale + bias for `lines` lines, `stride` apart, of n elements.
+// y = ((x - shift) - offset) r scale + bias for `lines` lines, `stride` apart, of n elements; several fetch `ahead`.
 template <class T, class U, bool round_first, bool stream, int lines, class Stat, class Param,
           class A = typename accumulator<T>::type>
-void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset, Stat r, Param scale,
-                     Param bias) {
+void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset, Stat r,
+                     Param scale, Param bias) {
   over<A, 1>(n, JN_BODY(i, at, u) {
     const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
     const V<A> times = scale.at(i, at), plus = bias.at(i, at);
@@ -92,8 +97,8 @@ void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, int64_t ahead,
 
 // dx = r (g scale - mean_h - xhat mean_hx), likewise.
 template <class T, class U, bool stream, int lines, class Stat, class Param, class A = typename accumulator<T>::type>
-void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset, Stat r,
-                    Stat mean_h, Stat mean_hx, Param scale) {
+void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset,
+                    Stat r, Stat mean_h, Stat mean_hx, Param scale) {
   over<A, 1>(n, JN_BODY(i, at, u) {
     const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
     const V<A> first = mean_h.at(i, at), second = mean_hx.at(i, at), times = scale.at(i, at);
@@ -110,18 +115,26 @@ void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, in
   });
 }
 
-// Sums of g scale and g scale xhat over a run; the mean and r are taken in at the end.
+// Sums of g scale and g scale (x - shift) over a run ...
 template <class T, class U, class Param, class A = typename accumulator<T>::type>
-Pair<A> run_gradient_sums(const T* x, const U* g, int64_t n, Statistic<A> s, A r, Param scale) {
+Pair<A> run_gradient_sums(const T* x, const U* g, int64_t n, A shift, Param scale) {
   V<A> h[4]{}, hx[4]{};
-  const V<A> from = all(s.shift);
+  const V<A> from = all(shift);
   over<A, 4>(n, JN_BODY(i, at, u) {
     const V<A> gs = at.load(g + i) * scale.at(i, at);
     h[u] += gs;
     hx[u] += at.kept(gs * (at.load(x + i) - from));
   });
-  const A of_h = sum<A>((h[0] + h[1]) + (h[2] + h[3])), of_hx = sum<A>((hx[0] + hx[1]) + (hx[2] + hx[3]));
-  return {of_h, (of_hx - s.offset * of_h) * r};
+  return {sum<A>((h[0] + h[1]) + (h[2] + h[3])), sum<A>((hx[0] + hx[1]) + (hx[2] + hx[3]))};
+}
+
+// ... and of g scale and g scale xhat over a row: the rest of the mean, and r, are taken in at the end.
+template <class T, class U, class Param, class A = typename accumulator<T>::type>
+Pair<A> row_gradient_sums(const T* x, const U* g, int64_t n, Statistic<A> s, A r, Param scale) {
+  const Pair<double> sums = in_pieces(n, [&](int64_t i, int64_t size) {
+    return run_gradient_sums<T, U>(x + i, g + i, size, s.shift, scale.after(i));
+  });
+  return {A(sums.first), A((sums.second - double(s.offset) * sums.first) * double(r))};
 }
 
 // Whether stores past the cache may be used from here on in steps of `step` elements: every vector must be aligned.
@@ -156,7 +169,8 @@ template <class T, class U, bool round_first> struct Rows {
     const Same<A> from(s.shift), rest(s.offset), by(r);
     const A *scale = parameter(job.scale, row), *bias = parameter(job.bias, row);
     if (view.P == 1) {
-      normalize_lines<T, U, round_first, stream, 1>(x + row * n, y, n, 0, 0, from, rest, by, Each<A>{scale}, Each<A>{bias});
+      normalize_lines<T, U, round_first, stream, 1>(x + row * n, y, n, 0, 0, from, rest, by, Each<A>{scale},
+                                                    Each<A>{bias});
       return;
     }
     for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
@@ -218,7 +232,7 @@ template <class T, class U, bool round_first> struct Rows {
     for (int k = 0; k < lines; ++k) {
       const Statistic<A> s = statistic(row + k);
       const A r = rstd<A>(job, s.m2);
-      const auto [h, hx] = run_gradient_sums<T, U>(at_x + k * n, g + k * n, n, s, r, scale);
+      const auto [h, hx] = row_gradient_sums<T, U>(at_x + k * n, g + k * n, n, s, r, scale);
       from[k] = all(s.shift), rest[k] = all(s.offset), by[k] = all(r);
       first[k] = all(job.centered ? h / A(n) : A(0)), second[k] = all(hx / A(n));
     }
@@ -249,7 +263,7 @@ template <class T, class U, bool round_first> struct Rows {
     const A r = rstd<A>(job, s.m2);
     A h = 0, hx = 0;
     for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P) {
-      const auto [of_g, of_gx] = run_gradient_sums<T, U>(x + row * n + at, g + at, view.P, s, r, Same<A>(1));
+      const auto [of_g, of_gx] = row_gradient_sums<T, U>(x + row * n + at, g + at, view.P, s, r, Same<A>(1));
       dscale[d] += of_gx, dbias[d] += of_g;
       h += scale[d] * of_g, hx += scale[d] * of_gx;
     }
@@ -353,7 +367,7 @@ void slab_gradient_sums(const Job& job, const Block& b, const Columns<A>& c, A* 
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
       const Statistic<A> s{c.shift[k], c.offset[k], 0};
-      const auto [of_g, of_gx] = run_gradient_sums<T, U>(x + at, g + at, job.view.P, s, c.r[k], Same<A>(1));
+      const auto [of_g, of_gx] = row_gradient_sums<T, U>(x + at, g + at, job.view.P, s, c.r[k], Same<A>(1));
       total_gx[k] += of_gx, total_g[k] += of_g;
     });
     return;
@@ -391,8 +405,8 @@ void slab_normalize_by(const Job& job, const Block& b, const Columns<A>& c) {
   const auto each = [&](const A* table) { return Each<A>{table + b.begin}; };
   over_lines(job.view, b, [&](int64_t at, auto lines) {
     normalize_lines<T, U, round_first, stream, lines.value>(x + at, y + at, b.end - b.begin, b.step * job.view.line(),
-                                                            b.ahead, each(c.shift), each(c.offset), each(c.r), each(c.scale),
-                                                            each(c.bias));
+                                                            b.ahead, each(c.shift), each(c.offset), each(c.r),
+                                                            each(c.scale), each(c.bias));
   });
 }
 

@@ -99,8 +99,9 @@ template <class A> class Norm {
   static constexpr int64_t cut = 1 << 15;     // elements of a task at least: what its own overhead is small beside
   static constexpr int64_t most = 64;         // tasks at the most, where the cut allows
   static constexpr int64_t width_cut = 512;   // columns of a task: what there is for each stays in the first cache
+  static constexpr int64_t longest = 1024;    // lines of a task: a longer chain of terms that round alike drifts
   static constexpr int64_t far = 2048;        // elements to fetch ahead of a line, which ends and goes on elsewhere
-  static constexpr int64_t samples = 64;      // lines that the shift of a slab is taken from
+  static constexpr int64_t samples = 64;      // lines that the shift of a slab is taken from, by elements of a group
 
   static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -162,7 +163,7 @@ template <class A> class Norm {
     b.columns = view_.P == 1 ? width_cut : std::max<int64_t>(1, 16 * width_cut / view_.P);
     b.columns = std::min(b.columns, view_.columns());
     const int64_t size = std::min(task_size(), int64_t(1) << 18);
-    b.lines = std::min(view_.S, std::max<int64_t>(1, size / (b.columns * view_.P)));
+    b.lines = std::min({view_.S, longest, std::max<int64_t>(1, size / (b.columns * view_.P))});
     b.ahead = parts(far, 4 * view_.line()) * 4 * view_.line();
     b.down = parts(view_.S, b.lines), b.across = parts(view_.columns(), b.columns);
     return b;
@@ -235,7 +236,8 @@ template <class A> class Norm {
     const int64_t run = view_.P == 1 ? 1 : std::min<int64_t>(view_.P, 64);
     const Vector zero(view_.columns());
     Vector total(view_.columns()), square(view_.columns());
-    kernels_.sums(job_, {slab, 0, step, lines, 0, view_.columns(), 0}, run, A(1), zero.data(), total.data(), square.data());
+    const Block some{slab, 0, step, lines, 0, view_.columns(), 0};
+    kernels_.sums(job_, some, run, A(1), zero.data(), total.data(), square.data());
     const std::vector<double> s = by_group(total);
     for (int64_t g = 0; g < view_.G; ++g) shift[g] = A(s[g] / double(lines * run * view_.D));
   }
@@ -264,6 +266,8 @@ template <class A> class Norm {
     return t;
   }
 
+  // From the end, which the pass for the sums has left in the cache. A slab that is one thread's is there wholly: then
+  // that thread's next one is fetched meanwhile.
   template <class Run> void each_block(int64_t slab, const Threads& threads, Run run) {
     Blocks cuts = blocks();
     if (slabs_in_parallel()) cuts.ahead = (per_task(view_.slab()) == 1 ? threads_.count() : 1) * view_.slab();
