@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -111,4 +112,4 @@ def _even(mesh: Mesh, x) -> list[tuple[str, ...]]:
 def _local(call: Call, shape) -> Call:
     """The call as one device sees it, whose part of x has this shape."""
     part = lambda s: None if s is None else tuple(1 if n == 1 else m for n, m in zip(s, shape, strict=True))
-    return Call(call.recipe, call.names, (part(call.wanted[0]), part(call.wanted[1])))
+    return replace(call, wanted=(part(call.wanted[0]), part(call.wanted[1])))

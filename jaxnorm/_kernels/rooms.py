@@ -25,17 +25,18 @@ class Room(NamedTuple):
     missing: Callable[[], str | None]  # why it is not on this machine
     refusal: Callable  # (x, how, dtype, varying axes of parameters) -> why it does not take them, or None. As traced
     takes: Callable  # (call, operands, by default) -> bool. As lowered, of the part of one device
-    forward: Callable  # (call, mesh axes that reduced ones are spread over, Across, *operands) -> y, statistics
+    forward: Callable  # (call, mesh axes that reduced ones are spread over, Across, *operands) -> y, statistics, stream
     backward: Callable  # the same -> dx, gradients of scale and bias
     merges: bool = False  # whether those two know what to do about such mesh axes
     partitions: bool = True  # whether jit can split them over devices: libtpu has no custom_partitioning
+    adds: bool = False  # whether they also add to a residual stream what they normalize; others get the sum
 
 
 def _mosaic(platform: str, module: str, partitions: bool) -> Room:
     about = lambda f: functools.partial(f, module)
     return Room(
         platform, about(mosaic.missing), about(mosaic.refusal), about(mosaic.takes),
-        about(mosaic.forward), about(mosaic.backward), partitions=partitions,
+        about(mosaic.forward), about(mosaic.backward), partitions=partitions, adds=True,
     )  # fmt: skip
 
 
@@ -63,6 +64,10 @@ def refusal(name: str, x, how: Reduction, dtype, scale, bias, mask, weights) -> 
         if p is not None and widest(p.dtype, accumulator(x)) != accumulator(x):
             return f"a parameter of {p.dtype} is wider than the arithmetic for {x.dtype}"
     return room.refusal(x, how, dtype, varying_axes(scale, bias))
+
+
+def adds(name: str | None) -> bool:
+    return name in ROOMS and ROOMS[name].adds
 
 
 def register(primitive: Primitive, kernel: str, formula: Callable, across: Across) -> None:
