@@ -66,17 +66,17 @@ def close(found, want, dtype, size=1.0):
     np.testing.assert_array_less(np.abs(found - want), bound + 1e-30)
 
 
-CASES = [  # rows, columns, dtype, centered, with scale and bias
-    (7, 512, jnp.float32, True, True),
-    (3, 384, jnp.bfloat16, False, True),
-    (1, 128, jnp.bfloat16, True, False),
-    (21, 1024, jnp.bfloat16, True, True),
+CASES = [  # rows, columns, dtype, centered, with scale and bias, dtype of a residual stream
+    (7, 512, jnp.float32, True, True, None),
+    (3, 384, jnp.bfloat16, False, True, None),
+    (1, 128, jnp.bfloat16, True, False, jnp.bfloat16),
+    (21, 1024, jnp.bfloat16, True, True, jnp.float32),
 ]
 
 
-@pytest.mark.parametrize(("rows", "columns", "dtype", "centered", "affine"), CASES)
-def test_kernels_equal_the_oracle(kernels, rows, columns, dtype, centered, affine, rng):
-    check(kernels, rng, rows, columns, dtype, centered, affine, lambda shape: rng.normal(1, 2, shape))
+@pytest.mark.parametrize(("rows", "columns", "dtype", "centered", "affine", "stream"), CASES)
+def test_kernels_equal_the_oracle(kernels, rows, columns, dtype, centered, affine, stream, rng):
+    check(kernels, rng, rows, columns, dtype, centered, affine, stream, lambda shape: rng.normal(1, 2, shape))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -90,20 +90,26 @@ def test_kernels_equal_the_oracle_over_random_shapes(seed):
     rows, columns = int(rng.integers(1, 700)), 128 * int(rng.integers(1, 17))
     dtype = (jnp.float32, jnp.bfloat16)[rng.integers(2)]
     mean = 10.0 ** rng.integers(-2, 3)
-    check(kernels, rng, rows, columns, dtype, bool(rng.integers(2)), bool(rng.integers(2)),
+    stream = (None, jnp.float32, jnp.bfloat16)[rng.integers(3)]
+    check(kernels, rng, rows, columns, dtype, bool(rng.integers(2)), bool(rng.integers(2)), stream,
           lambda shape: rng.normal(mean, 1, shape))  # fmt: skip
 
 
-def check(kernels, rng, rows, columns, dtype, centered, affine, draw):
+def check(kernels, rng, rows, columns, dtype, centered, affine, stream, draw):
     how = Rows(columns, 1e-6, UNIT, centered)
     x, g = (jnp.asarray(a, dtype) for a in (draw((rows, columns)), rng.normal(size=(rows, columns))))
     scale, bias = (rng.normal(size=columns).astype(np.float32) if affine else None for _ in range(2))
-    y, *statistics = kernels.forward(how, dtype, x, *map(as_array, (scale, bias)))
-    found = kernels.backward(how, (True, True), x, *statistics, as_array(scale), g)
+    residual, g_stream = (None if stream is None else jnp.asarray(draw(x.shape), stream) for _ in range(2))
+    y, shift, offset, m2, *new = kernels.forward(how, dtype, x, *map(as_array, (scale, bias)), residual)
+    if stream is not None:
+        x = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(stream)
+        assert new[0].dtype == stream
+        np.testing.assert_array_equal(new[0], x)
+    found = kernels.backward(how, (True, True), x, shift, offset, m2, as_array(scale), g, g_stream)
     y_want, dx, dscale, dbias = truth(how, x, scale, bias, g)
     spread = 1 + np.abs(np.asarray(x, np.float64)).max() / np.asarray(x, np.float64).std()
     close(y, y_want, dtype, spread)
-    close(found[0], dx, dtype, spread)
+    close(found[0], dx if stream is None else dx + np.asarray(g_stream, np.float64), x.dtype, spread)
     close(found[1], dscale, jnp.float32, spread * max(1, rows / 64))
     close(found[2], dbias, jnp.float32, spread * max(1, rows / 64))
     assert not kernels.races()

@@ -32,7 +32,8 @@ _THREADS = 32 * _WARPS  # of a team
 _BLOCKS = 132  # the multiprocessors of an H100 or H200: one block on each
 _IN_FLIGHT = 64 * 1024  # bytes on their way to a multiprocessor, which hide the latency of its memory
 _BARRIERS = 32  # that Mosaic has for one array
-_SHARED = 224 * 1024  # bytes of shared memory that a block may have, the compiler's own left out
+_SHARED = 224 * 1024  # bytes of shared memory that a block may have for rows; 3 KiB are for what is small
+_PARAMS = plgpu.CompilerParams(reduction_scratch_bytes=0)  # the compiler's own: sums are of a warp, which needs none
 
 
 class _Plan(NamedTuple):
@@ -100,10 +101,6 @@ class _Team:
 
         return lax.fori_loop(0, self.rows, step, carry)
 
-    def put(self, ring: int, i, chunk: slice, value: Array):
-        """Have the i-th row hold a value in the place of what arrived; to be read after the next `sum`."""
-        self._rings[ring].at[self._slot(i)][:, chunk] = value
-
     def fetch_after(self, i):
         """Start the copy of a later row, to where the row before the i-th was: once no warp reads that any longer."""
         ahead = i + self.plan.stages - 1
@@ -155,6 +152,10 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
     plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving))
     given = [p for p in (scale, bias) if p is not None]
 
+    def stream(x, residual=None):
+        """What is normalized, by chunks: made anew at each call, as what arrived is read anew."""
+        return x if residual is None else lambda c: (x(c) + residual(c)).astype(arriving[1].dtype).astype(jnp.float32)
+
     def kernel(*refs):
         arrays, refs = refs[: 1 + sums], refs[1 + sums :]
         parameters, refs = refs[: len(given)], refs[len(given) :]
@@ -167,16 +168,14 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
         biases = None if bias is None else next(held)
 
         def one(i, _):
-            x = team.arrived(len(arriving) - 1, i)
-            first = added_to(team, i) if sums else x
+            x = stream(*(team.arrived(ring, i) for ring in range(len(arriving))))
             if how.centered:
-                shift = team.sum(0, i, [first(c) for c in team.chunks]) * (1.0 / columns)
-                first = x
+                shift = team.sum(0, i, [x(c) for c in team.chunks]) * (1.0 / columns)
                 offset = team.sum(1, i, [x(c) - shift for c in team.chunks]) * (1.0 / columns)
                 correction = columns * jnp.square(offset * how.unit)
             else:
                 shift = offset = correction = jnp.float32(0.0)
-            m2 = team.sum(2, i, [jnp.square((first(c) - shift) * how.unit) for c in team.chunks]) - correction
+            m2 = team.sum(2, i, [jnp.square((x(c) - shift) * how.unit) for c in team.chunks]) - correction
             team.fetch_after(i)
             if how.centered:
                 shift, offset, m2 = settled(shift, offset, m2, correction)
@@ -187,20 +186,10 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
                 y = y if scales is None else y * scales[k]
                 y = y if biases is None else y + biases[k]
                 y_ref[team.row(i), :, c] = y.astype(dtype)
+                if sums:
+                    new_ref[team.row(i), :, c] = x(c).astype(new_ref.dtype)
             shift_ref[team.row(i)], offset_ref[team.row(i)], m2_ref[team.row(i)] = shift, offset, m2
             return ()
-
-        def added_to(team: _Team, i):
-            """Writes the new stream and leaves it in the place of the old one; gives it, chunk by chunk."""
-            x, residual = team.arrived(0, i), team.arrived(1, i)
-
-            def new(c):
-                value = (x(c) + residual(c)).astype(new_ref.dtype)
-                new_ref[team.row(i), :, c] = value
-                team.put(1, i, c, value)
-                return value.astype(jnp.float32)
-
-            return new
 
         team.each_row(one, ())
 
@@ -310,6 +299,7 @@ def _kernel(body, plan: _Plan, arriving, sums: int, interpret, out_type, more=()
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=[*rings, partial, *arrived, *more],
         grid=(plan.blocks,), grid_names=("block",), num_threads=plan.teams, thread_name="team", interpret=interpret,
+        compiler_params=_PARAMS,
     )  # fmt: skip
 
 
