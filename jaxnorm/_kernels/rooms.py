@@ -14,7 +14,7 @@ from . import cpu, mosaic
 from .call import Call, varying_axes
 from .cpu import room as native
 from .partition import Across, has_devices, partitioned
-from .varying import unvarying
+from .varying import unsharded, unvarying
 from .xla import Reduction, accumulator, widest
 
 
@@ -86,9 +86,6 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
 
     sharded, can_shard = partitioned(merging, across), has_devices(primitive)
 
-    def lowered(run: Callable, by_default: bool, spread: Call, *operands, call: Call):
-        return list(run(call, *operands) if room.takes(call, operands, by_default) else formula(*operands, call=spread))
-
     def rule(context, *operands, call: Call):
         check_platform(context, call)
         module = context.module_context
@@ -106,10 +103,13 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
             and not (manual and set(manual) != set(where.mesh.axis_names))
             and (alone or can_shard)
         )
-        spread = call if room.platform == "cpu" else by_devices(context, call)
-        run = functools.partial(lowered, sharded.fun if alone else sharded, by_default, spread)
-        context = context.replace(avals_in=[unvarying(kind) for kind in context.avals_in])
-        return mlir.lower_fun(run, multiple_results=True)(context, *operands, call=call)
+        kinds = [unvarying(kind) for kind in context.avals_in]
+        if room.takes(call, kinds, by_default):
+            run = functools.partial(sharded.fun if alone else sharded, call)
+            kinds = [unsharded(kind) for kind in kinds]
+        else:
+            run = functools.partial(formula, call=call if room.platform == "cpu" else by_devices(context, call))
+        return mlir.lower_fun(run, multiple_results=True)(context.replace(avals_in=kinds), *operands)
 
     return rule
 
