@@ -139,8 +139,8 @@ class Fused:
         return tuple(_bind(self._backward_p, recipe, BACKWARD_OF_SUM, *operands, wanted=wanted))
 
     def _backward_jvp(self, recipe: Recipe, wanted, primals, tangents):
-        formula = functools.partial(self._backward_formula, call=Call(recipe, packed(BACKWARD_OF_SUM, primals)[0], wanted))
-        at, along = (packed(BACKWARD_OF_SUM, args)[1] for args in (primals, tangents))
+        (names, at), (_, along) = (packed(BACKWARD_OF_SUM, args) for args in (primals, tangents))
+        formula = functools.partial(self._backward_formula, call=Call(recipe, names, wanted))
         return self._backward(recipe, wanted, *primals), jax.jvp(formula, at, along)[1]
 
 

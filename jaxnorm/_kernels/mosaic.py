@@ -25,7 +25,7 @@ def _loaded(module: str) -> ModuleType | str:
     """The kernels, or why they cannot be had."""
     try:
         return importlib.import_module(f".{module}", __package__)
-    except (ImportError, AttributeError) as error:  # Pallas moves quickly from one version of JAX to the next
+    except (ImportError, AttributeError, TypeError) as error:  # Pallas moves quickly from one version of JAX to the next
         return f"jax {jax.__version__} has not the Pallas that jaxnorm._kernels.{module} was written for: {error}"
 
 
@@ -70,7 +70,7 @@ def forward(module: str, call: Call, names, across, *operands) -> tuple[Array, .
 
 
 def backward(module: str, call: Call, names, across, *operands) -> tuple[Array, ...]:
-    """dx, to which the cotangent of a stream is added where there is one, and the wanted gradients of scale and bias."""
+    """dx, with the cotangent of a stream added where there is one, and those gradients of scale and bias wanted."""
     x, *statistics, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
     how, shape = _static(call, operands)
     scale = _along(x, call.recipe.how.axes, scale)

@@ -160,7 +160,7 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
         arrays, refs = refs[: 1 + sums], refs[1 + sums :]
         parameters, refs = refs[: len(given)], refs[len(given) :]
         y_ref, shift_ref, offset_ref, m2_ref, *refs = refs
-        new_ref, refs = (refs[0], refs[1:]) if sums else (None, refs)
+        new_refs, refs = refs[:sums], refs[sums:]
         rings, partial, arrived = refs[: 1 + sums], refs[1 + sums], refs[2 + sums :]
         team = _Team(plan, rows, columns, arrays, rings, arrived, partial, interpret)
         held = iter([[team.of_memory(ref, chunk) for chunk in team.chunks] for ref in parameters])
@@ -186,7 +186,7 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
                 y = y if scales is None else y * scales[k]
                 y = y if biases is None else y + biases[k]
                 y_ref[team.row(i), :, c] = y.astype(dtype)
-                if sums:
+                for new_ref in new_refs:
                     new_ref[team.row(i), :, c] = x(c).astype(new_ref.dtype)
             shift_ref[team.row(i)], offset_ref[team.row(i)], m2_ref[team.row(i)] = shift, offset, m2
             return ()
@@ -246,7 +246,9 @@ def backward(
             h_mean = team.sum(1, i, [h(c) for c in team.chunks]) * (1.0 / columns) if how.centered else 0.0
             team.fetch_after(i)
             for c in team.chunks:
-                dx = sum((also(c) for also in g_stream), r * (h(c) - h_mean - xhat(c) * hx))
+                dx = r * (h(c) - h_mean - xhat(c) * hx)
+                for other in g_stream:
+                    dx = dx + other(c)
                 dx_ref[team.row(i), :, c] = dx.astype(dx_ref.dtype)
             terms = [lambda c: g(c) * xhat(c)] * wanted[0] + [g] * wanted[1]
             sums = [

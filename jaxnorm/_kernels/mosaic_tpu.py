@@ -68,8 +68,8 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
     With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
     """
     arriving = [x] if residual is None else [x, residual]
-    sums = residual is not None
-    (rows, columns), plan = x.shape, _plan(*x.shape, 2 * sums)
+    sums, (rows, columns) = residual is not None, x.shape
+    plan = _plan(rows, columns, 2 * sums)
     given = [p.reshape(1, columns) for p in (scale, bias) if p is not None]
 
     def kernel(*refs):
@@ -138,8 +138,8 @@ def backward(
     block to block.
     """
     arriving = [x, g] if g_stream is None else [x, g, g_stream]
-    n = len(arriving)
-    (rows, columns), plan = x.shape, _plan(*x.shape, n - 2)
+    n, (rows, columns) = len(arriving), x.shape
+    plan = _plan(rows, columns, n - 2)
     statistics = jnp.stack([shift, offset, m2, *[jnp.zeros_like(m2)] * 5])
     given = [] if scale is None else [scale.reshape(1, columns)]
     count = sum(wanted)
@@ -168,7 +168,9 @@ def backward(
             mean = lambda a: jnp.sum(a, axis=1, keepdims=True) * (1.0 / columns)
             d = h - xhat * mean(h * xhat)
             dx = r * (d - mean(h) if how.centered else d)
-            dx_ref[at, :] = sum((also[at, :].astype(jnp.float32) for also in stream_ref), dx).astype(dx_ref.dtype)
+            for ref in stream_ref:
+                dx = dx + ref[at, :].astype(jnp.float32)
+            dx_ref[at, :] = dx.astype(dx_ref.dtype)
             terms = [g * xhat] * wanted[0] + [g] * wanted[1]
             if rows % plan.rows:  # what lies beyond the last row is anything
                 row = block * plan.rows + i * _GROUP + lax.broadcasted_iota(jnp.int32, (_GROUP, 1), 0)

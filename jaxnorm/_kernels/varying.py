@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
@@ -35,7 +36,7 @@ def unvarying(kind):
 
 def unsharded(kind):
     """A type of an Explicit mesh that says nothing of how jit spreads it: of others Pallas makes no references."""
-    return kind.update(sharding=kind.sharding.update(spec=P(*[None] * kind.ndim)))
+    return kind.update(sharding=NamedSharding(kind.sharding.mesh, P(*[None] * kind.ndim)))
 
 
 def unvarying_result(shape, dtype) -> jax.ShapeDtypeStruct:
