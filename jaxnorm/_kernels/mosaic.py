@@ -25,7 +25,7 @@ def _loaded(module: str) -> ModuleType | str:
     """The kernels, or why they cannot be had."""
     try:
         return importlib.import_module(f".{module}", __package__)
-    except (ImportError, AttributeError, TypeError) as error:  # Pallas moves quickly from one version of JAX to the next
+    except (ImportError, AttributeError, TypeError) as error:  # Pallas moves quickly from one JAX to the next
         return f"jax {jax.__version__} has not the Pallas that jaxnorm._kernels.{module} was written for: {error}"
 
 
