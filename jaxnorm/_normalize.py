@@ -21,9 +21,10 @@ from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype,
 from ._kernels import rooms, xla
 from ._kernels.fused import Fused
 from ._kernels.partition import Across
-from ._kernels.varying import varying_as
+from ._kernels.varying import varying, varying_as
 from ._kernels.xla import Recipe, Statistics, safe, widest
 from ._moments import across, none_for_zero, statistics, statistics_tangent, sum_across, tangent_sums
+from ._stream import added, added_tangent, rounded
 
 Array = jax.Array
 
@@ -81,14 +82,6 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
     return scale.astype(widest(dtype, scale.dtype)) + scale_offset
 
 
-def rounded(y: Array, dtype) -> Array:
-    """y in its own dtype with the precision of `dtype`. An instruction, since XLA may drop a cast there and back."""
-    if jnp.iscomplexobj(y) or jnp.finfo(dtype).bits >= jnp.finfo(y.dtype).bits:
-        return y
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(y, info.nexp, info.nmant)
-
-
 def standardize(
     norm: str, recipe: Recipe, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None, gate=None
 ) -> tuple[Array, Statistics]:
@@ -105,8 +98,28 @@ def standardize(
         return _around(recipe, plain, in_room, x, scale, bias, mask, weights, gate)
     if _takes(norm, recipe, x, scale, bias, mask, weights):
         recipe, scale, bias = _for_room(recipe, x, scale, bias)
-        return _in_room(recipe, x, scale, bias)
+        return _in_room(recipe, x, scale, bias, None)[:2]
     return _by_xla(recipe, x, scale, bias, mask, weights)
+
+
+def standardize_sum(norm: str, recipe: Recipe, x, residual, scale, bias) -> tuple[Array, Array]:
+    """`standardize` of a residual stream with x added to it, and that stream, by a room that does both in one go."""
+    stream = jax.ShapeDtypeStruct(x.shape, residual.dtype)
+    for seen in (x, stream):  # which is refused, or the room takes it: it is named
+        _takes(norm, recipe, seen, scale, bias, None, None)
+    recipe, scale, bias = _for_room(recipe, stream, scale, bias)
+    y, _, new = _in_room(recipe, x, scale, bias, residual)
+    assert new is not None
+    return y, new
+
+
+def sums_within(recipe: Recipe, x, residual, scale, bias, mask) -> bool:
+    """Whether `standardize_sum` is there for this norm."""
+    if mask is not None or recipe.activation is not None:
+        return False
+    of_parameters = frozenset().union(*(varying(p) for p in (scale, bias) if p is not None))
+    # Else the stream, which comes out of one primitive with y, would vary over what only the parameters vary over.
+    return rooms.adds(recipe.room) and of_parameters <= varying(x) | varying(residual)
 
 
 def _takes(norm: str, recipe: Recipe, x, scale, bias, mask, weights) -> bool:
@@ -155,6 +168,7 @@ _fused = Fused(
     tangent=lambda recipe, x, stats, scale, tangents: _output_tangent(
         recipe, x, None, None, stats, scale, (*tangents, None)
     ),
+    added=added,
     across=Across(
         merged=lambda stats, names, unit: across(stats, names, None, unit),
         summed=lambda parts, names: sum_across(parts, names, None),
@@ -163,37 +177,45 @@ _fused = Fused(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _in_room(recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
-    return _fused.forward(recipe, x, scale, bias)
+def _in_room(recipe: Recipe, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
+    """y, the statistics, and, where there is a residual, its sum with x, which is then what y and they are of."""
+    return _fused.forward(recipe, x, scale, bias, residual)
 
 
 @functools.partial(_in_room.defjvp, symbolic_zeros=True)
 def _(recipe, primals, tangents):
-    (y, stats), (dy, _) = _in_room_with_tangent(recipe, primals, none_for_zero(tangents))
-    return (y, stats), (dy, jax.tree.map(jnp.zeros_like, stats))
+    (y, stats, new), _, (dy, dnew) = _in_room_with_tangent(recipe, primals, none_for_zero(tangents))
+    return (y, stats, new), (dy, jax.tree.map(jnp.zeros_like, stats), dnew)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable_in_room(recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
+def _differentiable_in_room(recipe: Recipe, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
     """The same, the statistics with their derivatives: what derivatives of higher order are made of."""
-    return _fused.forward(recipe, x, scale, bias)
+    return _fused.forward(recipe, x, scale, bias, residual)
 
 
 @functools.partial(_differentiable_in_room.defjvp, symbolic_zeros=True)
 def _(recipe, primals, tangents):
-    tangents = none_for_zero(tangents)
-    (y, stats), (dy, still) = _in_room_with_tangent(recipe, primals, tangents)
-    (x, *_), (dx, *_) = primals, tangents
+    (y, stats, new), (x, dx), (dy, dnew) = _in_room_with_tangent(recipe, primals, none_for_zero(tangents))
     of_statistics = jax.checkpoint(functools.partial(statistics_tangent, recipe.how), prevent_cse=False)
-    return (y, stats), (dy, still if dx is None else of_statistics(x, None, None, stats, dx, None))
+    still = jax.tree.map(jnp.zeros_like, stats)
+    return (y, stats, new), (dy, still if dx is None else of_statistics(x, None, None, stats, dx, None), dnew)
 
 
 def _in_room_with_tangent(recipe: Recipe, primals, tangents):
-    x, scale, _ = primals
+    """What the room gives; what is normalized, and its tangent; the tangents of y and of the new stream."""
+    (x, scale, _, residual), (dx, dscale, dbias, dresidual) = primals, tangents
     recipe = replace(recipe, kept=True)
-    y, stats = _differentiable_in_room(recipe, *primals)
-    dy = _fused.tangent(recipe, x, stats, scale, tangents)
-    return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+    y, stats, new = _differentiable_in_room(recipe, *primals)
+    if new is None:
+        dy = _fused.tangent(recipe, x, stats, scale, (dx, dscale, dbias))
+        return (y, stats, None), (x, dx), (varying_as(y, dy), None)
+    dx = added_tangent(residual.dtype, dx, dresidual)
+    if dx is None:
+        dy, dnew = _fused.tangent(recipe, new, stats, scale, (None, dscale, dbias)), jnp.zeros_like(new)
+    else:
+        dy, dnew = _fused.tangent_of_sum(recipe, new, stats, scale, (dx, dscale, dbias))
+    return (y, stats, new), (new, dx), (varying_as(y, dy), varying_as(new, dnew))
 
 
 # --- with an activation or a gate around it, by either ----------------------------------------------------------------
@@ -218,7 +240,7 @@ def _around_differentiable(recipe: Recipe, plain: Recipe, in_room: bool, x, scal
     keep = xla.present(mask, weights)
     u = _activation.before(recipe, x, gate, keep)
     if in_room:
-        z, stats = _differentiable_in_room(plain, u, scale, bias)
+        z, stats, _ = _differentiable_in_room(plain, u, scale, bias, None)
     else:
         stats = statistics(plain.how, u, mask, weights)
         z = _output(plain, u, mask, weights, stats, scale, bias)

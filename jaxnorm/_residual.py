@@ -9,14 +9,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_dtype
-from ._kernels.xla import accumulator, widest
-from ._layer import layer_norm
-from ._normalize import rounded
-from ._rms import rms_norm
+from ._checks import as_float_array, checked_axes, checked_dtype
+from ._rms import checked_cast
+from ._spec import normalize_stream
 
 Array = jax.Array
 
@@ -79,12 +76,13 @@ def add_rms_norm(
     >>> y.round(3).tolist(), stream.tolist()
     ([[1.0, -1.0]], [[2.0, -2.0]])
     """
-    new, out = _added("add_rms_norm", x, residual, dtype)
-    y = rms_norm(
-        new, scale, bias, axis=axis, epsilon=epsilon, scale_offset=scale_offset, cast=cast, activation=activation,
-        mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=out, implementation=implementation,
+    checked_cast("add_rms_norm", cast)
+    return _normalized(
+        "add_rms_norm", x, residual, scale, bias, axis, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
+        centered=False, round_before_scale=cast == "before_scale",
     )  # fmt: skip
-    return y, new
 
 
 def add_layer_norm(
@@ -141,16 +139,14 @@ def add_layer_norm(
     >>> y.round(3).tolist(), stream.tolist()
     ([[-1.0, 1.0]], [[2.0, 6.0]])
     """
-    new, out = _added("add_layer_norm", x, residual, dtype)
-    y = layer_norm(
-        new, scale, bias, axis=axis, epsilon=epsilon, scale_offset=scale_offset, activation=activation, mask=mask,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=out, implementation=implementation,
+    return _normalized(
+        "add_layer_norm", x, residual, scale, bias, axis, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
     )  # fmt: skip
-    return y, new
 
 
-def _added(norm: str, x, residual, dtype) -> tuple[Array, object]:
-    """The stream after x, and the dtype of y."""
+def _normalized(norm: str, x, residual, scale, bias, axis, *, dtype, **options) -> tuple[Array, Array]:
     x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
     residual = as_float_array(norm, residual, what="residual")
     if residual.shape != x.shape:
@@ -164,18 +160,5 @@ def _added(norm: str, x, residual, dtype) -> tuple[Array, object]:
             f"{norm}: a residual of {residual.dtype} cannot hold the sum with a complex x. "
             f"Write residual.astype({x.dtype})."
         )
-    wide = widest(accumulator(x), accumulator(residual))
-    # Rounded by an instruction: XLA may drop a cast there and back, and y would be that of another stream.
-    new = rounded(x.astype(wide) + residual.astype(wide), residual.dtype).astype(residual.dtype)
-    return _written(new), out
-
-
-@jax.custom_jvp
-def _written(stream: Array) -> Array:
-    """The stream behind a barrier: XLA would have every pass of the norm read both its terms in place of it."""
-    return lax.optimization_barrier(stream)
-
-
-@_written.defjvp
-def _(primals, tangents):
-    return _written(*primals), *tangents
+    axes = checked_axes(norm, x.ndim, axis)
+    return normalize_stream(norm, x, residual, scale, bias, axes, axes, dtype=out, **options)

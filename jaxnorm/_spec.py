@@ -17,7 +17,8 @@ from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
 from ._kernels import checked_implementation
 from ._kernels.xla import Recipe, Reduction, widest
 from ._moments import checked_groups
-from ._normalize import Affine, standardize
+from ._normalize import Affine, standardize, standardize_sum, sums_within
+from ._stream import added, together
 
 Array = jax.Array
 Features = int | tuple[int, ...]
@@ -164,15 +165,21 @@ def _kept_rows(mask: Array, x: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def normalize_rows(
-    norm: str, x: Array, scale, bias, axes, feature_axes, *,
+def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **options) -> Array:
+    """A norm by each example's own statistics; the options are those of `normalize_stream`."""
+    return normalize_stream(norm, x, None, scale, bias, axes, feature_axes, **options)[0]
+
+
+def normalize_stream(
+    norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
     centered=True, round_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = lambda a: a,
-) -> Array:  # fmt: skip
-    """A norm by each example's own statistics: arguments checked and brought to x's rank, then `standardize`.
+) -> tuple[Array, Array]:  # fmt: skip
+    """The same of a residual stream with x added to it, and that stream; of x where there is no residual.
 
-    `view` maps x, and what broadcasts against it, to the shape whose `axes` are the ones reduced. A `gate`, which has
-    x's rank, multiplies what it is asked to (`gate_where` is "before" or "after") by its activation.
+    Arguments are checked and brought to x's rank for `standardize`. `view` maps x, and what broadcasts against it, to
+    the shape whose `axes` are the ones reduced. A `gate`, which has x's rank, multiplies what it is asked to
+    (`gate_where` is "before" or "after") by its activation.
     """
     checked_implementation(norm, implementation)
     scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
@@ -180,17 +187,22 @@ def normalize_rows(
     mask = aligned_mask(norm, mask, x.shape)
     mask = None if mask is None else mask.astype(bool)
     out = checked_dtype(norm, dtype, x, scale, bias)
-    of = (x, scale, bias) if gate is None else (gate,)
+    of = (x, residual, scale, bias) if gate is None else (gate,)
     checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
     names = bound_names(axis_name, whole=axis_index_groups is None) or None
-    if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
-        x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
     how = Reduction(axes, centered, axis_name=names, groups=checked_groups(axis_index_groups) if names else None)
     epsilon = checked_epsilon(norm, epsilon)
     more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
-    x_shape = x.shape
+    if residual is not None:
+        x, residual = together(x, residual)
+        if sums_within(recipe, x, residual, scale, bias, mask):
+            return standardize_sum(norm, recipe, x, residual, scale, bias)
+        x = added(x, residual)
+    stream = x
+    if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
+        x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
     x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))
     with bound_axes(norm, axis_name):
         y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)
-    return y.reshape(x_shape)
+    return y.reshape(stream.shape), stream

@@ -1,13 +1,16 @@
 """What programs do on GPUs and TPUs, compiled for them by XLA's own compilers, which need none: counted and bounded."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import benchmarks.compiled as compiled
 import jaxnorm as jn
-from benchmarks.compiled import AXIS, TARGETS, cases, hlo, placed
+from benchmarks.compiled import AXIS, TARGETS, cases, hlo, placed, targets
 
 pytestmark = pytest.mark.compiled
 
@@ -130,9 +133,32 @@ def test_vector_memory_costs_nothing():
 @pytest.mark.parametrize("target", ["h200", "v5e", "v5p", "v6e"])
 @pytest.mark.parametrize("which", ["layer", "rms"])
 def test_kernels_read_every_array_once(which, target):
-    """Forward x and y, backward x, g and dx; the rest is statistics, and the sums for scale and bias."""
-    norm, x, params = norm_of(which, room=f"mosaic_{'gpu' if target == 'h200' else 'tpu'}")
-    found = compiled.passes(norm, needs(target), x, *params, which=["forward", "backward"])
-    assert found["forward"].traffic <= 2.05
-    assert found["backward"].traffic <= 3.15
-    assert found["forward"].temp < 0.1 > found["backward"].temp
+    """Forward x and y, backward x, g and dx; the rest is statistics, and the sums for scale and bias.
+
+    With a residual stream also that, and the new one; backward the cotangent of the new one.
+    """
+    room = f"mosaic_{'gpu' if target == 'h200' else 'tpu'}"
+    norm, x, params = norm_of(which, room)
+    adds = functools.partial(getattr(jn, f"add_{which}_norm"), implementation=room)
+    for f, args, forward, backward in ((norm, params, 2.05, 3.15), (adds, [x, *params], 4.05, 4.15)):
+        found = compiled.passes(f, needs(target), x, *args, which=["forward", "backward"])
+        assert found["forward"].traffic <= forward
+        assert found["backward"].traffic <= backward
+        assert found["forward"].temp < 0.1 > found["backward"].temp
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+def test_kernels_stay_with_their_rows(explicit):
+    """Rows spread over GPUs by jit are moved by nothing: the gradient of scale is summed, and that is all."""
+    mesh = targets.mesh(needs("h200x8"), explicit)
+    at = lambda shape, spec, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    x, scale = at((8192, 1024), P(AXIS), jnp.bfloat16), at((1024,), P(), jnp.float32)
+
+    def both(g, *args):
+        y, vjp = jax.vjp(lambda *args: jn.add_rms_norm(*args, implementation="mosaic_gpu"), *args)
+        return y, vjp(g)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(both).lower((x, x), x, x, scale).compile().as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 2
+    assert hlo.cost(text).collectives == {"all-reduce": 1}

@@ -1,20 +1,25 @@
 """Norms and models compiled for GPUs and TPUs that are not there, counted, and printed as tables in Markdown.
 
-    python -m benchmarks.compiled [--targets NAME ...] [--norms NORM ...] [--parts norms scan stage] [--json PATH]
+    python -m benchmarks.compiled [--targets NAME ...] [--norms NORM ...] [--parts PART ...] [--json PATH]
 
 A cell of the norms is "traffic (kernels)": the bytes that a pass moves from and to main memory, over those of x, which
-is bfloat16. The least is 2 forward and 3 backward for rows, 3 and 5 for batch norm beyond the caches. "keeps" is what
-jax.vjp holds for the backward pass, over x. Whoever's package or compiler is not installed is named and left out.
+is bfloat16. The least is 2 forward and 3 backward for rows, 3 and 5 for batch norm beyond the caches, 4 and 4 for rows
+of a residual stream that is added to first. "keeps" is what jax.vjp holds for the backward pass, over x. Whoever's
+package or compiler is not installed is named and left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+
+import jaxnorm as jn
 
 from . import AXIS, TARGETS, cases, missing, passes, placed, report, residuals
 
@@ -76,6 +81,25 @@ def norms(targets, which) -> list[dict]:
 PASSES = ("inference", "forward", "backward", "forward+backward")
 
 
+def stream(targets, _) -> list[dict]:
+    """A residual stream, added to and normalized, by each room of jaxnorm."""
+    results = []
+    x = jax.ShapeDtypeStruct(cases.NORMS["rms"], jnp.bfloat16)
+    for target in [t for t in targets if t in SINGLE]:
+        rows = []
+        for norm, params in ((jn.add_rms_norm, 1), (jn.add_layer_norm, 2)):
+            for room in [r for r, platforms in cases.ROOMS.items() if TARGETS[target].platform in platforms]:
+                f = functools.partial(norm, implementation=room)
+                args = [x, *[jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)] * params]
+                found = attempt(lambda f=f, args=args, t=target: passes(f, t, x, *args))
+                result = {"norm": norm.__name__, "target": target, "room": room}
+                results.append(result | ({k: v if k == "error" else v.asdict() for k, v in found.items()}))
+                rows.append([norm.__name__, room, *(_cell(found.get(p)) for p in PASSES)])
+        shape = "x".join(map(str, x.shape))
+        _table(f"A residual stream, {shape}, {target}", ["function", "room", *PASSES], rows)
+    return results
+
+
 def scan(targets, _) -> list[dict]:
     """A scan of 12 blocks, forward and backward, the blocks the same but for their norms."""
     results, rows = [], []
@@ -114,7 +138,7 @@ def stage(targets, _) -> list[dict]:
     return results
 
 
-PARTS = {"norms": norms, "scan": scan, "stage": stage}
+PARTS = {"norms": norms, "stream": stream, "scan": scan, "stage": stage}
 
 
 def _cell(found) -> str:

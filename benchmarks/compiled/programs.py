@@ -45,8 +45,9 @@ def report(f: Callable, target: str, *args, unit: int, **jit) -> Report:
 def passes(f: Callable, target: str, x, *params, which: Iterable[str] = PASSES) -> dict[str, Report]:
     """The passes of y = f(x, *params): x and y sharded along their first axis, parameters on every device.
 
-    inference: y alone. forward: y, and what jax.vjp keeps besides its own arguments. backward: from that and a
-    cotangent, the gradients of all arguments. forward+backward: y and the gradients in one program.
+    inference: y alone. forward: y, and what jax.vjp keeps besides its own arguments and y. backward: from that and a
+    cotangent, the gradients of all arguments, one that is of two once. forward+backward: y and the gradients in one
+    program.
     """
     unit = x.size * x.dtype.itemsize // TARGETS[target].devices
     kept = residuals(f, x, *params)
@@ -56,7 +57,7 @@ def passes(f: Callable, target: str, x, *params, which: Iterable[str] = PASSES) 
 
     def both(g, *args):
         y, backward = jax.vjp(f, *args)
-        return y, backward(g)
+        return y, _each_once(backward(g))
 
     made = {
         "inference": lambda: report(f, target, *args, unit=unit),
@@ -73,7 +74,7 @@ class Residuals:
 
     y: Any
     all: list[Any]  # shapes and dtypes
-    forward: Callable  # *args -> y and those that are no arguments
+    forward: Callable  # *args -> y and those that are neither arguments nor in y
     backward: Callable  # all, g -> gradients
 
     @property
@@ -95,17 +96,23 @@ def residuals(f: Callable, *args) -> Residuals:
 
     jaxpr, (y, unique) = jax.make_jaxpr(everything, return_shape=True)(*args)
     tree, places = structure
-    own = _views_of_arguments(jaxpr.jaxpr)
-    news = [isinstance(var, Literal) or var not in own for var in jaxpr.jaxpr.outvars[len(jax.tree.leaves(y)) :]]
+    own, outs = _views_of_arguments(jaxpr.jaxpr), len(jax.tree.leaves(y))
+    own.update(var for var in jaxpr.jaxpr.outvars[:outs] if not isinstance(var, Literal))
+    news = [isinstance(var, Literal) or var not in own for var in jaxpr.jaxpr.outvars[outs:]]
 
     def forward(*args):
         y, unique = everything(*args)
         return y, [a for a, new in zip(unique, news, strict=True) if new]
 
     def backward(unique, g):
-        return jax.tree.unflatten(tree, [unique[i] for i in places])(g)
+        return _each_once(jax.tree.unflatten(tree, [unique[i] for i in places])(g))
 
     return Residuals(y, unique, forward, backward)
+
+
+def _each_once(arrays) -> list:
+    """What a program is to give: an array twice would be copied."""
+    return list({id(a): a for a in jax.tree.leaves(arrays)}.values())
 
 
 def _views_of_arguments(jaxpr) -> set:

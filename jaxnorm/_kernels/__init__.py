@@ -33,7 +33,8 @@ def _not_by_default(name: str) -> str:
     if (missing := room.missing()) is not None:
         return missing
     return (
-        f"Pallas kernels for layer and RMS norm of rows, compiled for {room.platform.upper()} and not yet timed there: "
+        "Pallas kernels for layer and RMS norm of rows, and of a residual stream that they add to, compiled for "
+        f"{room.platform.upper()} and not yet timed there: "
         f"only implementation={name!r} runs them"
     )
 

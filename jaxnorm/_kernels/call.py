@@ -14,9 +14,11 @@ Array = jax.Array
 Shape = tuple[int, ...]
 
 # The operands of the three primitives, in order; an absent one is None. Statistics, scale and bias have x's rank.
+# Those of rooms that add a residual first: backward then gets the stream as x, and that stream's own cotangent.
 FORWARD = ("x", "scale", "bias")
 TANGENT = ("x", "shift", "offset", "m2", "scale", "dx", "dscale", "dbias")
 BACKWARD = ("x", "shift", "offset", "m2", "scale", "g")
+FORWARD_OF_SUM, BACKWARD_OF_SUM = (*FORWARD, "residual"), (*BACKWARD, "g_stream")
 _PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias"})  # these broadcast against x
 
 
@@ -27,6 +29,11 @@ class Call:
     recipe: Recipe
     names: tuple[str, ...]  # of the operands that are there
     wanted: tuple[Shape | None, Shape | None] = (None, None)  # of backward: the shapes of scale and bias, where wanted
+    of_sum: bool = False  # of tangent: x is a residual stream, whose tangent comes out beside that of y
+
+    def of(self, name: str, operands: Sequence) -> Any:
+        """The operand of that name, or None."""
+        return operands[self.names.index(name)] if name in self.names else None
 
     def unpacked(self, operands: Sequence, order: tuple[str, ...]) -> list[Any]:
         """All operands in order, None for those that are absent."""

@@ -4,6 +4,12 @@
     tangent(x, statistics, scale, dx, dscale, dbias) -> dy   linear in the last three
     backward(x, statistics, scale, g) -> dx, dscale, dbias   its transpose
 
+With a residual stream, which rooms that know of none never see, they are those of the norm of a sum:
+
+    forward(x, scale, bias, residual) -> y, shift, offset, m2, new               new = x + residual, rounded
+    tangent(new, statistics, scale, dnew, dscale, dbias) -> dy, dnew             so that the transpose
+    backward(new, statistics, scale, g, g_stream) -> dnew, dscale, dbias         gets the cotangents of both
+
 Their meaning is that of two formulas in plain `jax.numpy`, handed to `Fused`: derivatives of them, other platforms and
 small arrays take the formulas. Kernels run where a room takes the shape, which is decided as a program is lowered.
 What the backward pass keeps is what tangent gets before its last three: x in its own dtype, and row statistics.
@@ -23,7 +29,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .call import BACKWARD, FORWARD, TANGENT, Call, packed
+from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, TANGENT, Call, packed
 from .partition import Across
 from .rooms import by_devices, check_platform, register
 from .varying import varying_as, varying_together
@@ -38,11 +44,12 @@ class Fused:
     Args:
       output: (recipe, x, scale, bias) -> (y, Statistics), one device's.
       tangent: (recipe, x, statistics, scale, (dx, dscale, dbias)) -> dy, linear in the last; None is a tangent of zero.
+      added: (x, residual) -> the new stream.
       across: what merges statistics and sums over mesh axes.
     """
 
-    def __init__(self, output: Callable, tangent: Callable, across: Across):
-        self._output, self._tangent, self._across = output, tangent, across
+    def __init__(self, output: Callable, tangent: Callable, added: Callable, across: Across):
+        self._output, self._tangent, self._added, self._across = output, tangent, added, across
         self._forward_p = self._primitive("norm_forward", self._forward_formula, _forward_types, "forward")
         self._tangent_p = self._primitive("norm_tangent", self._tangent_formula, _tangent_types)
         self._backward_p = self._primitive("norm_backward", self._backward_formula, _backward_types, "backward")
@@ -53,32 +60,44 @@ class Fused:
 
     # --- what is called -----------------------------------------------------------------------------------------------
 
-    def forward(self, recipe: Recipe, x, scale, bias) -> tuple[Array, Statistics]:
-        y, *stats = _bind(self._forward_p, recipe, FORWARD, x, scale, bias)
-        return y, Statistics(_count(recipe, x), *stats)
+    def forward(self, recipe: Recipe, x, scale, bias, residual=None) -> tuple[Array, Statistics, Array | None]:
+        """y, the statistics, and the new stream where there is a residual."""
+        y, shift, offset, m2, *sums = _bind(self._forward_p, recipe, FORWARD_OF_SUM, x, scale, bias, residual)
+        new = sums[0] if sums else None
+        return y, Statistics(_count(recipe, x if new is None else new), shift, offset, m2), new
 
     def tangent(self, recipe: Recipe, x, stats: Statistics, scale, tangents) -> Array:
         return _bind(self._tangent_p, recipe, TANGENT, x, *stats[1:], scale, *tangents)[0]
 
+    def tangent_of_sum(self, recipe: Recipe, new, stats: Statistics, scale, tangents) -> tuple[Array, Array]:
+        """The tangent of y, and that of the new stream, as it comes."""
+        dy, dnew = _bind(self._tangent_p, recipe, TANGENT, new, *stats[1:], scale, *tangents, of_sum=True)
+        return dy, dnew
+
     # --- what they mean -----------------------------------------------------------------------------------------------
 
     def _forward_formula(self, *operands, call: Call):
-        y, stats = self._output(call.recipe, *call.unpacked(operands, FORWARD))
-        return y, *stats[1:]
+        x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
+        x = x if residual is None else self._added(x, residual)
+        y, stats = self._output(call.recipe, x, scale, bias)
+        return y, *stats[1:], *[x] * (residual is not None)
 
     def _tangent_formula(self, *operands, call: Call):
         x, *stats, scale, dx, dscale, dbias = call.unpacked(operands, TANGENT)
         stats = Statistics(_count(call.recipe, x), *stats)
-        return (self._tangent(call.recipe, x, stats, scale, (dx, dscale, dbias)),)
+        dy = self._tangent(call.recipe, x, stats, scale, (dx, dscale, dbias))
+        return (dy, dx) if call.of_sum else (dy,)
 
     def _backward_formula(self, *operands, call: Call):
-        """The transpose of the tangent, by JAX."""
-        x, *stats, scale, g = call.unpacked(operands, BACKWARD)
+        """The transpose of the tangent, by JAX; with that of a stream added to it before it is rounded."""
+        x, *stats, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
         stats = Statistics(_count(call.recipe, x), *stats)
         zeros = lambda shape: None if shape is None else varying_as(x, jnp.zeros(shape, accumulator(x)))
         along = lambda *tangents: self._tangent(call.recipe, x, stats, scale, tangents)
-        gradients = jax.vjp(along, jnp.zeros_like(x), *map(zeros, call.wanted))[1](g)
-        return tuple(d for d in gradients if d is not None)
+        still = jnp.zeros_like(x, None if g_stream is None else accumulator(x))
+        dx, *gradients = jax.vjp(along, still, *map(zeros, call.wanted))[1](g)
+        dx = dx if g_stream is None else (dx + g_stream.astype(dx.dtype)).astype(x.dtype)
+        return dx, *(d for d in gradients if d is not None)
 
     # --- rules --------------------------------------------------------------------------------------------------------
 
@@ -105,29 +124,29 @@ class Fused:
         return self._tangent_p.bind(*primals, call=call), list(jax.jvp(of_moving, pick(primals), pick(tangents))[1])
 
     def _tangent_transpose(self, cotangents, *operands, call: Call):
-        (g,) = cotangents
-        if isinstance(g, ad.Zero):
-            return [None] * len(operands)
+        g, g_stream = (None if isinstance(g, ad.Zero) else g for g in (*cotangents, *[None] * (not call.of_sum)))
         there = dict(zip(call.names, operands, strict=True))
+        if g is None:
+            return [g_stream if name == "dx" and ad.is_undefined_primal(a) else None for name, a in there.items()]
         linear = {n: there[n].aval for n in ("dx", "dscale", "dbias") if ad.is_undefined_primal(there.get(n))}
         wanted = [name for name in ("dscale", "dbias") if name in linear]
         shapes = tuple(linear[n].shape if n in linear else None for n in ("dscale", "dbias"))
         known = [there.get(name) for name in ("x", "shift", "offset", "m2", "scale")]
-        found = dict(zip(["dx", *wanted], self._backward(call.recipe, shapes, *known, g), strict=True))
+        found = dict(zip(["dx", *wanted], self._backward(call.recipe, shapes, *known, g, g_stream), strict=True))
         return [_like(found[name], linear[name]) if name in linear else None for name in call.names]
 
     def _bind_backward(self, recipe: Recipe, wanted, *operands):
-        return tuple(_bind(self._backward_p, recipe, BACKWARD, *operands, wanted=wanted))
+        return tuple(_bind(self._backward_p, recipe, BACKWARD_OF_SUM, *operands, wanted=wanted))
 
     def _backward_jvp(self, recipe: Recipe, wanted, primals, tangents):
-        formula = functools.partial(self._backward_formula, call=Call(recipe, packed(BACKWARD, primals)[0], wanted))
-        at, along = (packed(BACKWARD, args)[1] for args in (primals, tangents))
+        (names, at), (_, along) = (packed(BACKWARD_OF_SUM, args) for args in (primals, tangents))
+        formula = functools.partial(self._backward_formula, call=Call(recipe, names, wanted))
         return self._backward(recipe, wanted, *primals), jax.jvp(formula, at, along)[1]
 
 
-def _bind(primitive: Primitive, recipe: Recipe, order, *operands, wanted=(None, None)) -> list[Array]:
+def _bind(primitive: Primitive, recipe: Recipe, order, *operands, **static) -> list[Array]:
     names, there = packed(order, operands)
-    return primitive.bind(*varying_together(*there), call=Call(recipe, names, wanted))
+    return primitive.bind(*varying_together(*there), call=Call(recipe, names, **static))
 
 
 def _batched(primitive: Primitive, operands, dims, *, call: Call):
@@ -178,13 +197,16 @@ def _typed(x, shape: tuple[int, ...], dtype):
     return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(x.sharding.mesh, spec))
 
 
-def _forward_types(x, *rest, call: Call):
+def _forward_types(*operands, call: Call):
+    x, residual = call.of("x", operands), call.of("residual", operands)
     reduced = tuple(1 if a in call.recipe.how.axes else n for a, n in enumerate(x.shape))
-    return [_typed(x, x.shape, call.recipe.dtype), *[_typed(x, reduced, accumulator(x))] * 3]
+    new = x if residual is None else _typed(x, x.shape, residual.dtype)
+    statistics = [_typed(x, reduced, accumulator(new))] * 3
+    return [_typed(x, x.shape, call.recipe.dtype), *statistics, *[new] * (residual is not None)]
 
 
 def _tangent_types(x, *rest, call: Call):
-    return [_typed(x, x.shape, call.recipe.dtype)]
+    return [_typed(x, x.shape, call.recipe.dtype), *[_typed(x, x.shape, x.dtype)] * call.of_sum]
 
 
 def _backward_types(x, *rest, call: Call):

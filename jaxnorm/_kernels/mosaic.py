@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from .call import BACKWARD, FORWARD, Call
+from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, Call
 from .rows import Rows, rows_of
 from .xla import Reduction, accumulator
 
@@ -25,7 +25,7 @@ def _loaded(module: str) -> ModuleType | str:
     """The kernels, or why they cannot be had."""
     try:
         return importlib.import_module(f".{module}", __package__)
-    except (ImportError, AttributeError) as error:  # Pallas moves quickly from one version of JAX to the next
+    except (ImportError, AttributeError, TypeError) as error:  # Pallas moves quickly from one JAX to the next
         return f"jax {jax.__version__} has not the Pallas that jaxnorm._kernels.{module} was written for: {error}"
 
 
@@ -52,27 +52,34 @@ def takes(module: str, call: Call, operands, by_default: bool) -> bool:
     if call.recipe.room != module:
         return False
     shape = rows_of(x.shape, how.axes, call.varying(operands))
-    return shape is not None and _kernels(module).refusal(shape, *(a.dtype for a in (x, operands[-1]))) is None
+    dtypes = (a.dtype for a in operands if a.shape == x.shape)
+    return shape is not None and _kernels(module).refusal(shape, *dtypes) is None
 
 
 def forward(module: str, call: Call, names, across, *operands) -> tuple[Array, ...]:
-    """y and the statistics, of rows that are whole on this device."""
-    x, scale, bias = call.unpacked(operands, FORWARD)
+    """y and the statistics, of rows that are whole on this device, and the new stream where there is a residual."""
+    x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
     how, shape = _static(call, operands)
     along = functools.partial(_along, x, call.recipe.how.axes)
-    y, *statistics = _kernels(module).forward(how, call.recipe.dtype, x.reshape(shape), along(scale), along(bias))
+    residual = None if residual is None else residual.reshape(shape)
+    y, shift, offset, m2, *new = _kernels(module).forward(
+        how, call.recipe.dtype, x.reshape(shape), along(scale), along(bias), residual
+    )
     kept = tuple(1 if a in call.recipe.how.axes else n for a, n in enumerate(x.shape))
-    return y.reshape(x.shape), *(s.reshape(kept) for s in statistics)
+    return y.reshape(x.shape), *(s.reshape(kept) for s in (shift, offset, m2)), *(a.reshape(x.shape) for a in new)
 
 
 def backward(module: str, call: Call, names, across, *operands) -> tuple[Array, ...]:
-    """dx, and those gradients of scale and bias that are wanted."""
-    x, *statistics, scale, g = call.unpacked(operands, BACKWARD)
+    """dx, with the cotangent of a stream added where there is one, and those gradients of scale and bias wanted."""
+    x, *statistics, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
     how, shape = _static(call, operands)
     scale = _along(x, call.recipe.how.axes, scale)
     statistics = (s.reshape(shape[0]) for s in statistics)
     wanted = tuple(s is not None for s in call.wanted)
-    dx, *gradients = _kernels(module).backward(how, wanted, x.reshape(shape), *statistics, scale, g.reshape(shape))
+    g_stream = None if g_stream is None else g_stream.reshape(shape)
+    dx, *gradients = _kernels(module).backward(
+        how, wanted, x.reshape(shape), *statistics, scale, g.reshape(shape), g_stream
+    )
     full = tuple(n if a in call.recipe.how.axes else 1 for a, n in enumerate(x.shape))
     summed = lambda d, shape: d.reshape(full).sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
     return dx.reshape(x.shape), *map(summed, gradients, [s for s in call.wanted if s is not None])

@@ -1,5 +1,7 @@
 """The Mosaic GPU room: layer and RMS norm of rows in Pallas, for Hopper and newer. Every array is read once.
 
+The norm may be that of a residual stream with x added to it: then the stream is written on the way.
+
 A team of 128 threads (a warpgroup) takes a row: its copy to shared memory is under way while the rows before it are at
 work, its sums are made in registers, and it goes back to memory once. A block of teams stays on its multiprocessor and
 walks over the rows, so that scale and bias, or the sums for their gradients, stay in registers all the while.
@@ -30,7 +32,8 @@ _THREADS = 32 * _WARPS  # of a team
 _BLOCKS = 132  # the multiprocessors of an H100 or H200: one block on each
 _IN_FLIGHT = 64 * 1024  # bytes on their way to a multiprocessor, which hide the latency of its memory
 _BARRIERS = 32  # that Mosaic has for one array
-_SHARED = 224 * 1024  # bytes of shared memory that a block may have, the compiler's own left out
+_SHARED = 224 * 1024  # bytes of shared memory that a block may have for rows; 3 KiB are for what is small
+_PARAMS = plgpu.CompilerParams(reduction_scratch_bytes=0)  # the compiler's own: sums are of a warp, which needs none
 
 
 class _Plan(NamedTuple):
@@ -138,22 +141,34 @@ class _Team:
         return (a + b) + (c + d)
 
 
-def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None, interpret: Any = None):
-    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32."""
+def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = None):
+    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32.
+
+    With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
+    """
     rows, columns = x.shape
-    plan = _plan(rows, columns, columns * x.dtype.itemsize)
+    arriving = [x] if residual is None else [x, residual]
+    sums = residual is not None
+    plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving))
     given = [p for p in (scale, bias) if p is not None]
 
-    def kernel(x_ref, *refs):
+    def stream(x, residual=None):
+        """What is normalized, by chunks: made anew at each call, as what arrived is read anew."""
+        return x if residual is None else lambda c: (x(c) + residual(c)).astype(arriving[1].dtype).astype(jnp.float32)
+
+    def kernel(*refs):
+        arrays, refs = refs[: 1 + sums], refs[1 + sums :]
         parameters, refs = refs[: len(given)], refs[len(given) :]
-        y_ref, shift_ref, offset_ref, m2_ref, ring, partial, arrived = refs
-        team = _Team(plan, rows, columns, [x_ref], [ring], [arrived], partial, interpret)
+        y_ref, shift_ref, offset_ref, m2_ref, *refs = refs
+        new_refs, refs = refs[:sums], refs[sums:]
+        rings, partial, arrived = refs[: 1 + sums], refs[1 + sums], refs[2 + sums :]
+        team = _Team(plan, rows, columns, arrays, rings, arrived, partial, interpret)
         held = iter([[team.of_memory(ref, chunk) for chunk in team.chunks] for ref in parameters])
         scales = None if scale is None else next(held)
         biases = None if bias is None else next(held)
 
         def one(i, _):
-            x = team.arrived(0, i)
+            x = stream(*(team.arrived(ring, i) for ring in range(len(arriving))))
             if how.centered:
                 shift = team.sum(0, i, [x(c) for c in team.chunks]) * (1.0 / columns)
                 offset = team.sum(1, i, [x(c) - shift for c in team.chunks]) * (1.0 / columns)
@@ -171,43 +186,48 @@ def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None,
                 y = y if scales is None else y * scales[k]
                 y = y if biases is None else y + biases[k]
                 y_ref[team.row(i), :, c] = y.astype(dtype)
+                for new_ref in new_refs:
+                    new_ref[team.row(i), :, c] = x(c).astype(new_ref.dtype)
             shift_ref[team.row(i)], offset_ref[team.row(i)], m2_ref[team.row(i)] = shift, offset, m2
             return ()
 
         team.each_row(one, ())
 
-    y, *statistics = _kernel(
-        kernel, plan, [x], 3, interpret,
-        [unvarying_result(_quartered(x).shape, dtype), *[unvarying_result((rows,), jnp.float32)] * 3],
-    )(_quartered(x), *map(_quartered, given))  # fmt: skip
-    return y.reshape(x.shape), *statistics
+    shape = _quartered(x).shape
+    results = [unvarying_result(shape, dtype), *[unvarying_result((rows,), jnp.float32)] * 3]
+    results += [unvarying_result(shape, a.dtype) for a in arriving[1:]]
+    run = _kernel(kernel, plan, arriving, 3, interpret, results)
+    y, shift, offset, m2, *new = run(*map(_quartered, arriving), *map(_quartered, given))
+    return y.reshape(x.shape), shift, offset, m2, *(a.reshape(x.shape) for a in new)
 
 
-def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, interpret: Any = None):
+def backward(
+    how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, g_stream=None, interpret: Any = None
+):
     """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
 
-    dx = r (h - mean(h) - xhat mean(h xhat)), h = g scale. Blocks leave their sums for scale and bias in a row each.
+    dx = r (h - mean(h) - xhat mean(h xhat)) + g_stream, h = g scale. Blocks leave their sums for scale and bias in a
+    row each.
     """
     rows, columns = x.shape
-    parameter = columns * 4
-    fixed = parameter * ((scale is not None) + any(wanted))
-    plan = _plan(rows, columns, columns * (x.dtype.itemsize + g.dtype.itemsize), fixed)
+    arriving = [x, g] if g_stream is None else [x, g, g_stream]
+    n = len(arriving)
+    plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving), columns * 4)
     given = [] if scale is None else [_quartered(scale)]
     count = sum(wanted)
 
-    def kernel(x_ref, g_ref, shift_ref, offset_ref, m2_ref, *refs):
+    def kernel(*refs):
+        arrays, (shift_ref, offset_ref, m2_ref, *refs) = refs[:n], refs[n:]
         scale_ref, refs = (refs[0], refs[1:]) if given else (None, refs)
         dx_ref, (sums_refs, refs) = refs[0], (refs[1 : 1 + count], refs[1 + count :])
-        x_ring, g_ring, partial, x_arrived, g_arrived, *refs = refs
-        team = _Team(plan, rows, columns, [x_ref, g_ref], [x_ring, g_ring], [x_arrived, g_arrived], partial, interpret)
-        together, *refs = refs
-        scale_smem, block_sums = refs[0], refs[-1]  # where they are there
+        rings, partial, arrived, (together, shared) = refs[:n], refs[n], refs[n + 1 : -2], refs[-2:]
+        team = _Team(plan, rows, columns, arrays, rings, arrived, partial, interpret)
         if given:
 
             @pl.when(team.team == 0)
             def _():
                 for c in team.chunks:
-                    scale_smem[:, c] = team.of_memory(scale_ref, c)
+                    shared[:, c] = team.of_memory(scale_ref, c)
 
             _all_teams(together)
 
@@ -219,14 +239,17 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
             (shift, offset, m2), sums = carry
             following = statistics(i + 1)  # under way while this row is at work
             r = rsqrt(how, m2)
-            x, g = team.arrived(0, i), team.arrived(1, i)
+            x, g, *g_stream = (team.arrived(ring, i) for ring in range(n))
             xhat = lambda c: xhat_of(x(c), shift, offset, r)
-            h = lambda c: g(c) * team.shared(scale_smem, c) if given else g(c)
+            h = lambda c: g(c) * team.shared(shared, c) if given else g(c)
             hx = team.sum(0, i, [h(c) * xhat(c) for c in team.chunks]) * (1.0 / columns)
             h_mean = team.sum(1, i, [h(c) for c in team.chunks]) * (1.0 / columns) if how.centered else 0.0
             team.fetch_after(i)
             for c in team.chunks:
-                dx_ref[team.row(i), :, c] = (r * (h(c) - h_mean - xhat(c) * hx)).astype(dx_ref.dtype)
+                dx = r * (h(c) - h_mean - xhat(c) * hx)
+                for other in g_stream:
+                    dx = dx + other(c)
+                dx_ref[team.row(i), :, c] = dx.astype(dx_ref.dtype)
             terms = [lambda c: g(c) * xhat(c)] * wanted[0] + [g] * wanted[1]
             sums = [
                 [total + term(c) for total, c in zip(totals, team.chunks, strict=True)]
@@ -237,16 +260,15 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
         zero = jnp.float32(0.0)
         first = lax.cond(team.rows > 0, lambda: statistics(0), lambda: (zero, zero, zero))
         _, sums = team.each_row(one, (first, [[team.zeros() for _ in team.chunks]] * count))
+        _all_teams(together)  # none needs the scale any longer: the sums take its place
         for sums_ref, totals in zip(sums_refs, sums, strict=True):
-            _sum_over_teams(team, together, block_sums, totals, sums_ref)
+            _sum_over_teams(team, together, shared, totals, sums_ref)
 
     shapes = [unvarying_result(_quartered(x).shape, x.dtype)]
     shapes += [unvarying_result((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
-    shared = plgpu.SMEM((_WARPS, columns // _WARPS), jnp.float32)
-    more = [plgpu.Barrier(num_arrivals=plan.teams), *[shared] * max(1, len(given) + any(wanted))]
-    dx, *sums = _kernel(kernel, plan, [x, g], 2, interpret, shapes, more)(
-        _quartered(x), _quartered(g), shift, offset, m2, *given
-    )
+    more = [plgpu.Barrier(num_arrivals=plan.teams), plgpu.SMEM((_WARPS, columns // _WARPS), jnp.float32)]
+    run = _kernel(kernel, plan, arriving, 2, interpret, shapes, more)
+    dx, *sums = run(*map(_quartered, arriving), shift, offset, m2, *given)
     return dx.reshape(x.shape), *(s.sum(0).reshape(columns) for s in sums)
 
 
@@ -279,6 +301,7 @@ def _kernel(body, plan: _Plan, arriving, sums: int, interpret, out_type, more=()
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=[*rings, partial, *arrived, *more],
         grid=(plan.blocks,), grid_names=("block",), num_threads=plan.teams, thread_name="team", interpret=interpret,
+        compiler_params=_PARAMS,
     )  # fmt: skip
 
 

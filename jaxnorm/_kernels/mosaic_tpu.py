@@ -1,5 +1,7 @@
 """The Mosaic TPU room: layer and RMS norm of rows in Pallas. Every array is read once.
 
+The norm may be that of a residual stream with x added to it: then the stream is written on the way.
+
 A block of rows is in VMEM while its neighbours are on their way; inside it, groups of rows that fit the registers are
 done one after the other. Statistics leave and arrive along lanes, (8, R), three of the eight rows in use: a column of
 them would be padded to 128 lanes in memory.
@@ -35,11 +37,12 @@ class _Plan(NamedTuple):
     limit: int  # bytes of VMEM asked for
 
 
-def _plan(rows: int, columns: int) -> _Plan:
-    vmem = _vmem()
-    block = min(_BLOCK, vmem // _COPIES)
+def _plan(rows: int, columns: int, more: int = 0) -> _Plan:
+    """A plan for so many arrays more than a norm alone has."""
+    vmem, copies = _vmem(), _COPIES + 2 * more
+    block = min(_BLOCK, vmem // copies)
     taken = max(_LANES, block // (4 * columns) // _LANES * _LANES)
-    return _Plan(taken, min(vmem, max(_SMALLEST_VMEM, _COPIES * 4 * columns * taken)))
+    return _Plan(taken, min(vmem, max(_SMALLEST_VMEM, copies * 4 * columns * taken)))
 
 
 def _vmem() -> int:
@@ -59,13 +62,19 @@ def refusal(shape: tuple[int, int], *dtypes) -> str | None:
     return f"arrays are float32 or bfloat16: got {', '.join(wrong)}" if wrong else None
 
 
-def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None, interpret: Any = False):
-    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32."""
-    (rows, columns), plan = x.shape, _plan(*x.shape)
+def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = False):
+    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32.
+
+    With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
+    """
+    arriving = [x] if residual is None else [x, residual]
+    sums, (rows, columns) = residual is not None, x.shape
+    plan = _plan(rows, columns, 2 * sums)
     given = [p.reshape(1, columns) for p in (scale, bias) if p is not None]
 
-    def kernel(x_ref, *refs):
-        parameters, (y_ref, stats_ref, stats) = refs[: len(given)], refs[len(given) :]
+    def kernel(*refs):
+        (x_ref, *residual_ref), refs = refs[: 1 + sums], refs[1 + sums :]
+        parameters, (y_ref, stats_ref, *new_ref, stats) = refs[: len(given)], refs[len(given) :]
         held = iter(parameters)
         scale_ref = None if scale is None else next(held)
         bias_ref = None if bias is None else next(held)
@@ -73,6 +82,10 @@ def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None,
         def group(i, _):
             at = pl.ds(pl.multiple_of(i * _GROUP, _GROUP), _GROUP)
             x = x_ref[at, :].astype(jnp.float32)
+            for old, new in zip(residual_ref, new_ref, strict=True):
+                stream = (x + old[at, :].astype(jnp.float32)).astype(new.dtype)
+                new[at, :] = stream
+                x = stream.astype(jnp.float32)
             shift, offset, m2 = _statistics(how, x)
             y = xhat_of(x, shift, offset, rsqrt(how, m2))
             y = y.astype(dtype).astype(jnp.float32) if how.round_first else y
@@ -88,18 +101,19 @@ def forward(how: Rows, dtype, x: Array, scale: Array | None, bias: Array | None,
             lanes = slice(k * _LANES, (k + 1) * _LANES)
             stats_ref[:, lanes] = stats[lanes, :].T[:8]
 
-    y, statistics = pl.pallas_call(
+    new = [unvarying_result(x.shape, a.dtype) for a in arriving[1:]]
+    y, statistics, *new = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, plan.rows),),
-        in_specs=[_block(plan, columns), *[_whole(columns)] * len(given)],
-        out_specs=[_block(plan, columns), _along_lanes(plan)],
-        out_shape=[unvarying_result(x.shape, dtype), unvarying_result((8, rows), jnp.float32)],
+        in_specs=[*[_block(plan, columns)] * len(arriving), *[_whole(columns)] * len(given)],
+        out_specs=[_block(plan, columns), _along_lanes(plan), *[_block(plan, columns)] * len(new)],
+        out_shape=[unvarying_result(x.shape, dtype), unvarying_result((8, rows), jnp.float32), *new],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.limit),
         interpret=interpret,
         name="norm_forward",
-    )(x, *given)
-    return y, statistics[0], statistics[1], statistics[2]
+    )(*arriving, *given)
+    return y, statistics[0], statistics[1], statistics[2], *new
 
 
 def _statistics(how: Rows, x: Array) -> tuple[Array, Array, Array]:
@@ -115,17 +129,23 @@ def _statistics(how: Rows, x: Array) -> tuple[Array, Array, Array]:
     return settled(shift, offset, m2, correction)
 
 
-def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, interpret: Any = False):
+def backward(
+    how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, g_stream=None, interpret: Any = False
+):
     """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
 
-    dx = r (h - mean(h) - xhat mean(h xhat)), h = g scale. The sums for scale and bias stay in VMEM from block to block.
+    dx = r (h - mean(h) - xhat mean(h xhat)) + g_stream, h = g scale. The sums for scale and bias stay in VMEM from
+    block to block.
     """
-    (rows, columns), plan = x.shape, _plan(*x.shape)
+    arriving = [x, g] if g_stream is None else [x, g, g_stream]
+    n, (rows, columns) = len(arriving), x.shape
+    plan = _plan(rows, columns, n - 2)
     statistics = jnp.stack([shift, offset, m2, *[jnp.zeros_like(m2)] * 5])
     given = [] if scale is None else [scale.reshape(1, columns)]
     count = sum(wanted)
 
-    def kernel(x_ref, g_ref, stats_ref, *refs):
+    def kernel(*refs):
+        (x_ref, g_ref, *stream_ref), (stats_ref, *refs) = refs[:n], refs[n:]
         scale_ref, refs = (refs[0], refs[1:]) if given else (None, refs)
         dx_ref, sums_refs, (stats,) = refs[0], refs[1 : 1 + count], refs[1 + count :]
         block = pl.program_id(0)
@@ -147,7 +167,10 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
             h = g if scale_ref is None else g * scale_ref[...]
             mean = lambda a: jnp.sum(a, axis=1, keepdims=True) * (1.0 / columns)
             d = h - xhat * mean(h * xhat)
-            dx_ref[at, :] = (r * (d - mean(h) if how.centered else d)).astype(dx_ref.dtype)
+            dx = r * (d - mean(h) if how.centered else d)
+            for ref in stream_ref:
+                dx = dx + ref[at, :].astype(jnp.float32)
+            dx_ref[at, :] = dx.astype(dx_ref.dtype)
             terms = [g * xhat] * wanted[0] + [g] * wanted[1]
             if rows % plan.rows:  # what lies beyond the last row is anything
                 row = block * plan.rows + i * _GROUP + lax.broadcasted_iota(jnp.int32, (_GROUP, 1), 0)
@@ -162,14 +185,14 @@ def backward(how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, 
     dx, *sums = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, plan.rows),),
-        in_specs=[_block(plan, columns), _block(plan, columns), _along_lanes(plan), *[_whole(columns)] * len(given)],
+        in_specs=[*[_block(plan, columns)] * n, _along_lanes(plan), *[_whole(columns)] * len(given)],
         out_specs=[_block(plan, columns), *[eighth] * count],
         out_shape=[unvarying_result(x.shape, x.dtype), *[unvarying_result((8, columns), jnp.float32)] * count],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=plan.limit),
         interpret=interpret,
         name="norm_backward",
-    )(x, g, statistics, *given)
+    )(*arriving, statistics, *given)
     return dx, *(s.sum(0) for s in sums)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -58,6 +61,7 @@ def partitioned(room: Callable, across: Across) -> custom_partitioning:
         placed = lambda shape: NamedSharding(mesh, P(*(None if n == 1 else spec[a] for a, n in enumerate(shape))))
         wanted = [s for s in call.wanted if s is not None]
 
+        @alone
         def local(*parts):
             out = list(room(_local(call, parts[0].shape), names(call.recipe.how.axes), across, *parts))
             for i, shape in enumerate(wanted, len(out) - len(wanted)):  # what replicated parameters need of all devices
@@ -77,6 +81,17 @@ def partitioned(room: Callable, across: Across) -> custom_partitioning:
     # Shardings come as they are: JAX's own decoding of them knows no part of a mesh axis.
     function.def_partition(partition=partition, sharding_rule=rule, decode_shardings=False)
     return function
+
+
+def alone(f: Callable) -> Callable:
+    """f without the mesh in use: an Explicit one would put its shardings into what one device does, sums included."""
+
+    @functools.wraps(f)
+    def run(*args):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return f(*args)
+
+    return run
 
 
 def _fine(mesh) -> Mesh:
@@ -111,4 +126,4 @@ def _even(mesh: Mesh, x) -> list[tuple[str, ...]]:
 def _local(call: Call, shape) -> Call:
     """The call as one device sees it, whose part of x has this shape."""
     part = lambda s: None if s is None else tuple(1 if n == 1 else m for n, m in zip(s, shape, strict=True))
-    return Call(call.recipe, call.names, (part(call.wanted[0]), part(call.wanted[1])))
+    return replace(call, wanted=(part(call.wanted[0]), part(call.wanted[1])))

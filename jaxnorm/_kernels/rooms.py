@@ -14,7 +14,7 @@ from . import cpu, mosaic
 from .call import Call, varying_axes
 from .cpu import room as native
 from .partition import Across, has_devices, partitioned
-from .varying import unvarying
+from .varying import unsharded, unvarying
 from .xla import Reduction, accumulator, widest
 
 
@@ -25,17 +25,18 @@ class Room(NamedTuple):
     missing: Callable[[], str | None]  # why it is not on this machine
     refusal: Callable  # (x, how, dtype, varying axes of parameters) -> why it does not take them, or None. As traced
     takes: Callable  # (call, operands, by default) -> bool. As lowered, of the part of one device
-    forward: Callable  # (call, mesh axes that reduced ones are spread over, Across, *operands) -> y, statistics
+    forward: Callable  # (call, mesh axes that reduced ones are spread over, Across, *operands) -> y, statistics, stream
     backward: Callable  # the same -> dx, gradients of scale and bias
     merges: bool = False  # whether those two know what to do about such mesh axes
     partitions: bool = True  # whether jit can split them over devices: libtpu has no custom_partitioning
+    adds: bool = False  # whether they also add to a residual stream what they normalize; others get the sum
 
 
 def _mosaic(platform: str, module: str, partitions: bool) -> Room:
     about = lambda f: functools.partial(f, module)
     return Room(
         platform, about(mosaic.missing), about(mosaic.refusal), about(mosaic.takes),
-        about(mosaic.forward), about(mosaic.backward), partitions=partitions,
+        about(mosaic.forward), about(mosaic.backward), partitions=partitions, adds=True,
     )  # fmt: skip
 
 
@@ -65,6 +66,10 @@ def refusal(name: str, x, how: Reduction, dtype, scale, bias, mask, weights) -> 
     return room.refusal(x, how, dtype, varying_axes(scale, bias))
 
 
+def adds(name: str | None) -> bool:
+    return name in ROOMS and ROOMS[name].adds
+
+
 def register(primitive: Primitive, kernel: str, formula: Callable, across: Across) -> None:
     """Lower `primitive` to the `kernel` ("forward" or "backward") of each room that takes a call, else to `formula`."""
     for room in ROOMS.values():
@@ -80,9 +85,6 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
         return kernel(call, names, across, *operands)
 
     sharded, can_shard = partitioned(merging, across), has_devices(primitive)
-
-    def lowered(run: Callable, by_default: bool, spread: Call, *operands, call: Call):
-        return list(run(call, *operands) if room.takes(call, operands, by_default) else formula(*operands, call=spread))
 
     def rule(context, *operands, call: Call):
         check_platform(context, call)
@@ -101,10 +103,13 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
             and not (manual and set(manual) != set(where.mesh.axis_names))
             and (alone or can_shard)
         )
-        spread = call if room.platform == "cpu" else by_devices(context, call)
-        run = functools.partial(lowered, sharded.fun if alone else sharded, by_default, spread)
-        context = context.replace(avals_in=[unvarying(kind) for kind in context.avals_in])
-        return mlir.lower_fun(run, multiple_results=True)(context, *operands, call=call)
+        kinds = [unvarying(kind) for kind in context.avals_in]
+        if room.takes(call, kinds, by_default):
+            run = functools.partial(sharded.fun if alone else sharded, call)
+            kinds = [unsharded(kind) for kind in kinds]
+        else:
+            run = functools.partial(formula, call=call if room.platform == "cpu" else by_devices(context, call))
+        return mlir.lower_fun(run, multiple_results=True)(context.replace(avals_in=kinds), *operands)
 
     return rule
 

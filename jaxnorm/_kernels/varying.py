@@ -1,9 +1,11 @@
-"""What shard_map's types ask for: which manual mesh axes a value varies over, and making values agree on it."""
+"""What the types of shard_map and of Explicit meshes ask for: above all which manual axes a value varies over."""
 
 from __future__ import annotations
 
 import jax
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 
@@ -30,6 +32,11 @@ def unvarying(kind):
     if hasattr(kind, "manual_axis_type"):
         return kind.update(manual_axis_type=type(kind.manual_axis_type)())
     return kind.update(vma=frozenset()) if hasattr(kind, "vma") else kind
+
+
+def unsharded(kind):
+    """A type of an Explicit mesh that says nothing of how jit spreads it: of others Pallas makes no references."""
+    return kind.update(sharding=NamedSharding(kind.sharding.mesh, P(*[None] * kind.ndim)))
 
 
 def unvarying_result(shape, dtype) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,65 @@
+"""The residual stream: a sum that is rounded to its own dtype, and an array of its own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._kernels.varying import varying_together
+from ._kernels.xla import accumulator, widest
+from ._moments import none_for_zero
+
+Array = jax.Array
+
+
+def rounded(y: Array, dtype) -> Array:
+    """y in its own dtype with the precision of `dtype`. An instruction, since XLA may drop a cast there and back."""
+    if jnp.iscomplexobj(y) or jnp.finfo(dtype).bits >= jnp.finfo(y.dtype).bits:
+        return y
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(y, info.nexp, info.nmant)
+
+
+def together(x: Array, residual: Array) -> tuple[Array, Array]:
+    """Both with what the types of shard_map and of Explicit meshes say of their sum."""
+    x, residual = varying_together(x, residual)
+    if jax.typeof(x).sharding == jax.typeof(residual).sharding:
+        return x, residual
+    sharding = jax.typeof(jnp.zeros_like(x, jnp.float32) + jnp.zeros_like(residual, jnp.float32)).sharding
+    return jax.sharding.reshard(x, sharding), jax.sharding.reshard(residual, sharding)
+
+
+@jax.custom_jvp
+def added(x: Array, residual: Array) -> Array:
+    """x + residual in float32 or wider, rounded once to residual's dtype, and written. They are `together`.
+
+    Behind a barrier: XLA would have every pass of a norm that follows read both terms in place of their sum.
+    """
+    wide = widest(accumulator(x), accumulator(residual))
+    # Rounded by an instruction: XLA may drop a cast there and back, and what follows would see another stream.
+    new = rounded(x.astype(wide) + residual.astype(wide), residual.dtype)
+    return lax.optimization_barrier(new.astype(residual.dtype))
+
+
+def _added_jvp(primals, tangents):
+    new = added(*primals)
+    tangent = added_tangent(new.dtype, *none_for_zero(tangents))
+    return new, jnp.zeros_like(new) if tangent is None else tangent
+
+
+added.defjvp(_added_jvp, symbolic_zeros=True)
+
+
+def added_tangent(dtype, dx: Array | None, dresidual: Array | None) -> Array | None:
+    """The tangent of a stream of this dtype; None is a tangent of zero.
+
+    Of one dtype are the two added as they are, so that their cotangents are one array, which no program writes twice.
+    """
+    if dx is None or dresidual is None:
+        one = dresidual if dx is None else dx
+        return None if one is None else one.astype(dtype)
+    if dx.dtype == dresidual.dtype:
+        return dx + dresidual
+    wide = widest(accumulator(dx), accumulator(dresidual))
+    return (dx.astype(wide) + dresidual.astype(wide)).astype(dtype)
