@@ -10,8 +10,9 @@ as long as a whole pod's on v5e, 16, and on v5p where they are whole cubes, mult
 
 The figures are public ones, rounded: memory and links from Google's "TPU v5e" and "TPU v5p" pages
 (docs.cloud.google.com/tpu/docs/v5e and v5p: 819 and 2765 GB/s of memory; 400 GB/s over 4 links and 1200 GB/s over
-6, both directions together); the rates that a link gives in practice, the rings and the microsecond for a hop from
-Austin et al., "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters "TPUs" and "Sharded Matrices").
+6, both directions together; 197 and 459 TFLOP/s in bfloat16); the rates that a link gives in practice, the rings and
+the microsecond for a hop from Austin et al., "How to Scale Your Model" (jax-ml.github.io/scaling-book, chapters "TPUs"
+and "Sharded Matrices").
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
+    flops: float  # a second
     memory: float  # bytes a second
     link: float  # bytes a second and direction
     hop: float  # seconds from a chip to its neighbour
     closes: int  # a side that is a multiple of this is a ring
 
 
-CHIPS = {"v5e": Chip(819e9, 45e9, 1e-6, 16), "v5p": Chip(2765e9, 90e9, 1e-6, 4)}
+CHIPS = {"v5e": Chip(197e12, 819e9, 45e9, 1e-6, 16), "v5p": Chip(459e12, 2765e9, 90e9, 1e-6, 4)}
 
 Box = tuple[int, ...]
 
@@ -80,18 +82,26 @@ def memory_seconds(chip: Chip, norms: list[tuple[int, int]], images: int) -> flo
     return PASSES * 2 * images * sum(channels * pixels for channels, pixels in norms) / chip.memory
 
 
+FLOPS = 6 * 4.1e9  # of an image, forward and backward: two for each of 4.1e9 multiplications, and twice that again
+
+
+def step_seconds(chip: Chip, images: int) -> float:
+    """Hardly less than this takes a step of a ResNet-50: its norms' memory time, and its products at the peak rate."""
+    return memory_seconds(chip, resnet50(), images) + images * FLOPS / chip.flops
+
+
 ENOUGH = 32  # images whose statistics train as well as those of more (Wu, He 2018, "Group Normalization", figure 1)
-LITTLE = 0.1  # of the norms' own memory time: what waiting may add before it is worth avoiding
+LITTLE = 0.1  # of a step: what waiting may add before it is worth avoiding
 
 
-def choose(images: int, waits: dict[str, float], memory: float, group: int) -> str:
-    """Whose statistics to take, for so many images on a chip, when each way waits so long.
+def choose(images: int, waits: dict[str, float], step: float, group: int) -> str:
+    """Whose statistics to take, for so many images on a chip, where each way adds so long to such a step.
 
     All chips', which makes training the same on any number of them, while that costs little; else of as few as have
     `ENOUGH` images between them.
     """
-    if waits["global"] <= LITTLE * memory:
+    if waits["global"] <= LITTLE * step:
         return "global"
     if images >= ENOUGH:
         return "local"
-    return "groups" if images * group >= ENOUGH else "global"
+    return "groups" if images * group >= ENOUGH and waits["groups"] < waits["global"] else "global"

@@ -23,7 +23,7 @@ What XLA's TPU compiler makes of them (jax {found["jax"]}, libtpu {found["libtpu
 
 which says in its docstring what is compiled. Bytes are those that each chip puts in. "jit" partitions the program over
 a mesh; "shard_map" runs it on each chip's part, with an axis name."""
-    parts = [head]
+    parts, targets = [head], len({it["target"] for it in found["programs"]})
     for title, about, table in (
         ("What one batch norm waits for", _ALONE, _alone(found)),
         ("What norms add to a step of training", _ADDED, _added(found)),
@@ -32,12 +32,17 @@ a mesh; "shard_map" runs it on each chip's part, with an axis name."""
         ("The model: a ResNet-50", _MODEL, _modelled(found)),
         ("What to choose, by the model", _CHOICE, _choices(found)),
     ):
-        parts.append(f"## {title}\n\n{about}\n\n{_markdown(table)}")
+        parts.append(f"## {title}\n\n{about}\n\n{_markdown(table, targets)}")
     return "\n\n".join(parts)
 
 
-def _markdown(rows: Iterator[tuple]) -> str:
+def _markdown(rows: Iterator[tuple], targets: int) -> str:
+    """A table; rows that differ in their first cell alone become one."""
     head, *rest = rows
+    same: dict[tuple, list[str]] = {}
+    for first, *others in rest:
+        same.setdefault(tuple(others), []).append(first)
+    rest = [("all" if len(names) == targets else ", ".join(names), *others) for others, names in same.items()]
     rule = ["---:" if str(cell)[:1].isdigit() else "---" for cell in rest[0]]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, rule, *rest))
 
@@ -51,8 +56,8 @@ def _chip(target: str) -> model.Chip:
 
 
 _ALONE = """Forward the statistics, backward two sums: one all-reduce each. So that the first is one, every chip has a
-slot of its own in it: 3 values for each channel under jit, 4 under shard_map where counts may differ. From 1 MiB on
-it is two smaller ones instead. Each chip alone ("local") waits for none, as compiled for each target."""
+slot of its own in it: 3 values for each channel under jit, 4 under shard_map, where counts may differ. Where that would
+be more than 1 MiB it is two smaller ones instead. Each chip alone ("local") waits for none, whatever the target."""
 
 
 def _alone(found):
@@ -61,7 +66,7 @@ def _alone(found):
         key = it["target"], it["sync"], it["form"]
         rows.setdefault(key, {})[it["channels"]] = it["collectives"]
     widths = (64, 256, 1024, 2048)
-    yield "chips", "statistics of", "by", "chips in each", *(f"bytes, {c} channels" for c in widths)
+    yield "target", "statistics of", "by", "chips in each", *(f"bytes, {c} channels" for c in widths)
     for (target, sync, form), by_width in rows.items():
         if sync == "local":
             assert not any(by_width.values()), (target, by_width)
@@ -72,12 +77,12 @@ def _alone(found):
 
 
 _ADDED = """The step with norms less the step without: of two residual blocks with six batch norms, of a transformer
-block with two norms. Running statistics, and gradients of scale and bias, travel at the end of the step and keep no layer
-waiting. The batch is spread over all chips."""
+block with two norms. Running statistics, and gradients of scale and bias, travel at the end of the step and keep no
+layer waiting. The batch is spread over all chips."""
 
 
 def _added(found):
-    yield "chips", "norm", "by", "collectives of the step", "without norms", "for each norm", "bytes for each norm"
+    yield "target", "norm", "by", "collectives of the step", "without norms", "for each norm", "bytes for each norm"
     for of, number in (("stage", 6), ("block", 2)):
         steps = chosen(found, of)
         which = "sync" if of == "stage" else "norm"
@@ -96,7 +101,7 @@ _MEMORY = "Of the two residual blocks, 16 images of 56 x 56 x 256 on each chip, 
 
 
 def _memory(found):
-    yield "chips", "batch norm", "MiB"
+    yield "target", "batch norm", "MiB"
     for it in chosen(found, "whole stage"):
         yield it["target"], it["sync"] or "none", f"{it['temp_bytes'] / 2**20:.1f}"
 
@@ -106,7 +111,7 @@ but statistics travels; gathering x would take 8,192 bytes for each row."""
 
 
 def _spread(found):
-    yield "chips", "norm", "by", "collectives", "bytes for each row", "model, µs"
+    yield "target", "norm", "by", "collectives", "bytes for each row", "model, µs"
     for it in chosen(found, "spread"):
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(c["kind"] for c in it["collectives"]).items())
         size = sum(c["bytes"] for c in it["collectives"]) / 1024
@@ -115,8 +120,8 @@ def _spread(found):
 
 
 _MODEL = """Milliseconds that a step waits for the all-reduces of its 53 batch norms, as counted for their widths, one
-after the other, by the model of `benchmarks/_scale_model.py`: a microsecond for each hop, and the rate of the links. Beside
-it what memory alone needs for these norms, 8 passes over x. "local" waits 0."""
+after the other, by the model of `benchmarks/_scale_model.py`: a microsecond for each hop, and the rate of the links.
+"local" waits 0. Beside it the least time of a step: the norms' 8 passes over memory, and all products at the peak."""
 
 
 def waits(found: dict) -> dict[str, dict[str, float]]:
@@ -135,38 +140,43 @@ def waits(found: dict) -> dict[str, dict[str, float]]:
 
 def _modelled(found):
     ways = [f"{sync}, {form}" for sync in ("global", GROUPS) for form in ("jit", "shard_map")]
-    yield "chips", *ways, *(f"memory, {n} images a chip" for n in (4, 16, 64))
+    yield "target", *ways, *(f"a step, {n} images a chip" for n in (4, 16, 64))
     for target, by in waits(found).items():
-        memory = (model.memory_seconds(_chip(target), model.resnet50(), n) for n in (4, 16, 64))
-        yield target, *(f"{1e3 * time:.2f}" for time in (*(by[w] for w in ways), *memory))
+        steps = (model.step_seconds(_chip(target), n) for n in (4, 16, 64))
+        yield target, *(f"{1e3 * time:.2f}" for time in (*(by[w] for w in ways), *steps))
 
 
-_CHOICE = f"""Under jit, by images on a chip. All chips while that adds at most {model.LITTLE:.0%} to the norms' own
-memory time (what it adds stands in brackets); beyond that as few chips as have {model.ENOUGH} images between them."""
+_CHOICE = f"""Under jit, by images on a chip. All chips while that adds at most {model.LITTLE:.0%} to the least time of
+a step (what a choice adds stands beside it); beyond that as few chips as have {model.ENOUGH} images between them, here
+one or 8."""
 
 
 def choices(found: dict) -> dict[str, dict[int, tuple[str, float]]]:
-    """For each target and number of images on a chip: what to choose, and the share of memory time that it adds."""
+    """For each target and number of images on a chip: what to choose, and the share of a step that it adds."""
     made: dict[str, dict] = {}
     for target, by in waits(found).items():
         ways = {"global": by["global, jit"], "groups": by[f"{GROUPS}, jit"], "local": 0.0}
         for images in IMAGES:
-            memory = model.memory_seconds(_chip(target), model.resnet50(), images)
-            choice = model.choose(images, ways, memory, 8)
-            made.setdefault(target, {})[images] = choice, ways[choice] / memory
+            step = model.step_seconds(_chip(target), images)
+            choice = model.choose(images, ways, step, 8)
+            made.setdefault(target, {})[images] = choice, ways[choice] / step
     return made
 
 
 def _choices(found):
-    yield "chips", *(f"{n} images" for n in IMAGES)
+    yield "target", *(f"{n} images" for n in IMAGES)
     for target, row in choices(found).items():
-        yield target, *(f"{choice} ({share:.0%})" if share else choice for choice, share in row.values())
+        yield target, *(f"{choice}, {share:.0%}" if share else choice for choice, share in row.values())
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
 
-LINES = {"global, jit": ("tab:red", "-"), "global, shard_map": ("tab:red", ":"), f"{GROUPS}, jit": ("tab:blue", "-")}
-FILLS = {"global": "#f6c9c5", "groups": "#c5d9f1", "local": "#d3ebd0"}
+LINES = {
+    "global, jit": ("tab:orange", "-"),
+    "global, shard_map": ("tab:orange", ":"),
+    f"{GROUPS}, jit": ("tab:blue", "-"),
+}
+FILLS = {"global": "#fbe0c3", "groups": "#c5d9f1", "local": "#d3ebd0"}
 
 
 def draw(found: dict, path: str) -> None:
@@ -182,28 +192,27 @@ def draw(found: dict, path: str) -> None:
         chips = [TARGETS[t].devices for t in targets]
         for way, (color, style) in LINES.items():
             heights = [1e3 * times[t][way] for t in targets]
-            left.plot(chips, heights, style, color=color, marker="o", label=f"wait: {way}")
+            left.plot(chips, heights, style, color=color, marker="o", label=way)
         for images in (4, 16, 64):
-            height = 1e3 * model.memory_seconds(model.CHIPS[kind], model.resnet50(), images)
-            left.axhline(height, color="gray", linewidth=0.8, linestyle="--")
-            left.text(
-                chips[0], height * 1.04, f"norms' memory time, {images} images a chip", fontsize=8, color="dimgray"
-            )
+            height = 1e3 * model.step_seconds(model.CHIPS[kind], images)
+            label = "least time of a step, so many images a chip" if images == 4 else None
+            left.axhline(height, color="gray", linewidth=0.9, linestyle="--", label=label)
+            left.annotate(f"{images}", (1.01, height), xycoords=("axes fraction", "data"), va="center", color="dimgray")
         left.set(xscale="log", yscale="log", ylabel="ms in a step of a ResNet-50", ylim=(0.1, 40))
         left.set_xticks(chips, [str(n) for n in chips])
         left.set_xticks([], minor=True)
-        left.set_title(f"{kind}: what 53 batch norms wait for (model; local waits 0)")
+        left.set_title(f"{kind} (model): what its 53 batch norms wait for; local waits 0")
         left.legend(fontsize=8, loc="lower right")
         for i, target in enumerate(targets):
             for j, (choice, share) in enumerate(table[target].values()):
                 right.add_patch(plt.Rectangle((i, j), 1, 1, facecolor=FILLS[choice], edgecolor="white", linewidth=2))
-                said = f"{choice}\n+{share:.0%}" if share else choice
+                said = f"{choice}\n+{share:.0%}" if share else f"{choice}\n0"
                 right.text(i + 0.5, j + 0.5, said, ha="center", va="center", fontsize=9)
         right.set(xlim=(0, len(targets)), ylim=(0, len(IMAGES)), ylabel="images on a chip")
         right.set_xticks([i + 0.5 for i in range(len(targets))], [str(n) for n in chips])
         right.set_yticks([j + 0.5 for j in range(len(IMAGES))], [str(n) for n in IMAGES])
         right.tick_params(length=0)
-        right.set_title(f"{kind}: what to choose, and what it adds to the norms' memory time")
+        right.set_title(f"{kind} (model): what to choose, and what it adds to a step")
     for axis in rows[-1]:
         axis.set_xlabel("chips")
     figure.savefig(path, dpi=110)

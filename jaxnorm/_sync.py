@@ -2,6 +2,12 @@
 
 Whoever does, the statistics handed on for the running state are those of everything, so the state is the same on all
 devices. With "local" and with groups that takes one small all-reduce more, which nothing in the layer waits for.
+
+What to choose: the statistics of all devices make training the same on any number of them, and cost two all-reduces
+that each layer waits for, longer the more devices there are. Those of 32 examples are as good to train with. So: all,
+while that costs little; else of as few neighbours as have 32 examples together; of each device where it has them alone.
+`benchmarks/results/scale.md` has the figures. In shard_map name two mesh axes for groups, the last of them the group's
+devices, so that the all-reduces stay among those; under jit one will do, unless the mesh is Explicit.
 """
 
 from __future__ import annotations

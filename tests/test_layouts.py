@@ -181,9 +181,9 @@ def test_shard_map(row, layout, rng):
     args = placed(
         case.mesh(), (params, case.param_spec()), (state, case.state_spec()), (x, case.spec), (g, case.spec)
     )
-    close(run(*args), want, rtol=5e-5, atol=5e-5)
-    text = run.lower(*args).compile().as_text()
-    assert_little_moves(case, text, rounds=2 if over else 0)
+    compiled = run.lower(*args).compile()
+    close(compiled(*args), want, rtol=5e-5, atol=5e-5)
+    assert_little_moves(case, compiled.as_text(), rounds=2 if over else 0)
     forward = jax.shard_map(
         lambda p, s, x: synced.apply(p, s, x, train=True)[0], mesh=case.mesh(),
         in_specs=(case.param_spec(), case.state_spec(), case.spec), out_specs=case.spec,
@@ -276,5 +276,6 @@ def test_a_group_that_spans_devices_in_shard_map(kind, rng):
         mesh=mesh, in_specs=(shard, data, data), out_specs=(data, P(), (shard, data)),
     )  # fmt: skip
     args = placed(mesh, (params, shard), (x, data), (g, data))
-    close(jax.jit(run)(*args), want, rtol=5e-5, atol=5e-5)
-    assert [name for name, _ in moved(jax.jit(run).lower(*args).compile().as_text())] == ["all-reduce"] * 2
+    compiled = jax.jit(run).lower(*args).compile()
+    close(compiled(*args), want, rtol=5e-5, atol=5e-5)
+    assert [name for name, _ in moved(compiled.as_text())] == ["all-reduce"] * 2

@@ -70,12 +70,18 @@ def test_a_resnet50():
     assert one == pytest.approx(8 * 2 * 16 * 256 * 3136 / 819e9, rel=1e-12)
 
 
+def test_the_least_time_of_a_step():
+    memory = model.memory_seconds(V5P, model.resnet50(), 16)
+    assert model.step_seconds(V5P, 16) == pytest.approx(memory + 16 * 24.6e9 / 459e12, rel=1e-12)
+
+
 def test_what_to_choose():
     waits = {"global": 1.0, "groups": 0.1, "local": 0.0}
     assert model.choose(4, waits, 10.0, 8) == "global", "it adds a tenth"
     assert model.choose(32, waits, 9.9, 8) == "local"
     assert model.choose(4, waits, 9.9, 8) == "groups", "of 32 images"
     assert model.choose(3, waits, 9.9, 8) == "global", "24 images are too few"
+    assert model.choose(4, waits | {"groups": 1.0}, 9.9, 8) == "global", "there is but one group"
 
 
 # --- what was counted -------------------------------------------------------------------------------------------------
@@ -100,6 +106,16 @@ def test_groups_wait_no_longer_than_all_and_local_not_at_all(found):
     for by in waits.values():
         for form in ("jit", "shard_map"):
             assert by[f"local, {form}"] == 0 < by[f"groups of 8, {form}"] <= by[f"global, {form}"]
+
+
+def test_small_planes_communicate_what_large_ones_do(found):
+    """What is compiled with 2 images of 8 x 8 on a chip is what 16 of 56 x 56 would give."""
+    key = lambda it: (it["target"], it["sync"])
+    sent = lambda it: sorted((c["kind"], c["bytes"], c["chips"]) for c in it["collectives"])
+    small = {key(it): sent(it) for it in found["programs"] if it["of"] == "stage" and it["form"] == "jit"}
+    large = {key(it): sent(it) for it in found["programs"] if it["of"] == "whole stage"}
+    assert {TARGETS[target].devices for target, _ in large} == {8, 256, 1024}
+    assert large == {k: small[k] for k in large}
 
 
 @pytest.mark.parametrize(

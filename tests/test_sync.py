@@ -34,6 +34,9 @@ SYNCS = {  # what is said, and the groups that it means
 }
 
 
+alone_step = jax.jit(step, static_argnums=0)  # compiled once for each number of examples
+
+
 def by_groups(norm, groups, params, state, x, g, mask):
     """What `step` gives of each group on its own, and the state of one device with everything."""
     alone = dataclasses.replace(norm, axis_name=None, sync="global", axis_index_groups=None)
@@ -41,9 +44,9 @@ def by_groups(norm, groups, params, state, x, g, mask):
     for members in groups:
         rows = np.concatenate([np.arange(4 * d, 4 * d + 4) for d in members])
         part = None if mask is None else mask[rows]
-        y[rows], _, (dp, dx[rows]) = step(alone, params, state, x[rows], g[rows], part)
+        y[rows], _, (dp, dx[rows]) = alone_step(alone, params, state, x[rows], g[rows], part)
         dparams = jax.tree.map(jnp.add, dparams, dp)
-    return y, step(alone, params, state, x, g, mask)[1], (dparams, dx)
+    return y, alone_step(alone, params, state, x, g, mask)[1], (dparams, dx)
 
 
 def on_devices(where, norm, params, state, x, g, mask):
@@ -103,11 +106,11 @@ def test_parameters_per_example(where, rng):
         y, new, (dparams, dx) = jax.jit(run)(*placed(mesh, (params, data), (x, data), (g, data)))
     alone = jn.BatchNorm()
     y, params, dparams, dx = jax.tree.map(np.asarray, (y, params, dparams, dx))
-    close(new, step(alone, params, state, x, g, None)[1])
+    close(new, alone_step(alone, params, state, x, g, None)[1])
     for start in range(0, 32, 8):
         rows = slice(start, start + 8)
         pick = lambda tree, rows=rows: jax.tree.map(lambda a: a[rows], tree)
-        want = step(alone, pick(params), state, x[rows], g[rows], None)
+        want = alone_step(alone, pick(params), state, x[rows], g[rows], None)
         close((y[rows], pick((dparams, dx))), (want[0], want[2]), atol=5e-5)
 
 
@@ -131,7 +134,8 @@ def test_hosts_and_chips(where, sync, rng):
         run = jax.shard_map(run, mesh=mesh, in_specs=(P(), both, both, both), out_specs=(both, P(), (P(), both)))
     with jax.set_mesh(mesh):
         args = placed(mesh, (params, P()), (x, both), (g, both), (mask, both))
-        got, text = jax.jit(run)(*args), jax.jit(run).lower(*args).compile().as_text()
+        compiled = jax.jit(run).lower(*args).compile()
+        got, text = compiled(*args), compiled.as_text()
     close(got, by_groups(norm, groups, params, state, x, g, mask), atol=5e-5)
     assert not re.search("all-gather|all-to-all|collective-permute", text)
     if where != "jit-explicit" and sync == "hosts' chips":  # what the layer waits for never leaves the host
