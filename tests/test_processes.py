@@ -104,13 +104,19 @@ def saved(folder: Path, step: int = STEPS) -> _process.Progress:
         return jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore(like)))
 
 
+@functools.cache
+def of_one_device():
+    """A step and an evaluation, compiled once."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    return _train.make_step(NORM, OPTIMIZER, mesh), _train.make_evaluate(NORM, mesh)
+
+
 def on_one_device(order=lambda rows: rows) -> tuple[_process.Progress, float]:
     """The same training on one device, without padding, and its test accuracy."""
     train, test = _data.load()
     train = _data.Images(*(a[:IMAGES] for a in train))
     pixels = _data.pixel_moments(_data.in_order(train, SIZE, SIZE))
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    step, evaluate = _train.make_step(NORM, OPTIMIZER, mesh), _train.make_evaluate(NORM, mesh)
+    step, evaluate = of_one_device()
     now = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
     batches = _data.shuffled(_data.standardized(train, pixels), SIZE, SIZE, 0)
     for i, batch in enumerate(itertools.islice(batches, STEPS)):
