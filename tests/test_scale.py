@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -168,3 +169,21 @@ def test_row_norms_compiled():
         assert [it["kind"] for it in found] == ["all-reduce"] * 2
         assert [it["bytes"] for it in found] == [8 * values * 4 * scale.ROWS, values // 2 * 4 * scale.ROWS]
         assert {it["chips"] for it in found} == {8}
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(missing("tpu") is not None, reason=str(missing("tpu")))
+@jax.numpy_dtype_promotion("standard")  # for flax
+@jax.numpy_rank_promotion("allow")
+def test_a_step_compiled():
+    """Two all-reduces for each of six norms, and the gradients; where each chip is alone, one for all six besides."""
+    from benchmarks import scale
+
+    bytes_of = lambda sync: [it["bytes"] for it in scale.stage("v5ex8", sync)["collectives"]]
+    sent = {sync: bytes_of(sync) for sync in ("global", "local", None)}
+    weights = 2 * 2 * (256 * 64 + 9 * 64 * 64 + 64 * 256)  # bfloat16, of two blocks
+    channels = 2 * (64 + 64 + 256)
+    assert sent[None] == [weights]
+    assert len(sent["global"]) == 2 * 6 + 1
+    assert len(sent["local"]) == 2
+    assert sum(sent["global"]) == sum(sent["local"]) == weights + 4 * channels * (8 * 3 + 2)
