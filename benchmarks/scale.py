@@ -1,66 +1,99 @@
-"""Synchronized batch norm beyond this machine: collectives from compiled programs, and a model of what they cost.
+"""Norms beyond this machine: collectives from compiled programs for 8 to 1024 chips, and a model of what they cost.
 
-    python -m benchmarks.scale [--targets NAME ...] [--json PATH] [--plot PATH]
+    python -m benchmarks.scale [--targets NAME ...] [--json PATH] [--plot PATH] [--again JSON]
 
-The first table is counted in what XLA's compiler makes, for 8 to 1024 chips, of two residual blocks with six batch
-norms (each chip 16 images of 56x56x256, bfloat16), forward and backward: statistics of all chips, of groups of 8, of
-each chip alone, and no batch norm at all, whose collectives are those of the convolutions' gradients. (Layer and RMS
-norm of a data-parallel transformer ask nothing of other chips but to add up the gradients of scale and bias.)
+Everything counted is read off what XLA's TPU compiler makes; nothing is run. The tables go to the standard output, in
+Markdown. It takes some twelve minutes on two cores. Three kinds of program are compiled:
 
-The second is a model, not a measurement. An all-reduce of b bytes over a torus of sides d goes round each ring in turn:
+- A batch norm alone, y and dx of bfloat16 x, for each width of a ResNet-50: the all-reduces that the layer waits for,
+  their bytes, and who takes part. Statistics of all chips, of groups of 8 neighbours, and of each chip alone; x sharded
+  by jit, or by shard_map with an axis name (groups there are the last of two mesh axes).
+- A step of two residual blocks with six batch norms, parameters' gradients and running statistics included, less the
+  same step without norms: all that norms add, a sixth of it for each. Likewise a transformer block with two norms.
+- A layer norm and an RMS norm whose features are spread over 8 chips (tensor parallel), 1024 rows on each.
 
-    t = 2 sum(d - 1) hop + 2 b / link           (a ring of d needs d - 1 steps to reduce and d - 1 to gather)
+The planes are 8 x 8 pixels with 2 images a chip, and the sequences 64 tokens, so that compiling takes seconds and not a
+minute: what is communicated is a matter of channels and chips alone, to the byte (tests/test_scale.py). Temporary
+memory is not. That of the residual blocks is for 16 images of 56 x 56 on a chip, on the fewest and the most chips.
 
-and is set against the time that memory alone takes for the batch norm it belongs to, 8 passes over x. Hop and link are
-those of `CHIPS`: round figures of public descriptions, the hop a guess of the order of a microsecond.
+The times are those of the model in `_scale_model.py`, over the collectives that were counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
+import itertools
 import json
-import math
+import sys
 import types
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxnorm as jn
 import jaxnorm.linen
-from benchmarks.compiled import AXIS, TARGETS, cases, missing, placed, report
+from benchmarks import _scale_model as model
+from benchmarks import _scale_page as page
+from benchmarks.compiled import cases, collectives, mesh, missing
 
 SIZES = ("v5ex8", "v5ex64", "v5ex256", "v5px8", "v5px64", "v5px256", "v5px1024")
 GROUP = 8
-PASSES = 8  # of batch norm over x, forward and backward: the least there is
+BOTH = ("host", "chip")  # the axes of the mesh, the last of GROUP neighbours
+SYNCS = {"global": "global", f"groups of {GROUP}": GROUP, "local": "local"}
+FORMS = ("jit", "shard_map")
+ROW_NORMS = ("LayerNorm", "RMSNorm")
+WIDTHS = (64, 128, 256, 512, 1024, 2048)
+IMAGES, SIDE = 2, 8  # on each chip, and of each image
 
 
-@dataclass(frozen=True)
-class Chip:
-    memory: float  # bytes a second
-    link: float  # bytes a second and direction
-    hop: float  # seconds from a chip to its neighbour
+@functools.cache
+def chips(target: str) -> Mesh:
+    devices = mesh(target).devices.reshape(-1, GROUP)
+    return Mesh(devices, BOTH, axis_types=(AxisType.Auto,) * 2)
 
 
-CHIPS = {"v5e": Chip(819e9, 45e9, 1e-6), "v5p": Chip(2765e9, 90e9, 1e-6)}
+def counted(target: str, f, *args) -> dict:
+    """The collectives of f, compiled for a target: how many, with what bytes, in what boxes of chips; and its memory.
+
+    args: (shapes, spec) each.
+    """
+    on = chips(target)
+    put = lambda tree, spec: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(on, spec)), tree
+    )
+    with jax.set_mesh(on):
+        program = jax.jit(f).lower(*(put(*arg) for arg in args)).compile()
+    coords = [tuple(d.coords) for d in on.devices.flat]
+    found = []
+    for it in collectives(program.as_text()):
+        groups = it.groups or (tuple(range(on.size)),)
+        boxes = {model.box_of(coords[i] for i in group) for group in groups}
+        found.append({"kind": it.kind, "bytes": it.bytes, "chips": len(groups[0]), "box": max(boxes, key=np.prod)})
+    return {"collectives": found, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
 
 
-def sides(target: str, chips: int | None = None) -> list[int]:
-    """The sides of a target's torus, or of a part of it of so many chips."""
-    whole = [int(d) for d in TARGETS[target].topology.split(":")[1].split("x")]
-    if chips is None:
-        return whole
-    part = []
-    for d in whole:
-        part.append(math.gcd(d, chips // math.prod(part)))
-    return part
+def alone(target: str, sync: str, form: str, channels: int) -> dict:
+    """y and dx of one batch norm: what the layer waits for."""
+    names = BOTH if sync != "global" or form == "shard_map" else None
+    norm = jn.BatchNorm(axis_name=names, sync=SYNCS[sync])
+    params, state = norm.init(channels)
+    apply = lambda params, x: norm.apply(params, state, x, train=True, update_stats=False)[0]
 
+    def step(params, x, g):
+        y, pull = jax.vjp(lambda x: apply(params, x), x)
+        return y, pull(g)[0]
 
-def seconds(chip: Chip, rings: list[int], payload: int) -> float:
-    """The model's time of one all-reduce."""
-    steps = 2 * sum(d - 1 for d in rings)
-    return steps * chip.hop + (2 * payload / chip.link if steps else 0.0)
+    if form == "shard_map":
+        step = jax.shard_map(step, mesh=chips(target), in_specs=(P(), P(BOTH), P(BOTH)), out_specs=P(BOTH))
+    x = jax.ShapeDtypeStruct((IMAGES * chips(target).size, SIDE, SIDE, channels), jnp.bfloat16)
+    return counted(target, step, (params, P()), (x, P(BOTH)), (x, P(BOTH)))
 
 
 class _Nothing(nn.Module):
@@ -71,103 +104,105 @@ class _Nothing(nn.Module):
         return x
 
 
-NORMS = {
-    "global": functools.partial(jaxnorm.linen.BatchNorm, axis_name=AXIS),
-    f"groups of {GROUP}": functools.partial(jaxnorm.linen.BatchNorm, axis_name=AXIS, sync=GROUP),
-    "local": functools.partial(jaxnorm.linen.BatchNorm, axis_name=AXIS, sync="local"),
-    "no norm": lambda **_: _Nothing(),
-}
+NO_NORM = types.SimpleNamespace(BatchNorm=lambda **_: _Nothing(), LayerNorm=lambda **_: _Nothing())
 
 
-def counted(target: str, norm: str) -> dict:
-    """The collectives of a step of the stage, and its temporary memory, for each chip."""
-    devices = TARGETS[target].devices
-    f, (variables, x) = cases.stage(types.SimpleNamespace(BatchNorm=NORMS[norm]), devices)
-    if norm == "no norm":
-        f, variables = _without_state(f), {"params": variables["params"], "batch_stats": {}}
-    args = placed(target, variables), placed(target, x, P(AXIS))
-    return report(f, target, *args, unit=x.size * 2 // devices).asdict()
+def stage(target: str, sync: str | None, form: str = "jit", images: int = IMAGES, side: int = SIDE) -> dict:
+    """A step of two residual blocks: gradients of all parameters, and the new statistics."""
+    norm = functools.partial(jaxnorm.linen.BatchNorm, axis_name=BOTH, sync=SYNCS.get(sync or "", "global"))
+    x = jax.ShapeDtypeStruct((images * chips(target).size, side, side, cases.STAGE[-1]), jnp.bfloat16)
+    return _step(target, cases.Stage(NO_NORM if sync is None else types.SimpleNamespace(BatchNorm=norm)), form, x)
 
 
-def _without_state(f):
-    return lambda variables, x: f(variables, x)[0]
+def block(target: str, norm: str | None) -> dict:
+    """A step of a transformer block, under jit, its batch spread over all chips."""
+    norms = NO_NORM if norm is None else types.SimpleNamespace(LayerNorm=getattr(jaxnorm.linen, norm))
+    x = jax.ShapeDtypeStruct((chips(target).size, 64, cases.WIDTH), jnp.bfloat16)
+    return _step(target, cases.Block(norms), "jit", x)
 
 
-def modelled(target: str, channels: int, images: int, pixels: int) -> dict[str, float]:
-    """The time of a batch norm's two all-reduces over that of its memory traffic, for each who normalizes together."""
-    chip = CHIPS[target[:3]]
-    memory = PASSES * images * pixels * channels * 2 / chip.memory
-    payload = 2 * channels * 4
-    rings = {"global": sides(target), f"groups of {GROUP}": sides(target, GROUP), "local": []}
-    return {name: 2 * seconds(chip, ring, payload) / memory for name, ring in rings.items()}
+def _step(target: str, module: nn.Module, form: str, x) -> dict:
+    more = (None,) * isinstance(module, cases.Block)
+    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, *more), x)
+    params, stats = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    def step(params, stats, x):
+        def loss(params):
+            y, new = module.apply({"params": params, **stats}, x, *more, mutable=[*stats])
+            y = y[0] if more else y
+            return jnp.sum(jnp.square(y.astype(jnp.float32))), new
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    if form == "shard_map":
+        step = jax.shard_map(step, mesh=chips(target), in_specs=(P(), P(), P(BOTH)), out_specs=P())
+    return counted(target, step, (params, P()), (stats, P()), (x, P(BOTH)))
 
 
-LAYERS = {"56x56x256": (256, 56 * 56), "14x14x1024": (1024, 14 * 14), "7x7x2048": (2048, 7 * 7)}
-IMAGES = (4, 16, 64)  # of a chip
+ROWS, FEATURES = 1024, 4096  # of a tensor-parallel norm: rows for each GROUP of chips, who share out the features
+
+
+def spread(target: str, norm: str, form: str) -> dict:
+    """y and dx of a norm over features that lie on the chips of a host."""
+    spec = getattr(jn, norm)(axis_name="chip" if form == "shard_map" else None)
+    params, _ = spec.init(FEATURES)
+
+    def step(params, x, g):
+        y, pull = jax.vjp(lambda x: spec.apply(params, (), x, train=True)[0], x)
+        return y, pull(g)[0]
+
+    if form == "shard_map":
+        step = jax.shard_map(step, mesh=chips(target), in_specs=(P("chip"), P(*BOTH), P(*BOTH)), out_specs=P(*BOTH))
+    x = jax.ShapeDtypeStruct((ROWS * chips(target).shape["host"], FEATURES), jnp.bfloat16)
+    return counted(target, step, (params, P("chip")), (x, P(*BOTH)), (x, P(*BOTH)))
+
+
+# --- what is compiled, and what is made of it -------------------------------------------------------------------------
+
+
+def programs(targets) -> Iterator[tuple[dict, Callable[[], dict]]]:
+    """What each program is, and how it is compiled and counted."""
+    for target in targets:
+        for form, sync in itertools.product(FORMS, SYNCS):
+            for channels in WIDTHS if sync != "local" else WIDTHS[:1]:
+                it = dict(of="norm", target=target, sync=sync, form=form, channels=channels)
+                yield it, functools.partial(alone, target, sync, form, channels)
+        for form, sync in itertools.product(FORMS, (*SYNCS, None)):
+            yield dict(of="stage", target=target, sync=sync, form=form), functools.partial(stage, target, sync, form)
+        for form, norm in itertools.product(FORMS, ROW_NORMS):
+            yield dict(of="spread", target=target, norm=norm, form=form), functools.partial(spread, target, norm, form)
+        for norm in (*ROW_NORMS, None):
+            yield dict(of="block", target=target, norm=norm), functools.partial(block, target, norm)
+    for _, same in itertools.groupby(targets, lambda target: target[:3]):
+        first, *rest = same
+        for target, sync in [(first, "global"), (first, "local"), (first, None), *((t, "global") for t in rest[-1:])]:
+            run = functools.partial(stage, target, sync, "jit", *cases.STAGE[:2])
+            yield dict(of="whole stage", target=target, sync=sync), run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--json", metavar="PATH", help="also write every number to this file")
+    parser.add_argument("--json", metavar="PATH", help="also write every count to this file")
     parser.add_argument("--plot", metavar="PATH", help="draw the model to this file")
+    parser.add_argument("--again", metavar="PATH", help="compile nothing: take the counts from an earlier run's file")
     options = parser.parse_args()
-    print(f"jax {jax.__version__}; compiled, not run.")
-    programs = []
-    if (reason := missing("tpu")) is not None:
-        print(f"Left out, {reason}")
+    if options.again:
+        with open(options.again, encoding="utf-8") as file:
+            found = json.load(file)
+    elif (reason := missing("tpu")) is not None:
+        sys.exit(f"Nothing can be compiled, {reason}")
     else:
-        _row("chips", "statistics", "all-reduces", "their bytes", "other collectives", "temporary memory, MiB")
-        _row("---", "---", "---:", "---:", "---:", "---:")
-        for target in options.targets:
-            for norm in NORMS:
-                found = counted(target, norm)
-                programs.append({"target": target, "statistics": norm, **found})
-                count, size = (dict(found[key]) for key in ("collectives", "collective_bytes"))
-                reduced, bytes_ = count.pop("all-reduce", 0), size.pop("all-reduce", 0)
-                _row(target, norm, reduced, bytes_, count or "none", f"{found['temp_bytes'] / 2**20:.0f}")
-    print()
-    _row("model: all-reduces over memory time", "images a chip", *next(iter(_model(options.targets)))["ratio"])
-    _row("---", "---:", *["---:"] * 3)
-    model = list(_model(options.targets))
-    for row in model:
-        _row(f"{row['target']}, {row['layer']}", row["images"], *(f"{r:.2f}" for r in row["ratio"].values()))
+        found = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "programs": []}
+        for it, run in programs(options.targets):
+            found["programs"].append(it | run())
+            print(*it.values(), file=sys.stderr, flush=True)
+    print(page.text(found))
+    if options.plot:
+        page.draw(found, options.plot)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"jax": jax.__version__, "programs": programs, "model": model}, file, indent=1)
-    if options.plot:
-        _draw(model, options.plot)
-
-
-def _model(targets):
-    for target in targets:
-        for layer, (channels, pixels) in LAYERS.items():
-            for images in IMAGES:
-                ratio = modelled(target, channels, images, pixels)
-                yield {"target": target, "layer": layer, "images": images, "ratio": ratio}
-
-
-def _row(*cells) -> None:
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def _draw(model, path: str) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, kind in zip(axes, CHIPS, strict=True):
-        rows = [r for r in model if r["target"].startswith(kind) and r["images"] == 16]
-        for color, layer in zip(("tab:blue", "tab:orange", "tab:green"), LAYERS, strict=True):
-            mine = [r for r in rows if r["layer"] == layer]
-            chips = [TARGETS[r["target"]].devices for r in mine]
-            for style, name in (("-", "global"), ("--", f"groups of {GROUP}")):
-                heights, label = [r["ratio"][name] for r in mine], f"{layer}, {name}"
-                axis.plot(chips, heights, style, color=color, marker="o", label=label)
-        axis.axhline(1.0, color="gray", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="chips", title=f"{kind}, 16 images a chip (model)")
-    axes[0].set_ylabel("two all-reduces / the norm's own memory time")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+            json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":

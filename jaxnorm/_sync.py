@@ -2,6 +2,12 @@
 
 Whoever does, the statistics handed on for the running state are those of everything, so the state is the same on all
 devices. With "local" and with groups that takes one small all-reduce more, which nothing in the layer waits for.
+
+What to choose: the statistics of all devices make training the same on any number of them, and cost two all-reduces
+that each layer waits for, longer the more devices there are. Those of 32 examples are as good to train with. So: all,
+while that costs little; else of as few neighbours as have 32 examples together; of each device where it has them alone.
+`benchmarks/results/scale.md` has the figures. In shard_map name two mesh axes for groups, the last of them the group's
+devices, so that the all-reduces stay among those; under jit one will do, unless the mesh is Explicit.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ Array = jax.Array
 Sync = str | int | tuple[tuple[int, ...], ...]
 
 _SHARDS = "jaxnorm.shards"  # the axis name of the parts of an array that jit partitions
+_RUNS = "jaxnorm.runs"  # and that of the groups of neighbours among them
 
 
 def checked_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_size) -> Sync:
@@ -124,13 +131,22 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
             f'axis_name={axis_name}. Write sync="global", or pad the batch and give a mask.'
         )
     split = [a is not None and a.shape[batch] == x.shape[batch] for a in args]
-    parts = [_split(a, batch, shards, x.shape[batch] // shards) if s else a for a, s in zip(args, split, strict=True)]
-    each = functools.partial(
-        standardize_together, norm, recipe, axis_name=_SHARDS, sync=sync, virtual_batch_size=None, whole=whole
+    # Groups of neighbours are an axis of their own, so that each all-reduce stays among them. An Explicit mesh cannot
+    # say so of a part of its axis, and jit asks all devices there.
+    apart = isinstance(sync, int) and jax.typeof(x).sharding.spec[batch] is None
+    number = sync if apart and shards % sync == 0 else shards
+    parts = {_SHARDS: shards} if number == shards else {_RUNS: shards // number, _SHARDS: number}
+    sizes = (*parts.values(), x.shape[batch] // shards)
+    cut = [_split(a, batch, *sizes) if s else a for a, s in zip(args, split, strict=True)]
+    each: Any = functools.partial(
+        standardize_together, norm, recipe, axis_name=tuple(parts), sync=sync, virtual_batch_size=None, whole=whole
     )
+    run = lambda *args: each(args)
     axes = tuple(batch if s else None for s in split)
     outs = (batch, None if whole or sync == "global" else 0)
-    y, stats = jax.vmap(lambda *args: each(args), in_axes=axes, out_axes=outs, axis_name=_SHARDS)(*parts)
+    for name in reversed(parts):
+        run = jax.vmap(run, in_axes=axes, out_axes=outs, axis_name=name)
+    y, stats = run(*cut)
     return y.reshape(x.shape), stats
 
 
@@ -161,9 +177,9 @@ def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array
     return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
 
 
-def _split(a: Array, axis: int, parts: int, size: int) -> Array:
-    """An axis as two: the parts, and what each has."""
-    return a.reshape(*a.shape[:axis], parts, size, *a.shape[axis + 1 :])
+def _split(a: Array, axis: int, *sizes: int) -> Array:
+    """An axis as several: the parts, and what each has."""
+    return a.reshape(*a.shape[:axis], *sizes, *a.shape[axis + 1 :])
 
 
 def _batch_axis(norm: str, recipe: Recipe, x: Array, what: str) -> int:

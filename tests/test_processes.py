@@ -104,13 +104,19 @@ def saved(folder: Path, step: int = STEPS) -> _process.Progress:
         return jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore(like)))
 
 
+@functools.cache
+def of_one_device():
+    """A step and an evaluation, compiled once."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    return _train.make_step(NORM, OPTIMIZER, mesh), _train.make_evaluate(NORM, mesh)
+
+
 def on_one_device(order=lambda rows: rows) -> tuple[_process.Progress, float]:
     """The same training on one device, without padding, and its test accuracy."""
     train, test = _data.load()
     train = _data.Images(*(a[:IMAGES] for a in train))
     pixels = _data.pixel_moments(_data.in_order(train, SIZE, SIZE))
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    step, evaluate = _train.make_step(NORM, OPTIMIZER, mesh), _train.make_evaluate(NORM, mesh)
+    step, evaluate = of_one_device()
     now = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
     batches = _data.shuffled(_data.standardized(train, pixels), SIZE, SIZE, 0)
     for i, batch in enumerate(itertools.islice(batches, STEPS)):
@@ -231,32 +237,41 @@ from jaxnorm.demo._together import joined, say
 with joined(address, 2, int(process), 2):
     import jax, numpy as np
     from catalogue import EACH
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from jaxnorm._kernels import cpu
     from test_processes import case
     cpu.pays = lambda view, dtype: True  # however small
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    assert mesh.size == 4
-    own = lambda a: jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), np.split(a, 2)[int(process)])
-    shards = lambda a: np.concatenate([s.data for s in a.addressable_shards])
+
+    def on(mesh):
+        assert mesh.size == 4
+        rows, all_of_it = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        own = lambda a: jax.make_array_from_process_local_data(rows, np.split(a, 2)[int(process)])
+        shards = lambda a: np.concatenate([s.data for s in a.addressable_shards])
+        for row in EACH:
+            params, x, g = case(row)
+            def step(params, x, g):
+                f = lambda params, x: row.spec.apply(params, row.state(), x, train=True)
+                y, pull, state = jax.vjp(f, params, x, has_aux=True)
+                return y, pull(g), state
+            args = jax.device_put(params, all_of_it), own(x), own(g)
+            run = jax.jit(step).lower(*args).compile()
+            text = run.as_text()
+            kernels = re.findall(r'custom_call_target="jaxnorm_(\\w+)"', text)
+            moves = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+            moves = re.findall(rf" ({moves})(?:-start)?\\(", text)
+            say(f"{kind} {row.name} in {process}: {sorted({*kernels})} {moves}")
+            y, (dparams, dx), state = run(*args)
+            assert all(a.is_fully_replicated for a in jax.tree.leaves((dparams, state)))
+            whole = {f"d{name}": np.asarray(a) for name, a in dparams._asdict().items() if a is not None}
+            whole |= {name: np.asarray(getattr(state, name)) for name in ("mean", "var") if row.batch}
+            whole |= {"y": shards(y), "dx": shards(dx)}
+            yield from ((f"{kind} {row.name} {name}", a) for name, a in whole.items())
+
     out = {}
-    for row in EACH:
-        params, x, g = case(row)
-        def step(params, x, g):
-            f = lambda params, x: row.spec.apply(params, row.state(), x, train=True)
-            y, pull, state = jax.vjp(f, params, x, has_aux=True)
-            return y, pull(g), state
-        args = jax.device_put(params, NamedSharding(mesh, P())), own(x), own(g)
-        run = jax.jit(step).lower(*args).compile()
-        text = run.as_text()
-        kernels = re.findall(r'custom_call_target="jaxnorm_(\\w+)"', text)
-        moves = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\\(", text)
-        say(f"{row.name} in {process}: {sorted({*kernels})} {moves}")
-        y, (dparams, dx), state = run(*args)
-        assert all(a.is_fully_replicated for a in jax.tree.leaves((dparams, state)))
-        whole = {f"d{name}": np.asarray(a) for name, a in dparams._asdict().items() if a is not None}
-        whole |= {name: np.asarray(getattr(state, name)) for name in ("mean", "var") if row.batch}
-        out |= {f"{row.name} {name}": a for name, a in (whole | {"y": shards(y), "dx": shards(dx)}).items()}
+    for kind in ("Auto", "Explicit"):
+        mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType[kind],))
+        with jax.set_mesh(mesh):
+            out |= dict(on(mesh))
     np.savez(f"{folder}/{process}.npz", **out)
 """
 ALONE, SYNCED = ["backward", "forward"], ["gradient", "gradient_sums", "moments", "normalize"]
@@ -280,22 +295,23 @@ def test_norms_over_global_arrays_are_exact_and_gather_nothing(native, kernels, 
     env = {"JAXNORM_NATIVE": str(int(native)), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     printed = run(["-c", LAUNCH, sys.executable, "-c", NORMS, str(tmp_path)], env)
     halves = [np.load(tmp_path / f"{i}.npz") for i in (0, 1)]
-    for row in EACH:
+    for kind, row in itertools.product(("Auto", "Explicit"), EACH):
+        name = f"{kind} {row.name}"
         rounds = (2 if native else 3) if row.batch else 1  # all norms: one for gradients, those of parameters included
         found = [] if not native else SYNCED if row.batch else ALONE
         for i in (0, 1):
-            assert f"{row.name} in {i}: {found} {['all-reduce'] * rounds}\n" in printed, printed
+            assert f"{name} in {i}: {found} {['all-reduce'] * rounds}\n" in printed, printed
         params, x, g = case(row)
         labels, _ = row.with_shape(x.shape)
         how = dict(epsilon=row.spec.epsilon, centered=row.centered)
         truth = oracle.normalize(x, labels, *row.in_rank(params), **how)
         dx, dscale, dbias = oracle.gradients(x, labels, *row.in_rank(params), g, **how)
-        near = functools.partial(close, halves, row.name)
+        near = functools.partial(close, halves, name)
         near("y", truth.y)
         near("dx", dx)
-        for name, want in (("dscale", dscale), ("dbias", dbias)):
+        for which, want in (("dscale", dscale), ("dbias", dbias)):
             if want is not None:
-                near(name, np.tile(want.ravel(), 2))
+                near(which, np.tile(want.ravel(), 2))
         if row.batch:
             first = lambda a: np.tile(a[(0,) * (a.ndim - 1)], 2)
             near("mean", 0.01 * first(truth.mean))

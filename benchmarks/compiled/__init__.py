@@ -1,6 +1,8 @@
 """What programs do on GPUs and TPUs, compiled on a machine that has none. `python -m benchmarks.compiled` prints it."""
 
+from .hlo import Collective as Collective
 from .hlo import Cost as Cost
+from .hlo import collectives as collectives
 from .hlo import cost as cost
 from .programs import Report as Report
 from .programs import passes as passes

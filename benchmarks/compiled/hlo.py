@@ -7,10 +7,13 @@ nothing, and an asynchronous copy between the two costs its one end in main memo
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+import numpy as np
 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "opt-barrier", "add-dependency", "domain"}  # fmt: skip
@@ -116,6 +119,53 @@ def cost(text: str) -> Cost:
     """The cost of a program, from its text."""
     entry, computations = parsed(text)
     return _of_computation(entry, computations)
+
+
+@dataclass(frozen=True)
+class Collective:
+    kind: str
+    bytes: int  # of its operands, on each device
+    groups: tuple[tuple[int, ...], ...]  # who takes part together, as places in the mesh; () where it does not say
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of a program, one inside a loop once."""
+    found = []
+    for computation in parsed(text)[1].values():
+        for it in computation.values():
+            if (kind := it.opcode.removesuffix("-start")) in COLLECTIVES:
+                payload = sum(_everything(computation[o].type) for o in it.operands)
+                found.append(Collective(kind, payload, replica_groups(it.rest)))
+    return found
+
+
+def replica_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    """The groups of a collective, which XLA writes as lists, as rows of a transposed grid, or as axes of a mesh.
+
+    >>> replica_groups("replica_groups={{0,1},{2,3}}, x=1")
+    ((0, 1), (2, 3))
+    >>> replica_groups("replica_groups=[2,2]<=[2,2]T(1,0), x=1")
+    ((0, 2), (1, 3))
+    >>> replica_groups("replica_groups=mesh['a'=2,'b'=2] {'b'}, x=1")
+    ((0, 1), (2, 3))
+    """
+    if not (said := re.search(r"replica_groups=(\{\}|[{\[m].*?)(?=, \w+=|$)", attributes)):
+        return ()
+    whole, rows = said.group(1), lambda a: tuple(tuple(row) for row in a.tolist())
+    if re.fullmatch(r"\{(\{[\d,]*\},?)*\}", whole):
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", whole))
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    if grid := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", whole):
+        shape, dims, order = grid.groups()
+        ids = np.arange(math.prod(numbers(dims))).reshape(numbers(dims))
+        return rows(ids.transpose(numbers(order) if order else None).reshape(numbers(shape)))
+    if axes := re.fullmatch(r"mesh\[((?:'\w+'=\d+,?)+)\] ?\{((?:'\w+',?)+)\}", whole):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes.group(1))}
+        over, all_axes = re.findall(r"'(\w+)'", axes.group(2)), list(sizes)
+        order = [all_axes.index(a) for a in sizes if a not in over] + [all_axes.index(a) for a in over]
+        ids = np.arange(math.prod(sizes.values())).reshape([*sizes.values()])
+        return rows(ids.transpose(order).reshape(-1, math.prod(sizes[a] for a in over)))
+    raise ValueError(f"replica groups of an unknown form: {whole[:200]}")
 
 
 def _of_computation(name: str, computations: dict[str, Computation]) -> Cost:
