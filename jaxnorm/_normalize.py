@@ -331,7 +331,7 @@ def _summed_first(terms: list[Array], x: Array) -> Array:
     bracket = functools.reduce(lambda a, b: a + b, terms)
     if 16 * bracket.size > x.size:
         return bracket
-    bracket = lax.optimization_barrier(bracket)
+    bracket = lax.optimization_barrier(varying_as(x, bracket))  # else the parts are summed over devices, one and all
     axes = tuple(a for a, n in enumerate(bracket.shape) if n == 1 != x.shape[a])
     if apart := xla.parts(x, axes):
         part = tuple(x.shape[a] if a in apart else n for a, n in enumerate(bracket.shape))

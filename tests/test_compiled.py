@@ -90,6 +90,25 @@ def test_a_batch_that_is_spread_over_devices_is_merged_at_once(target):
     assert found["inference"].traffic <= 3.05
 
 
+@pytest.mark.parametrize("target", ["h200x8", "v5ex8"])
+def test_sums_by_parts_are_whole_before_they_cross_devices(target):
+    """Of 16x16 planes a device sums parts of a channel first; what travels is two sums a channel, not two a part."""
+    n, channels = TARGETS[needs(target)].devices, 1024
+    norm = jn.BatchNorm(axis_name=AXIS)
+
+    def step(x, g, params, state):
+        return jax.vjp(lambda x, p: norm.apply(p, state, x, train=True)[0], x, params)[1](g)
+
+    x = jax.ShapeDtypeStruct((8 * n, 16, 16, channels), jnp.bfloat16)
+    parts = (P(AXIS), P(AXIS), P(), P()), (P(AXIS), P())
+    mesh = compiled.targets.mesh(target)
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=parts[0], out_specs=parts[1])
+    x, state = placed(target, x, P(AXIS)), placed(target, jax.eval_shape(lambda: norm.init(channels)))
+    found = compiled.report(sharded, target, x, x, *state, unit=1)
+    assert found.collectives == {"all-reduce": 2}
+    assert found.collective_bytes["all-reduce"] == 4 * channels * (4 * n + 2)  # a slot for each device; two sums
+
+
 @pytest.mark.parametrize("target", ["h200", "v5p"])
 @jax.numpy_dtype_promotion("standard")  # for jax.nn and flax
 @jax.numpy_rank_promotion("allow")

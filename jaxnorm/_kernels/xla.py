@@ -157,7 +157,7 @@ def parts(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
     if len(axes) < 2 or not 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15 or _sharded_axes(x):
         return ()
     enough = lambda k: x.size >= _ENOUGH_SUMS * math.prod(x.shape[a] for a in axes[k:])
-    return axes[: next(filter(enough, range(1, len(axes))), len(axes) - 1)]
+    return axes[: next(filter(enough, range(1, len(axes))), 1)]
 
 
 def _total(a: Array, axes: tuple[int, ...]) -> Array:
