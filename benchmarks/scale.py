@@ -79,17 +79,22 @@ def counted(target: str, f, *args) -> dict:
     return {"collectives": found, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
 
 
-def alone(target: str, sync: str, form: str, channels: int) -> dict:
-    """y and dx of one batch norm: what the layer waits for."""
-    names = BOTH if sync != "global" or form == "shard_map" else None
-    norm = jn.BatchNorm(axis_name=names, sync=SYNCS[sync])
-    params, state = norm.init(channels)
-    apply = lambda params, x: norm.apply(params, state, x, train=True, update_stats=False)[0]
+def _y_and_dx(apply: Callable) -> Callable:
+    """(params, x, g) -> y, and what a cotangent g of it comes to for x."""
 
     def step(params, x, g):
         y, pull = jax.vjp(lambda x: apply(params, x), x)
         return y, pull(g)[0]
 
+    return step
+
+
+def alone(target: str, sync: str, form: str, channels: int) -> dict:
+    """y and dx of one batch norm: what the layer waits for."""
+    names = BOTH if sync != "global" or form == "shard_map" else None
+    norm = jn.BatchNorm(axis_name=names, sync=SYNCS[sync])
+    params, state = norm.init(channels)
+    step = _y_and_dx(lambda params, x: norm.apply(params, state, x, train=True, update_stats=False)[0])
     if form == "shard_map":
         step = jax.shard_map(step, mesh=chips(target), in_specs=(P(), P(BOTH), P(BOTH)), out_specs=P(BOTH))
     x = jax.ShapeDtypeStruct((IMAGES * chips(target).size, SIDE, SIDE, channels), jnp.bfloat16)
@@ -146,11 +151,7 @@ def spread(target: str, norm: str, form: str) -> dict:
     """y and dx of a norm over features that lie on the chips of a host."""
     spec = getattr(jn, norm)(axis_name="chip" if form == "shard_map" else None)
     params, _ = spec.init(FEATURES)
-
-    def step(params, x, g):
-        y, pull = jax.vjp(lambda x: spec.apply(params, (), x, train=True)[0], x)
-        return y, pull(g)[0]
-
+    step = _y_and_dx(lambda params, x: spec.apply(params, (), x, train=True)[0])
     if form == "shard_map":
         step = jax.shard_map(step, mesh=chips(target), in_specs=(P("chip"), P(*BOTH), P(*BOTH)), out_specs=P(*BOTH))
     x = jax.ShapeDtypeStruct((ROWS * chips(target).shape["host"], FEATURES), jnp.bfloat16)
