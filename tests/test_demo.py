@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,18 +16,19 @@ import jaxnorm as jn
 pytest.importorskip("optax")
 pytest.importorskip("sklearn")
 
+from jaxnorm.demo import __main__ as demo
 from jaxnorm.demo import _data, _train
 
+ROOT = Path(__file__).parents[1]
 COUNTS = (1, 4)
 
 
-def command(*arguments: str, cwd, code: str | None = None, **env: str) -> subprocess.CompletedProcess:
+def command(*arguments: str, cwd) -> subprocess.CompletedProcess:
     """The demo in a process of its own, without the test suite's device count."""
     theirs = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "FORCE_COLOR")}
-    start = ["-m", "jaxnorm.demo"] if code is None else ["-c", code]
     return subprocess.run(
-        [sys.executable, *start, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240,
-        env=theirs | {"JAX_PLATFORMS": "cpu", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"} | env,
+        [sys.executable, "-m", "jaxnorm.demo", *arguments], cwd=cwd, capture_output=True, text=True, timeout=240,
+        env=theirs | {"JAX_PLATFORMS": "cpu", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def test_the_default_run_prints_the_tables_and_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "over 4 cpu devices" in done.stdout
     for title in ("no normalization", "batch norm", "layer norm"):
-        assert re.search(rf"\b{title} +\S +\d+\.\d % \S +never \S +\d+\.\d ms", done.stdout), done.stdout
+        assert re.search(rf"\b{title} +\S +\d+\.\d % \S +not in 2 steps \S +\d+\.\d ms", done.stdout), done.stdout
     for title in ("all test images at once", "one image at a time", "exact statistics of the training set"):
         assert re.search(rf"{title} +\S +\d+\.\d %", done.stdout), done.stdout
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", done.stdout), "control characters in a log"
@@ -69,69 +71,171 @@ def test_the_default_run_prints_the_tables_and_draws(tmp_path):
     assert (tmp_path / "digits.png").stat().st_size < 200_000
 
 
-def test_options_reach_the_run_and_the_users_device_count_stays(tmp_path):
-    given = ("--norm", "layer", "--steps", "1", "--batch-size", "7", "--seed", "3", "--out", "my.svg")
-    done = command(*given, cwd=tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=3")
-    assert done.returncode == 0, done.stderr
-    assert "batches of 7 over 3 cpu devices" in done.stdout
-    assert "layer norm" in done.stdout
-    assert "Batch norm" not in done.stdout
-    assert "<svg" in (tmp_path / "my.svg").read_text()
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """`demo.main` in this process and an empty folder, with results that nothing was trained for."""
+    z = np.random.default_rng(0).normal(size=(_data.TEST, 4, 4, _train.CHANNELS)).astype(np.float32)
+
+    def fit(norm, mesh, batches, test, *, steps, learning_rate, seed, on_step):
+        looks = np.arange(0, steps + 1, min(5, steps))
+        for step in range(steps):
+            on_step(2.5e30 if step < steps - 1 else 0.125, 0.5)
+        return _train.Run((), (), np.ones(steps), looks, np.linspace(0.1, 0.9, len(looks)), z, 2 * z, 0.0123)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_train, "fit", fit)
+    monkeypatch.setattr(_train, "make_evaluate", lambda *_, **__: lambda *_: (0.5, None))
+    monkeypatch.setattr(_train, "make_exact_statistics", lambda *_: lambda *_: ())
+    return demo.main
+
+
+def test_options_reach_the_run_and_the_users_device_count_stays(made_up, tmp_path, capsys):
+    made_up(["--norm", "layer", "--steps", "1", "--batch-size", "9", "--seed", "3", "--out", "my.svg"])
+    printed = capsys.readouterr().out
+    assert "batches of 9 over 8 cpu devices" in printed, "those of XLA_FLAGS, see conftest"
+    assert "layer norm" in printed
+    assert "Batch norm" not in printed
+    picture = (tmp_path / "my.svg").read_text()
+    assert "<svg" in picture
+    assert "--norm layer --devices 8 --steps 1 --batch-size 9 --learning-rate 0.5 --seed 3<" in picture
+
+
+CELLS = ["no normalization", "test accuracy", "steps to 95 %", "not in 10 steps", "time per step", "12.3 ms",
+         "running statistics, all test images at", "Batch norm at inference", "50.0 %"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("terminal", "columns"), [(False, 40), (False, 80), (True, 40), (True, 80)], ids=lambda v: str(v)
+)
+def test_nothing_is_cut_in_a_terminal_of_any_width_or_in_none(terminal, columns, made_up, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    path = "a long name with [brackets] and :smile: that a terminal wraps.png"
+    made_up(["--steps", "10", "--out", path])
+    printed = capsys.readouterr().out
+    assert ("\x1b[" in printed) == terminal
+    printed = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", printed)
+    assert [cell for cell in CELLS if cell not in printed] == []
+    assert f"Picture: {path}" in printed
+    assert "\u2026" not in printed, "an ellipsis"
+    assert max(len(line) for line in re.split(r"[\r\n]", printed) if "Picture" not in line) <= columns
+    last = "no normalization 10/10" if terminal else "no normalization: 10 steps, loss 0.125"
+    assert last in re.sub(r" +", " ", printed).replace("\n", " ")
+
+
+def test_a_dumb_terminal_gets_a_log(made_up, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
+    made_up(["--steps", "3", "--norm", "none"])
+    printed = capsys.readouterr().out
+    assert "no normalization: 3 steps, loss 0.125, test 50.0%" in printed
+    assert "\r" not in printed
+
+
+def test_the_readme_shows_what_the_command_draws(made_up, tmp_path):
+    """Its title names the settings; they are those of the command with no options. And all but the curves is equal."""
+    image = pytest.importorskip("PIL.Image")
+    made_up(["--devices", str(demo.HOST_DEVICES)])
+    fresh, shown = (image.open(folder / "digits.png") for folder in (tmp_path, ROOT / "notebooks"))
+    assert shown.text["Title"] == fresh.text["Title"]
+    assert (shown.size, shown.mode, shown.info["dpi"]) == (fresh.size, fresh.mode, fresh.info["dpi"])
+    width, height = shown.size
+    for box in ((0, 0, width, height // 8), (0, 0, width // 16, height), (0, height * 7 // 8, width // 2, height)):
+        one, other = (np.asarray(picture.crop(box), np.float32) for picture in (fresh, shown))
+        assert np.abs(one - other).mean() < 1, f"titles or labels in {box}"
+        assert one.std() > 10, f"something stands in {box}"
 
 
 BAD = {
     "--norm group": "argument --norm: invalid choice: 'group'",
-    "--devices 0": "argument --devices: must be a whole number, 1 or more, got '0'",
-    "--devices 1000 --batch-size 1000": "there are 64 cpu devices to be had, not 1000",
-    "--steps -3": "argument --steps: must be a whole number, 1 or more, got '-3'",
-    "--steps 2.5": "argument --steps: must be a whole number, 1 or more, got '2.5'",
-    "--batch-size 0": "argument --batch-size: must be a whole number, 1 or more, got '0'",
-    "--batch-size 2": "2 images are too few for 4 devices. Write --batch-size 4, or --devices 2",
+    "--devices 0": "argument --devices: must be a whole number from 1 to 2147483647, got '0'",
+    "--devices 9": "there are 8 cpu devices to be had, not 9. Write --devices 8, or unset your own setting",
+    "--steps -3": "argument --steps: must be a whole number from 1 to 1000000, got '-3'",
+    "--steps 2.5": "argument --steps: must be a whole number from 1 to 1000000, got '2.5'",
+    "--steps 1000001": "argument --steps: must be a whole number from 1 to 1000000, got '1000001'",
+    f"--steps {'9' * 5000}": f"argument --steps: must be a whole number from 1 to 1000000, got '{'9' * 100}'",
+    "--batch-size 0": "argument --batch-size: must be a whole number from 1 to 2147483647, got '0'",
+    "--batch-size 2": "2 images are too few for 8 devices. Write --batch-size 8, or --devices 2",
     "--batch-size 5000": "must be at most the 1347 training images, got 5000",
-    "--seed -1": "argument --seed: must be a whole number",
-    "--learning-rate nan": "argument --learning-rate: must be a number above 0, got 'nan'",
-    "--out nowhere/digits.png": "argument --out: cannot write 'nowhere/digits.png'",
-    "--out folder.png": "argument --out: cannot write 'folder.png'",
+    "--seed -1": "argument --seed: must be a whole number from 0 to 2147483647, got '-1'",
+    "--learning-rate nan": "argument --learning-rate: must be a number from 1e-30 to 1e+30, got 'nan'",
+    "--learning-rate 1e-46": "argument --learning-rate: must be a number from 1e-30 to 1e+30, got '1e-46'",
+    "--learning-rate inf": "argument --learning-rate: must be a number from 1e-30 to 1e+30, got 'inf'",
+    "--out nowhere/digits.png": "argument --out: cannot write 'nowhere/digits.png': No such file or directory",
+    "--out folder.png": "argument --out: cannot write 'folder.png': Is a directory",
+    "--out folder.png/": "argument --out: cannot write 'folder.png': Is a directory",
     "--out digits.doc": "argument --out: must end in .png",
+    f"--out {'a' * 300}.png": f"argument --out: cannot write '{'a' * 300}.png': File name too long",
     "--stpes 3": "unrecognized arguments: --stpes 3",
 }
-MANY = """
-import sys, jaxnorm.demo.__main__ as demo, jaxnorm.demo._train as train
-train.fit = lambda *_, **__: print("TRAINED")
-for line in sys.argv[1:]:
-    try:
-        demo.main(line.split())
-    except SystemExit as end:
-        print(f"{line}|{end.code}", flush=True)
-        print("END", file=sys.stderr, flush=True)
-"""
 
 
-def test_each_bad_option_is_one_message_and_status_2_before_any_training(tmp_path):
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:30])
+def test_a_bad_option_is_one_message_and_status_2_before_any_training(line, made_up, monkeypatch, tmp_path, capsys):
     (tmp_path / "folder.png").mkdir()
-    largest_first = sorted(BAD, key=lambda line: "1000" not in line)  # it sets the number of devices, once a process
-    largest, *others = largest_first
-    for lines, env in (([largest], {}), (others, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"})):
-        done = command(*lines, cwd=tmp_path, code=MANY, **env)
-        assert done.stdout.splitlines() == [f"{line}|2" for line in lines], done.stderr
-        for line, message in zip(lines, done.stderr.split("END\n"), strict=False):
-            assert BAD[line] in message
-            assert message.startswith("python -m jaxnorm.demo: ")
-            assert message.count("\n") == 1, message
+    monkeypatch.setattr(_train, "fit", lambda *_, **__: pytest.fail("it trains"))
+    with pytest.raises(SystemExit) as end:
+        made_up(line.split())
+    assert end.value.code == 2
+    printed, message = capsys.readouterr()
+    assert printed == ""
+    assert message.startswith("python -m jaxnorm.demo: ")
+    assert BAD[line] in message
+    assert message.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["folder.png"], "a refused run leaves nothing behind"
 
 
 def test_a_bad_option_ends_the_command_itself_with_status_2(tmp_path):
-    done = command("--norm", "group", cwd=tmp_path)
+    """Of devices, which must be asked for before JAX starts: 64 at most are made of a CPU."""
+    done = command("--devices", "1000", "--batch-size", "1000", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "Traceback" not in done.stderr
+    assert re.fullmatch(r"python -m jaxnorm\.demo: .*there are 64 cpu devices to be had, not 1000.*\n", done.stderr)
 
 
-def test_a_missing_dependency_is_named_with_the_line_to_write(tmp_path):
-    hide = "import runpy, sys; sys.modules['optax'] = sys.modules['sklearn'] = None; "
-    done = command(cwd=tmp_path, code=hide + "runpy.run_module('jaxnorm.demo', run_name='__main__')")
-    assert done.returncode == 2
-    assert done.stderr == (
+def test_a_picture_that_cannot_be_written_after_all_is_one_message(made_up, monkeypatch, tmp_path, capsys):
+    from jaxnorm.demo import _plot
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_plot, "draw", full)
+    with pytest.raises(SystemExit) as end:
+        made_up(["--norm", "layer", "--steps", "1"])
+    assert end.value.code == 2
+    message = "python -m jaxnorm.demo: argument --out: cannot write 'digits.png': No space left on device.\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_link_to_a_picture_to_come_is_kept(made_up, tmp_path):
+    (tmp_path / "link.png").symlink_to("picture.png")
+    made_up(["--norm", "layer", "--steps", "1", "--out", "link.png"])
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_ctrl_c_and_a_closed_pipe_end_it_without_a_traceback(error, status, monkeypatch, capfd):
+    def ended():
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))  # noqa: SIM115
+    with pytest.raises(SystemExit) as end:
+        demo.finish(ended)
+    assert end.value.code == status
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_dependency_is_named_with_the_line_to_write(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optax", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(SystemExit) as end:
+        demo.main([])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
         'python -m jaxnorm.demo: needs optax, scikit-learn. Write: pip install "jaxnorm[demo]"\n'
     )
 

@@ -13,10 +13,14 @@ import fcntl
 import functools
 import itertools
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +37,7 @@ pytest.importorskip("orbax.checkpoint")
 
 import orbax.checkpoint as ocp
 
-from jaxnorm.demo import _data, _process, _train
+from jaxnorm.demo import _data, _process, _together, _train, processes
 
 IMAGES, SIZE, STEPS, RATE = 71, 13, 6, 0.1
 OPTIONS = f"--images {IMAGES} --batch-size {SIZE} --steps {STEPS} --every 3 --learning-rate {RATE}".split()
@@ -194,7 +198,11 @@ def test_a_process_that_falls_silent_ends_all(train, tmp_path):
     assert "stopped sending heartbeats" in printed
     assert "launch: process 1 still runs 22 s after the first death, and is killed\n" in printed
     others_ended_by_themselves(printed, 2, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "training.json"]
+    again = f"python -m jaxnorm.demo.processes {' '.join(OPTIONS)} --form shard_map --processes 2 --devices 1"
+    assert printed.endswith(
+        f"launch: this line goes on from the checkpoint of step 3\n    {again} --checkpoints {tmp_path} --heartbeat 6\n"
+    )
 
 
 @pytest.mark.parametrize(("form", "processes", "devices"), [("shard_map", 4, 1), ("shard_map", 1, 8), ("jit", 2, 2)])
@@ -206,25 +214,175 @@ def test_a_checkpoint_fits_other_processes_and_devices(form, processes, devices,
     assert max(apart(saved(tmp_path), one[0])) < TOLERANCE
 
 
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path):
+    """As from a terminal, which sends it to all of them."""
+    command = [sys.executable, "-m", "jaxnorm.demo.processes", "--processes", "2", "--checkpoints", str(tmp_path)]
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    with subprocess.Popen(command, **piped) as parent:
+        threads = Path(f"/proc/{parent.pid}/task")
+        children = lambda: " ".join(p.read_text() for p in threads.glob("*/children")).split()
+        while parent.poll() is None and len(children()) < 2:
+            time.sleep(0.05)
+        pids = children()
+        time.sleep(0.2)
+        os.killpg(parent.pid, signal.SIGINT)
+        printed, _ = parent.communicate(timeout=60)
+    assert (parent.returncode, printed) == (130, "")
+    assert len(pids) == 2
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize(("number", "raised"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
+def test_a_signal_to_the_parent_ends_its_children(number, raised, monkeypatch, capfd):
+    """They ignore SIGINT themselves; that it kills a shell that does not is the control."""
+    number, handlers = getattr(signal, number), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    script = ["sh", "-c", "kill -INT $$; echo survived; exec sleep 60"]
+    assert subprocess.run(script, stdout=subprocess.DEVNULL).returncode == -signal.SIGINT
+    children, supervise = {}, _together.supervise
+
+    def supervised(started, patience):
+        children.update(started)
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        return supervise(started, patience)
+
+    monkeypatch.setattr(_together, "supervise", supervised)
+    with pytest.raises(raised) as end:
+        _together.launch(script, 3)
+    assert raised is KeyboardInterrupt or end.value.code == 128 + signal.SIGTERM
+    assert [child.returncode for child in children.values()] == [-signal.SIGKILL] * 3
+    assert capfd.readouterr() == ("survived\n" * 3, "")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 # --- options ----------------------------------------------------------------------------------------------------------
 
+A_SEED = "a whole number from 0 to 2147483647"
 BAD = {
     "--kill 3": "argument --kill: must be PROCESS:STEP, such as 1:30, got '3'",
+    "--kill 4:3": "argument --kill: there is no process 4, only 0 to 3.",
+    "--processes 2 --kill 2:3": "argument --kill: there is no process 2, only 0 to 1.",
+    "--kill 0:61": "argument --kill: there is no step 61, only 1 to 60.",
+    "--kill 1:6:STOP --steps 5": "argument --kill: there is no step 6, only 1 to 5.",
+    "--kill 0:0": "argument --kill: there is no step 0, only 1 to 60.",
     "--process 1": "--process and --address go together",
     "--process 4 --address a:1": "argument --process: must be below --processes 4, got 4",
+    "--process 1 --address a": "argument --address: must be HOST:PORT, such as 10.0.0.1:1234, got 'a'",
+    "--process 1 --address a:0": "argument --address: must be HOST:PORT, such as 10.0.0.1:1234, got 'a:0'",
+    "--process 1 --address :65536": "argument --address: must be HOST:PORT, such as 10.0.0.1:1234, got ':65536'",
+    "--processes 0": "argument --processes: must be a whole number from 1 to 2147483647, got '0'",
+    "--processes 65": "argument --processes: at most 64 start on one machine, got 65.",
+    "--devices 65": "argument --devices: must be a whole number from 1 to 64, got '65'",
+    "--steps 0": "argument --steps: must be a whole number from 1 to 1000000, got '0'",
+    "--images 1348": "argument --images: must be a whole number from 1 to 1347, got '1348'",
+    "--batch-size 1348": "argument --batch-size: must be a whole number from 1 to 1347, got '1348'",
+    "--learning-rate 0": "argument --learning-rate: must be a number from 1e-30 to 1e+30, got '0'",
+    "--every 0": "argument --every: must be a whole number from 1 to 2147483647, got '0'",
+    "--restarts -1": f"argument --restarts: must be {A_SEED}, got '-1'",
+    "--restarts 1.5": f"argument --restarts: must be {A_SEED}, got '1.5'",
+    "--heartbeat 0": "argument --heartbeat: must be a whole number from 1 to 86400, got '0'",
+    "--checkpoints file": "argument --checkpoints: cannot use 'file': Not a directory.",
+    "--checkpoints file/folder": "argument --checkpoints: cannot use 'file/folder': Not a directory.",
+    f"--checkpoints {'a' * 300}": f"argument --checkpoints: cannot use '{'a' * 300}': File name too long.",
 }
 
 
-@pytest.mark.parametrize("line", BAD)
-def test_a_bad_option_is_one_message_and_status_2(line, capsys):
-    from jaxnorm.demo import processes
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """The command in this process and an empty folder. `main.lines` are those that it would start processes with."""
 
+    def launch(command, processes, heartbeat):
+        main.lines.append(command[3:])
+        return main.ends_well
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processes, "launch", launch)
+    main = SimpleNamespace(run=lambda line: processes.main(shlex.split(line)), lines=[], ends_well=True)
+    return main
+
+
+def one_message(run, line: str, capsys) -> str:
     with pytest.raises(SystemExit) as end:
-        processes.main(line.split())
+        run(line)
     assert end.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"python -m jaxnorm.demo.processes: {BAD[line]}")
+    printed, message = capsys.readouterr()
+    assert printed == ""
+    start = "python -m jaxnorm.demo.processes: "
+    assert message.startswith(start)
     assert message.count("\n") == 1
+    return message[len(start) : -1]
+
+
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:40])
+def test_a_bad_option_is_one_message_and_status_2(line, main, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert one_message(main.run, line, capsys).startswith(BAD[line])
+    assert main.lines == []
+    assert [p.name for p in tmp_path.iterdir()] == ["file"], "a refused run leaves nothing behind"
+
+
+@pytest.mark.parametrize("kill", ["--kill 1:30", "--kill=1:30:STOP", "--ki 1:30"])
+def test_the_line_to_repeat_kills_no_more(kill, main, tmp_path, capsys):
+    main.ends_well = False
+    given = f"--processes 2 {kill} --checkpoints 'my folder'"
+    assert main.run(given) == 1
+    *_, why, line = capsys.readouterr().out.splitlines()
+    assert why == "launch: this line goes from the beginning: no checkpoint was saved"
+    assert line == "    python -m jaxnorm.demo.processes --processes 2 --checkpoints 'my folder'"
+    (tmp_path / "my folder" / "20").mkdir()
+    assert main.run(f"{given} --restarts 2") == 1
+    printed = capsys.readouterr().out
+    assert printed.count("launch: all start again\n") == 2
+    assert "launch: this line goes on from the checkpoint of step 20\n" in printed
+    line = printed.splitlines()[-1]
+    main.ends_well = True
+    assert main.run(line.split("processes", 1)[1]) == 0
+    killed = lambda line: [word for word in line if word.startswith("--k")]
+    assert [len(killed(line)) for line in main.lines] == [1, 1, 0, 0, 0]
+    assert main.lines[-1] == ["--processes", "2", "--checkpoints", "my folder", "--restarts", "2"]
+
+
+def test_a_folder_that_holds_another_training_is_refused(main, tmp_path, capsys):
+    """Of processes and devices there may be others, and of what was never saved nothing is left."""
+    assert main.run("--steps 6 --checkpoints c") == 0
+    assert main.run("--steps 7 --checkpoints c") == 0
+    (tmp_path / "c" / "3").mkdir()
+    said = "--steps 7 --images 1347 --batch-size 127 --learning-rate 0.5 --seed 0"
+    for other in ("--steps 6", "--images 71", "--batch-size 13", "--learning-rate 0.1", "--seed 1"):
+        message = one_message(main.run, f"--steps 7 {other} --checkpoints c", capsys)
+        assert message == (
+            "argument --checkpoints: 'c' holds another training. "
+            f"Write {said} to go on with it, or name another folder."
+        )
+    assert main.run(f"{said} --checkpoints c --form jit --processes 2 --devices 3 --every 1") == 0
+    (tmp_path / "c" / "training.json").write_text("{")
+    assert "cannot use 'c': Expecting" in one_message(main.run, "--checkpoints c", capsys)
+
+
+def test_processes_that_cannot_be_started_are_one_message(monkeypatch, main, capsys):
+    def launch(*_):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(processes, "launch", launch)
+    message = one_message(main.run, "--processes 3", capsys)
+    assert message == "cannot start 3 processes: Resource temporarily unavailable."
+
+
+def test_an_address_where_nobody_can_meet_is_one_message(main, monkeypatch, capsys):
+    """Where JAX would end the process by a signal."""
+    monkeypatch.setattr(processes, "meet", functools.partial(_together.meet, patience=0.3))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        nobody = one_message(main.run, f"--process 1 --address {address}", capsys)
+        assert nobody == f"argument --address: cannot reach process 0 at {address}: Connection refused."
+        taken.listen()
+        in_use = one_message(main.run, f"--process 0 --address {address}", capsys)
+        assert in_use == f"argument --address: cannot listen on {address}: Address already in use."
+        assert _together.meet(address, 1) is None
 
 
 # --- kernels over global arrays ---------------------------------------------------------------------------------------

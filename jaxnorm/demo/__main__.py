@@ -5,23 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 NEEDS = {"matplotlib": "matplotlib", "optax": "optax", "rich": "rich", "sklearn": "scikit-learn"}
 TITLES = {"none": "no normalization", "batch": "batch norm", "layer": "layer norm"}
+PROGRAM = "python -m jaxnorm.demo"
 HOST_DEVICES, MOST_HOST_DEVICES = 4, 64
+SMALLEST, LARGEST = 1e-30, 1e30  # a learning rate that is neither 0 nor infinite in float32
+INTERRUPTED, UNREAD = 130, 141  # the status that a shell gives a program ended by Ctrl-C, or by a closed pipe
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m jaxnorm.demo", description=__doc__)
+    parser = Parser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--norm", choices=[*TITLES, "all"], default="all", help="which to train (default: all)")
     parser.add_argument("--devices", type=positive, metavar="N", help="how many (default: all; on a CPU 4 are made)")
-    parser.add_argument("--steps", type=positive, default=250, metavar="N", help="of each training (default: 250)")
+    parser.add_argument("--steps", type=steps, default=250, metavar="N", help="of each training (default: 250)")
     parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="over all devices (default: 128)")
     parser.add_argument("--learning-rate", type=rate, default=0.5, metavar="X", help="the same for all (default: 0.5)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the weights and the order (default: 0)")
@@ -32,7 +36,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'needs {", ".join(missing)}. Write: pip install "jaxnorm[demo]"')
     options.devices = devices(parser, options.devices)
     check(parser, options)
-    run(options)
+    run(parser, options)
+
+
+def finish(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command. Ctrl-C and a reader that went away (`| head`) end it without a traceback."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        status = UNREAD
+    sys.exit(status)
 
 
 # --- options: whatever is wrong is said before anything is trained ----------------------------------------------------
@@ -43,23 +60,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
-    return int(text)
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option: a whole number of this range."""
+
+    def number(text: str) -> int:
+        if text.strip().isdecimal() and len(text) < 100 and least <= int(text) <= most:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text[:100]!r}")
+
+    return number
 
 
-def seed(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**31 - 1}, got {text!r}")
-    return int(text)
+steps, positive, seed = whole(1, 10**6), whole(1, 2**31 - 1), whole(0, 2**31 - 1)
 
 
 def rate(text: str) -> float:
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < math.inf:
+        if SMALLEST <= float(text) <= LARGEST:
             return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    raise argparse.ArgumentTypeError(f"must be a number from {SMALLEST} to {LARGEST}, got {text!r}")
 
 
 def devices(parser: Parser, wanted: int | None) -> list:
@@ -101,20 +120,34 @@ def check(parser: Parser, options) -> None:
         )
     if options.out.suffix.lower() not in _plot.FORMATS:
         parser.error(f"argument --out: must end in {', '.join(_plot.FORMATS)}, got {str(options.out)!r}.")
-    existed = options.out.exists()
-    try:
-        with open(options.out, "ab"):
-            pass
-    except OSError as error:
-        parser.error(f"argument --out: cannot write {str(options.out)!r}: {error.strerror}.")
+    existed = os.path.lexists(options.out)
+    with writing(parser, options.out), open(options.out, "ab"):
+        pass
     if not existed:
         options.out.unlink()
+
+
+@contextlib.contextmanager
+def writing(parser: Parser, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        parser.error(f"argument --out: cannot write {str(out)!r}: {error.strerror}.")
+
+
+def line(options) -> str:
+    """The command that repeats this run, with every setting that its picture depends on."""
+    given = {
+        "norm": options.norm, "devices": len(options.devices), "steps": options.steps,
+        "batch-size": options.batch_size, "learning-rate": f"{options.learning_rate:g}", "seed": options.seed,
+    }  # fmt: skip
+    return " ".join([PROGRAM, *(f"--{name} {value}" for name, value in given.items())])
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def run(options) -> None:
+def run(parser: Parser, options) -> None:
     import jax
     import numpy as np
     from jax.sharding import Mesh
@@ -122,7 +155,7 @@ def run(options) -> None:
 
     from . import _data, _plot, _train
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     mesh = Mesh(np.array(options.devices), ("data",))
     count, size = len(options.devices), options.batch_size
     padded = lambda images: math.ceil(images / count) * count  # every device gets as many rows, some of them padding
@@ -143,7 +176,7 @@ def run(options) -> None:
             given = dict(steps=options.steps, learning_rate=options.learning_rate, seed=options.seed, on_step=on_step)
             runs[name] = _train.fit(_train.NORMS[name], mesh, batches, test, **given)
 
-    console.print(main_table(runs))
+    show(console, *main_table(runs))
     if "batch" in runs:
         norm, run = _train.NORMS["batch"], runs["batch"]
         stacked = jax.tree.map(lambda *a: np.stack(a), *_data.in_order(train, size, padded(size)))
@@ -154,24 +187,31 @@ def run(options) -> None:
             "running statistics, one image at a time": alone(run.params, run.states, test)[0],
             "exact statistics of the training set": together(run.params, exact, test)[0],
         }
-        console.print(inference_table(rows))
+        show(console, *inference_table(rows))
     console.print(
         f"Every norm: the same {len(_train.STRIDES)} convolutions, initial weights, batches and learning rate "
         f"({options.learning_rate:g}, SGD)."
     )
     facts = dict(batch_size=size, learning_rate=options.learning_rate, layer=len(_train.STRIDES))
-    _plot.draw({TITLES[name]: run for name, run in runs.items()}, options.out, **facts)
+    with writing(parser, options.out):
+        _plot.draw({TITLES[name]: run for name, run in runs.items()}, options.out, command=line(options), **facts)
     console.print(f"Picture: {options.out}", soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress(console) -> Iterator[Any]:
-    """Gives a function (title, steps) -> on_step. A live bar for each training; in a log, a line after each."""
+    """Gives a function (title, steps) -> on_step. A live line for each training; in a log, a line after each."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    numbers = TextColumn("loss {task.fields[loss]:6.3f}  test {task.fields[accuracy]:6.1%}")
-    columns = (TextColumn("{task.description:16}"), BarColumn(24), MofNCompleteColumn(), numbers, TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    numbers = TextColumn("loss {task.fields[loss]:9.4g}  test {task.fields[accuracy]:6.1%}")
+    columns = {  # the most telling first, each with its width: a narrow terminal has no place for the last ones
+        TextColumn("{task.description:16}"): 16, MofNCompleteColumn(): 15, numbers: 27, BarColumn(24): 24,
+        TimeElapsedColumn(): 7,
+    }  # fmt: skip
+    widths = itertools.accumulate(width + 1 for width in columns.values())
+    fitting = [column for column, width in zip(columns, widths, strict=True) if width <= console.width + 1]
+    live = console.is_interactive
+    with Progress(*fitting, console=console, disable=not live) as bars:
 
         def begin(title: str, steps: int):
             task = bars.add_task(title, total=steps, loss=math.nan, accuracy=math.nan)
@@ -181,41 +221,48 @@ def progress(console) -> Iterator[Any]:
                 nonlocal done
                 done += 1
                 bars.update(task, advance=1, loss=loss, accuracy=accuracy)
-                if done == steps and not console.is_terminal:
-                    console.print(f"{title}: {steps} steps, loss {loss:.3f}, test {accuracy:.1%}")
+                if done == steps and not live:
+                    console.print(f"{title}: {steps} steps, loss {loss:.4g}, test {accuracy:.1%}")
 
             return on_step
 
         yield begin
 
 
-def main_table(runs: dict):
+def show(console, title: str, headers: list[str], rows: list[list[str]]) -> None:
+    """A table; where it does not fit into the terminal, its cells one below the other."""
     from rich.table import Table
 
-    table = Table(title="Digits", title_style="bold")
-    table.add_column("norm")
-    for title in ("test accuracy", "steps to 95 %", "time per step"):
-        table.add_column(title, justify="right")
-    for name, run in runs.items():
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    if sum(widths) + 3 * len(widths) + 1 <= console.width:
+        table = Table(title=title, title_style="bold")
+        for header in headers:
+            table.add_column(header, justify="left" if header is headers[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    console.print(title, style="bold")
+    for name, *cells in rows:
+        console.print(name)
+        for header, cell in zip(headers[1:], cells, strict=True):
+            console.print(f"  {header}: {cell}")
+
+
+def main_table(runs: dict) -> tuple[str, list[str], list[list[str]]]:
+    def cells(name: str, run) -> list[str]:
         steps = run.steps_to(0.95)
-        reached = "never" if steps is None else str(steps)
-        table.add_row(TITLES[name], f"{100 * run.accuracies[-1]:.1f} %", reached, f"{1e3 * run.seconds:.1f} ms")
-    return table
+        reached = f"not in {run.looks[-1]} steps" if steps is None else str(steps)
+        return [TITLES[name], f"{100 * run.accuracies[-1]:.1f} %", reached, f"{1e3 * run.seconds:.1f} ms"]
+
+    headers = ["norm", "test accuracy", "steps to 95 %", "time per step"]
+    return "Digits", headers, [cells(name, run) for name, run in runs.items()]
 
 
-def inference_table(rows: dict):
-    from rich.table import Table
-
-    table = Table(title="Batch norm at inference", title_style="bold")
-    table.add_column("normalized by")
-    table.add_column("test accuracy", justify="right")
-    for title, accuracy in rows.items():
-        table.add_row(title, f"{100 * float(accuracy):.1f} %")
-    return table
+def inference_table(rows: dict) -> tuple[str, list[str], list[list[str]]]:
+    cells = [[title, f"{100 * float(accuracy):.1f} %"] for title, accuracy in rows.items()]
+    return "Batch norm at inference", ["normalized by", "test accuracy"], cells
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    finish(main)

@@ -36,8 +36,10 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(runs: dict[str, Run], out: Path, *, batch_size: int, learning_rate: float, layer: int) -> None:
-    """Write the picture of these runs, by title, to a file."""
+def draw(
+    runs: dict[str, Run], out: Path, *, batch_size: int, learning_rate: float, layer: int, command: str
+) -> None:  # fmt: skip
+    """Write the picture of these runs, by title, to a file, whose own title is the command that draws it."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 4.5), dpi=160, facecolor="white")
         grid: Any = figure.add_gridspec(
@@ -47,7 +49,7 @@ def draw(runs: dict[str, Run], out: Path, *, batch_size: int, learning_rate: flo
         panels = [figure.add_subplot(grid[i, 1]) for i in range(len(runs))]
         _distributions(panels, runs)
         panels[0].set_title(f"What enters the last ReLU (layer {layer})")
-        figure.savefig(out)
+        figure.savefig(out, metadata={"Title": command})
 
 
 def _learning(axes, runs: dict[str, Run], steps: str, learning_rate: float) -> None:

@@ -48,6 +48,8 @@ def train(options) -> None:
         if done:
             now = manager.restore(done, args=ocp.args.StandardRestore(now))
             tell(f"from the checkpoint of step {done}")
+            if options.kill and options.kill[1] <= done:
+                tell(f"--kill does nothing: step {options.kill[1]} was done before that checkpoint")
         for i, mine in own_batches(images, mesh, options, done):
             batch = shared(mine, mesh)
             if step is None:

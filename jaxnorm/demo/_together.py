@@ -17,9 +17,12 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 
+from .__main__ import INTERRUPTED, UNREAD
+
 HEARTBEAT = 20  # seconds without a sign of life after which the coordinator takes a process for dead
 START = 120  # seconds for all processes to be there
 BROKEN = 3  # the status of a process that cannot go on with the others
+QUIET = {KeyboardInterrupt: INTERRUPTED, BrokenPipeError: UNREAD}
 
 
 @contextlib.contextmanager
@@ -40,6 +43,8 @@ def joined(address: str, processes: int, process: int, devices: int, heartbeat: 
     )  # fmt: skip
     try:
         yield
+    except tuple(QUIET) as error:
+        os._exit(QUIET[type(error)])
     except BaseException as error:
         traceback.print_exc()
         say(f"process {process} cannot go on with the others, and ends. {type(error).__name__}: {error}", sys.stderr)
@@ -48,17 +53,56 @@ def joined(address: str, processes: int, process: int, devices: int, heartbeat: 
     jax.distributed.shutdown()
 
 
+def meet(address: str, process: int, patience: float = START) -> None:
+    """Raise an OSError if process 0 cannot listen at `address`, or if nobody does so within `patience` seconds.
+
+    JAX ends a process without an exception in the first case by a segmentation fault, in the second by SIGABRT.
+    """
+    host, _, port = address.rpartition(":")
+    family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    end = time.monotonic() + patience
+    while True:
+        with socket.socket(family, kind, protocol) as probe:
+            if process == 0:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # so does the coordinator; see `free_port`
+                return probe.bind(place)
+            probe.settimeout(max(1.0, end - time.monotonic()))
+            try:
+                return probe.connect(place)
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+        time.sleep(0.1)
+
+
 def launch(command: Sequence[str], processes: int, heartbeat: int = HEARTBEAT) -> bool:
-    """`command --address HOST:PORT --process I` for every I, on this machine; whether all of them ended well."""
-    with free_port() as port:
-        start = lambda i: subprocess.Popen([*command, "--address", f"127.0.0.1:{port}", "--process", str(i)])
-        children = {i: start(i) for i in range(processes)}
+    """`command --address HOST:PORT --process I` for every I, on this machine; whether all of them ended well.
+
+    Whatever ends this function, SIGTERM included, ends them. Ctrl-C in a terminal reaches them as well; they ignore it.
+    """
+    children: dict[int, subprocess.Popen] = {}
+    with free_port() as port, handling(signal.SIGTERM, lambda number, _: sys.exit(128 + number)):
         try:
+            with handling(signal.SIGINT, signal.SIG_IGN):  # which a process inherits
+                for i in range(processes):
+                    given = ["--address", f"127.0.0.1:{port}", "--process", str(i)]
+                    children[i] = subprocess.Popen([*command, *given])
             return supervise(children, patience=2 * heartbeat + 10)
         finally:
             for child in children.values():
                 child.kill()
+            for child in children.values():
                 child.wait()
+
+
+@contextlib.contextmanager
+def handling(number: signal.Signals, handler) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def supervise(children: dict[int, subprocess.Popen], patience: float) -> bool:

@@ -12,17 +12,25 @@ own start one on each, with a `--checkpoints` folder that all of them see:
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
+import json
+import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
-from .__main__ import Parser, positive, rate
+from .__main__ import Parser, finish, positive, rate, steps, whole
 from .__main__ import seed as number
-from ._together import HEARTBEAT, joined, launch, say
+from ._data import TRAIN
+from ._together import HEARTBEAT, joined, launch, meet, say
 
 NEEDS = {"optax": "optax", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
+MOST = 64  # processes on one machine, and devices of each
+SETTINGS = ("steps", "images", "batch_size", "learning_rate", "seed")  # of a training, whoever does it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,16 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     forms = ("shard_map", "jit")
     parser.add_argument("--form", choices=forms, default=forms[0], help="of a step (default: shard_map)")
     add("--processes", positive, 4, "N", "how many")
-    add("--devices", positive, 1, "N", "CPU devices of each process")
-    add("--steps", positive, 60, "N", "of the training")
-    add("--images", positive, 1347, "N", "to train on")
-    add("--batch-size", positive, 127, "N", "images in a step, over all processes")
+    add("--devices", whole(1, MOST), 1, "N", "CPU devices of each process")
+    add("--steps", steps, 60, "N", "of the training")
+    add("--images", whole(1, TRAIN), TRAIN, "N", "to train on")
+    add("--batch-size", whole(1, TRAIN), 127, "N", "images in a step, over all processes")
     add("--learning-rate", rate, 0.5, "X", "of SGD")
     add("--seed", number, 0, "N", "of the weights and the order")
     add("--checkpoints", Path, Path("digits.checkpoints"), "DIR", "a folder that all processes see")
     add("--every", positive, 20, "N", "steps from one checkpoint to the next")
     add("--restarts", number, 0, "N", "how often all may start again, after a death")
-    add("--heartbeat", positive, HEARTBEAT, "SECONDS", "of silence that make a process dead")
+    add("--heartbeat", whole(1, 86400), HEARTBEAT, "SECONDS", "of silence that make a process dead")
     add("--kill", death, None, "PROCESS:STEP", "SIGKILL it before that step; PROCESS:STEP:STOP freezes it")
     add("--process", number, None, "I", "be that one, instead of starting them all")
     add("--address", str, None, "HOST:PORT", "of process 0, to be given with --process")
@@ -53,13 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
         parser.error(f'needs {", ".join(missing)}. Write: pip install "jaxnorm[demo]"')
-    if (options.process is None) != (options.address is None):
-        parser.error("--process and --address go together. Write both, or neither to start all processes here.")
+    check(parser, options)
     if options.process is None:
-        return start(given, options)
-    if options.process >= options.processes:
-        most = f"--processes {options.processes}"
-        parser.error(f"argument --process: must be below {most}, got {options.process}")
+        return start(parser, given, options)
+    try:
+        meet(options.address, options.process)
+    except OSError as error:
+        doing = "listen on" if options.process == 0 else "reach process 0 at"
+        parser.error(f"argument --address: cannot {doing} {options.address}: {error.strerror or error}.")
     with joined(options.address, options.processes, options.process, options.devices, options.heartbeat):
         from . import _process
 
@@ -74,17 +83,80 @@ def death(text: str) -> tuple[int, int, signal.Signals]:
     return int(found[1]), int(found[2]), signal.Signals[f"SIG{found[3] or 'KILL'}"]
 
 
-def start(given: list[str], options) -> int:
+def check(parser: Parser, options) -> None:
+    """What is wrong with the options together, and with the folder, is said before any process is started."""
+    count = options.processes
+    if (options.process is None) != (options.address is None):
+        parser.error("--process and --address go together. Write both, or neither to start all processes here.")
+    if options.process is None and count > MOST:
+        parser.error(f"argument --processes: at most {MOST} start on one machine, got {count}.")
+    if options.process is not None and options.process >= count:
+        parser.error(f"argument --process: must be below --processes {count}, got {options.process}")
+    if options.address is not None:
+        found = re.fullmatch(r".+:(\d{1,5})", options.address)
+        if not found or not 1 <= int(found[1]) < 2**16:
+            parser.error(f"argument --address: must be HOST:PORT, such as 10.0.0.1:1234, got {options.address!r}")
+    if options.kill and options.kill[0] >= count:
+        parser.error(f"argument --kill: there is no process {options.kill[0]}, only 0 to {count - 1}.")
+    if options.kill and not 1 <= options.kill[1] <= options.steps:
+        parser.error(f"argument --kill: there is no step {options.kill[1]}, only 1 to {options.steps}.")
+    try:
+        open_folder(parser, options)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        parser.error(f"argument --checkpoints: cannot use {str(options.checkpoints)!r}: {reason}.")
+
+
+def open_folder(parser: Parser, options) -> None:
+    """Make the folder of checkpoints, and refuse one that cannot be written to or that holds another training."""
+    if options.checkpoints.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    options.checkpoints.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=options.checkpoints):
+        pass
+    note = options.checkpoints / "training.json"
+    mine = {name: getattr(options, name) for name in SETTINGS}
+    there = json.loads(note.read_text()) if note.exists() else mine
+    write = lambda settings: " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in SETTINGS)
+    if saved(options.checkpoints) and there != mine:
+        parser.error(
+            f"argument --checkpoints: {str(options.checkpoints)!r} holds another training. "
+            f"Write {write(there)} to go on with it, or name another folder."
+        )
+    if not options.process and (there != mine or not note.exists()):
+        fresh = note.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(mine))
+        fresh.replace(note)
+
+
+def saved(folder: Path) -> int:
+    """The step of the last checkpoint; 0 where there is none."""
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
+
+
+def start(parser: Parser, given: list[str], options) -> int:
     """All processes, and where one has died all of them again. A death that was asked for happens once."""
-    command = [sys.executable, "-m", "jaxnorm.demo.processes", *given]
+    kill = Parser(add_help=False)
+    kill.add_argument("--kill")
+    again = kill.parse_known_args(given)[1]
+    command = [sys.executable, "-m", "jaxnorm.demo.processes"]
     for left in range(options.restarts, -1, -1):
-        if launch(command, options.processes, options.heartbeat):
-            return 0
-        again = "all start again" if left else "the same line, written again, goes on from the last checkpoint"
-        say(f"launch: {again}")
-        command += ["--kill", "0:0"]
+        try:
+            if launch([*command, *given], options.processes, options.heartbeat):
+                return 0
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            parser.error(f"cannot start {options.processes} processes: {error.strerror or error}.")
+        given = again
+        if left:
+            say("launch: all start again")
+    last = saved(options.checkpoints)
+    where = f"on from the checkpoint of step {last}" if last else "from the beginning: no checkpoint was saved"
+    say(f"launch: this line goes {where}")
+    say(f"    {shlex.join([*parser.prog.split(), *again])}")
     return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)
