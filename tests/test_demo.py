@@ -222,9 +222,10 @@ def test_ctrl_c_and_a_closed_pipe_end_it_without_a_traceback(error, status, monk
     def ended():
         raise error
 
-    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))  # noqa: SIM115
-    with pytest.raises(SystemExit) as end:
-        demo.finish(ended)
+    with open(os.devnull, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        with pytest.raises(SystemExit) as end:
+            demo.finish(ended)
     assert end.value.code == status
     assert capfd.readouterr() == ("", "")
 
