@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._kernels.varying import varying_together
-from ._kernels.xla import accumulator, widest
+from ._kernels.xla import accumulator, is_narrow, widest
 from ._moments import none_for_zero
 
 Array = jax.Array
@@ -17,6 +17,8 @@ def rounded(y: Array, dtype) -> Array:
     """y in its own dtype with the precision of `dtype`. An instruction, since XLA may drop a cast there and back."""
     if jnp.iscomplexobj(y) or jnp.finfo(dtype).bits >= jnp.finfo(y.dtype).bits:
         return y
+    if is_narrow(dtype):  # some of these have a range that their numbers of bits do not tell
+        return lax.optimization_barrier(y.astype(dtype)).astype(y.dtype)
     info = jnp.finfo(dtype)
     return lax.reduce_precision(y, info.nexp, info.nmant)
 

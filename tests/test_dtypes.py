@@ -111,3 +111,43 @@ def test_the_two_orders_of_rounding_of_rms_norm(rng):
         assert np.mean(once != gemma) < 1e-3
         assert np.mean(twice != llama) < 1e-3
     assert np.mean(llama != gemma) > 0.05
+
+
+# --- floats of 8 bits -------------------------------------------------------------------------------------------------
+
+NARROW = [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e3m4]
+
+
+@pytest.mark.parametrize("row", [*EACH, by_name["layer-gelu"], by_name["rms-before-scale"]], ids=str)
+def test_8_bit_floats_are_computed_in_float32_and_rounded_once(row, rng):
+    """x, parameters and output. JAX promotes them to nothing, and no kernel is for them."""
+    dtype = NARROW[len(row.name) % 3]
+    params, x, g = row.params(rng, dtype), draw(rng, row.shape, dtype=dtype), draw(rng, row.shape, dtype=dtype)
+    y, vjp = jax.vjp(jax.jit(row.apply), params, x)
+    dparams, dx = jax.jit(vjp)(g)
+    units = 2.0 if "twice" in row.flags else 0.51
+    y = np.asarray(y)
+    assert {a.dtype for a in (y, dx, *(d for d in dparams if d is not None))} == {np.dtype(dtype)}
+    np.testing.assert_array_less(np.abs(y.astype(np.float64) - row.truth(params, x).y), units * ulp(y) + 2e-5)
+    true = row.gradients(params, x, g)[0]
+    np.testing.assert_array_less(np.abs(np.asarray(dx, np.float64) - true), 0.51 * ulp(np.asarray(dx)) + 1e-2)
+    if row.batch:
+        assert row.spec.apply(params, row.state(), x, train=True)[1].mean.dtype == np.float32
+
+
+def test_8_bit_floats_in_other_dtypes_out(rng):
+    x = draw(rng, (4, 6, 8))
+    narrow, half = x.astype(ml_dtypes.float8_e4m3fn), jnp.bfloat16
+    wide = narrow.astype(np.float32)
+    np.testing.assert_array_equal(jn.layer_norm(narrow, dtype=half), jn.layer_norm(wide, dtype=half))
+    gated = lambda x: jn.gated_rms_norm(x, x, dtype=half)
+    np.testing.assert_array_equal(gated(narrow), gated(wide))
+    y, stream = jn.add_rms_norm(narrow, x.astype(half), dtype=half)
+    want = jn.add_rms_norm(wide, x.astype(half), dtype=half)
+    np.testing.assert_array_equal(stream, want[1])
+    np.testing.assert_array_equal(y, want[0])
+    large = np.array([[400.0, -448.0]], np.float32)  # a stream of 8 bits holds what its dtype holds, 448
+    _, stream = jn.add_layer_norm(large, np.zeros_like(large).astype(ml_dtypes.float8_e4m3fn))
+    np.testing.assert_array_equal(stream, large.astype(ml_dtypes.float8_e4m3fn))
+    with pytest.raises(ValueError, match="there is no kernel from float8_e4m3fn to bfloat16"):
+        jn.layer_norm(narrow, dtype=half, implementation="native")

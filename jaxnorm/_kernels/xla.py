@@ -60,9 +60,18 @@ class Statistics(NamedTuple):
 
 
 def widest(*dtypes):
-    """The dtype that holds all of these, whatever the user's own setting for implicit promotion."""
+    """The dtype that holds all of these, whatever the user's own setting for implicit promotion.
+
+    Floats of 8 bits and fewer, which JAX promotes to nothing, count as float32.
+    """
+    dtypes = [jnp.float32 if is_narrow(d) else d for d in dtypes]
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def is_narrow(dtype) -> bool:
+    """Whether this is a float of 8 bits or fewer."""
+    return jnp.dtype(dtype).itemsize == 1 and jnp.issubdtype(dtype, jnp.floating)
 
 
 def accumulator(x: Array):
