@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from ._checks import shown
 from ._kernels.xla import Recipe, accumulator, cleaned, widest
 
 Array = jax.Array
@@ -64,7 +65,7 @@ def checked_name(norm: str, activation: Activation | None) -> None:
     if activation is None or callable(activation) or (isinstance(activation, str) and activation in NAMED):
         return
     raise ValueError(
-        f"{norm}: activation must be one of {sorted(NAMED)}, a function, or None; got {activation!r}. "
+        f"{norm}: activation must be one of {sorted(NAMED)}, a function, or None; got {shown(activation)}. "
         'Write activation="relu".'
     )
 

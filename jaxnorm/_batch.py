@@ -5,40 +5,59 @@ Legend: N batch, C channels, F the feature shape (C,), n the number of elements 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ._activation import Activation, checked_activation
 from ._checks import (
-    aligned_mask,
     aligned_param,
+    aligned_weights,
     as_float_array,
     checked_axes,
     checked_dtype,
     checked_epsilon,
+    checked_flag,
+    checked_min_count,
     checked_momentum,
+    checked_number,
+    counted,
+    elsewhere,
+    shown,
     warn_if_single,
-)  # fmt: skip
+)
+from ._habits import explained
 from ._kernels import checked_implementation
 from ._kernels.xla import Reduction, Statistics
 from ._moments import Moments
 from ._normalize import Affine, as_affine, normalize
-from ._spec import RunningStats, Spec, bound_axes, recipe_for
-from ._state import accumulated, update_state, updated
+from ._spec import (
+    Features,
+    Params,
+    RunningStats,
+    Spec,
+    bound_axes,
+    given_params,
+    recipe_for,
+    refuse_params_as_state,
+    spec,
+)
+from ._state import accumulated, as_given, as_stats, is_stats, update_state, updated
 from ._sync import checked_sync, standardize_together
 
 Array = jax.Array
+State = TypeVar("State", bound=RunningStats | Moments | Mapping[str, Any])
 
 
+@explained("function")
 def batch_norm(
     x,
-    params: Affine | None,
-    state: RunningStats | Moments,
+    params: Params,
+    state: State,
     *,
     train,
     axis: int | Sequence[int] = -1,
@@ -60,7 +79,7 @@ def batch_norm(
     unbiased_running_var: bool = False,
     dtype=None,
     implementation: str | None = None,
-) -> tuple[Array, Any]:
+) -> tuple[Array, State]:
     """Batch normalization, synchronized over devices where `axis_name` says so.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
@@ -71,8 +90,9 @@ def batch_norm(
     Args:
       x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
       params: `Affine(scale, bias)`, each (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)), or
-        None; None for neither.
-      state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in.
+        None; None for neither. A dict {"scale", "bias"} does as well, a missing one being None.
+      state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in. A
+        dict {"mean", "var"}, with or without "count", does as well, and comes back as a dict.
         A variance below 1e-13 may be recorded as 0. In training also `Moments`, which the batch's are merged into, for
         one `update_state` after many micro-batches.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
@@ -84,7 +104,10 @@ def batch_norm(
       activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
         trace in the statistics, the state, or any gradient, be they NaN; finite ones are still normalized.
-      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
+        A float mask holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it
+        is traced, so that its values are not known, it makes the output NaN.
+      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable. Negative ones are refused
+        unless they are traced; then the result means nothing.
       axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
         inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
         that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
@@ -132,17 +155,26 @@ def batch_norm(
     x = as_float_array(norm, x, rank=1, layout="(batch, ..., channels)")
     channels = checked_axes(norm, x.ndim, axis)
     features = tuple(x.shape[a] for a in channels)
-    scale, bias = (None, None) if params is None else params
-    state = _checked_state(norm, state, features, x, needs_count=momentum is None or zero_debias)
+    scale, bias = given_params(norm, params)
+    flags = dict(
+        update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
+        unbiased_running_var=unbiased_running_var,
+    )  # fmt: skip
+    update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = (
+        checked_flag(norm, what, flag) for what, flag in flags.items()
+    )
+    old: Any = _checked_state(norm, state, channels, x, needs_count=momentum is None or zero_debias)
     checked_momentum(norm, momentum)
+    min_count = checked_min_count(norm, min_count)
     checked_implementation(norm, implementation)
     epsilon = checked_epsilon(norm, epsilon)
-    train = _checked_flag(norm, train)
+    scale_offset = checked_number(norm, "scale_offset", scale_offset, "1.0")
+    train = False if frozen and train is None else _checked_flag(norm, train)
     checked_activation(norm, activation, x.shape, x.dtype)
-    mask, weights = aligned_mask(norm, mask, x.shape), aligned_mask(norm, weights, x.shape, what="weights")
-    mask = None if mask is None else mask.astype(bool)
+    seen, mask = counted(norm, x, mask)
+    weights = aligned_weights(norm, weights, x.shape)
     sync = checked_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
-    if isinstance(state, Moments) and (frozen or train is not True):
+    if isinstance(old, Moments) and (frozen or train is not True):
         raise TypeError(
             f"{norm}: there are no running statistics in the Moments given as a state: they gather what training sees. "
             "Write train=True, and jaxnorm.update_state(state, moments) afterwards."
@@ -150,12 +182,12 @@ def batch_norm(
 
     def by_running() -> Array:
         return normalize(
-            x, state.mean, state.var, scale, bias, epsilon=epsilon, scale_offset=scale_offset, activation=activation,
+            x, old.mean, old.var, scale, bias, epsilon=epsilon, scale_offset=scale_offset, activation=activation,
             axis=channels, dtype=dtype,
         )  # fmt: skip
 
     if frozen or train is False:
-        return by_running(), state
+        return by_running(), as_given(state, old)
 
     scale = aligned_param(norm, "scale", scale, x.shape, channels)
     bias = aligned_param(norm, "bias", bias, x.shape, channels)
@@ -164,23 +196,23 @@ def batch_norm(
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
     how = Reduction(axes, one_pass=True)
-    args = (x, scale, bias, mask, weights)
+    args = (seen, scale, bias, mask, weights)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, activation=activation)
     with bound_axes(norm, axis_name):
         y, stats = standardize_together(
             norm, recipe, args, axis_name, sync, virtual_batch_size, whole=update_stats
         )
-    new = state
+    new = old
     if update_stats:
         batch = _as_batch_moments(stats, features, recipe.how.unit)
-        if isinstance(state, Moments):
-            new = accumulated(state, batch, skip_nonfinite)
+        if isinstance(old, Moments):
+            new = accumulated(old, batch, skip_nonfinite)
         else:
-            new = updated(state, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+            new = updated(old, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
     if train is not True:
         y = jnp.where(train, y, by_running())
-        new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, state)
-    return y, new
+        new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, old)
+    return y, as_given(state, new)
 
 
 def _as_batch_moments(stats: Statistics, features, unit: float) -> Moments:
@@ -195,21 +227,33 @@ def _checked_flag(norm: str, train):
         return bool(train)
     if isinstance(train, (jax.Array, np.ndarray)) and train.dtype == jnp.bool_ and train.ndim == 0:
         return train
-    raise TypeError(f"{norm}: train must be a bool or a scalar bool array, got {train!r}. Write train=True.")
+    if train is None:
+        raise TypeError(f"{norm}: train is missing. Write train=True in training and train=False at inference.")
+    raise TypeError(f"{norm}: train must be a bool or a scalar bool array, got {shown(train)}. Write train=True.")
 
 
-def _checked_state(norm: str, state, features: tuple[int, ...], x: Array, needs_count: bool):
+def _checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_count: bool):
+    features = tuple(x.shape[a] for a in channels)
     if not isinstance(state, (RunningStats, Moments)):
-        raise TypeError(
-            f"{norm}: state must be a jaxnorm.RunningStats, got {type(state).__name__}. "
-            "Write params, state = jaxnorm.BatchNorm().init(features)."
-        )
+        refuse_params_as_state(norm, state)
+        if not is_stats(state):
+            several = isinstance(state, (tuple, list)) and len(state) in (2, 3)
+            write = f"params, state = jaxnorm.BatchNorm().init({features})"
+            write = "state=jaxnorm.RunningStats(*state)" if several else write
+            raise TypeError(
+                f"{norm}: state must be a jaxnorm.RunningStats, or a dict of mean and var (and count); "
+                f"got {shown(state)}. Write {write}."
+            )
+        state = as_stats(state)
     state = jax.tree.map(jnp.asarray, state)
     for what, a in state._asdict().items():
         if a is not None and a.shape != features:
+            axis = elsewhere(a.shape, x.shape, channels)
+            write = f"jaxnorm.BatchNorm(...).init({features}), or set axis= to the channel axis"
+            write = write if axis is None else f"axis={axis}, where x has {x.shape[axis]}"
             raise ValueError(
                 f"{norm}: state.{what} of shape {a.shape} does not fit the {features} features of x {x.shape}. "
-                f"Write jaxnorm.BatchNorm(...).init({features}), or set axis= to the channel axis."
+                f"Write {write}."
             )
     if needs_count and state.count is None:
         raise ValueError(
@@ -224,7 +268,7 @@ def _checked_state(norm: str, state, features: tuple[int, ...], x: Array, needs_
     return state
 
 
-@dataclass(frozen=True, kw_only=True)
+@spec
 class BatchNorm(Spec):
     """The hyperparameters of `batch_norm`, said once. See `jaxnorm.Norm` for what a spec does.
 
@@ -253,22 +297,33 @@ class BatchNorm(Spec):
     def __post_init__(self):
         super().__post_init__()
         checked_momentum("BatchNorm", self.momentum)
+        checked_min_count("BatchNorm", self.min_count)
         checked_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
 
-    def _init_state(self, shape) -> RunningStats:
+    @explained("init")
+    def init(self, features: Features) -> tuple[Affine, RunningStats]:
+        """Parameters and running statistics for `features`, an int or a shape: scale 1, bias 0; mean 0, var 1.
+
+        Raises:
+          ValueError: features are not ints >= 0, or have more axes than `axis` names.
+        """
+        params, shape = self._made(features)
         f32 = jnp.float32
         count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None
-        return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
+        return params, RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
 
+    @explained("apply")
     def apply(
-        self, params: Affine | None, state: RunningStats | Moments, x, *, train, mask=None, weights=None,
-        update_stats=True,
-    ) -> tuple[Array, Any]:  # fmt: skip
-        """The normalized x and the new running statistics. Arguments as for `batch_norm`."""
+        self, params: Params, state: State, x: ArrayLike, *, train: Any = None, mask: Any = None, weights: Any = None,
+        update_stats: bool = True,
+    ) -> tuple[Array, State]:  # fmt: skip
+        """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
+        refuse_params_as_state("BatchNorm.apply", state)
+        scale, bias = given_params("BatchNorm.apply", params)
         call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
-        return batch_norm(x, params, state, **call, **self.options())
+        return batch_norm(x, Affine(scale, bias), state, **call, **self.options())
 
-    def update_state(self, state: RunningStats, moments: Moments) -> RunningStats:
+    def update_state(self, state: State, moments: Any) -> State:
         """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
 
         >>> import jaxnorm as jn
@@ -279,7 +334,7 @@ class BatchNorm(Spec):
         how = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
         return state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in how})
 
-    def as_affine(self, params: Affine | None, state: RunningStats) -> Affine:
+    def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
         """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.
 
         >>> import jaxnorm as jn
@@ -287,7 +342,12 @@ class BatchNorm(Spec):
         >>> norm.as_affine(*norm.init(1)).scale.tolist()
         [1.0]
         """
-        scale, bias = (None, None) if params is None else params
+        scale, bias = given_params("BatchNorm.as_affine", params)
+        if not is_stats(state) or "var" not in (stats := as_stats(state))._fields:
+            raise TypeError(
+                f"BatchNorm.as_affine: state must be a jaxnorm.RunningStats, got {shown(state)}. Write "
+                "norm.as_affine(params, state)."
+            )
         return as_affine(
-            state.mean, state.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset
+            stats.mean, stats.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset
         )

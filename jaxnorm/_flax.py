@@ -7,7 +7,7 @@ parameters, which in Flax need not be the axes normalized over.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jax.nn import initializers
 
 from . import _batch, _gated, _group, _instance, _layer, _rms
+from ._checks import as_dtype, elsewhere, plain, refuse_a_shape, shown
 from ._kernels.varying import varying
 from ._normalize import Affine
 from ._spec import RunningStats
@@ -60,8 +61,8 @@ def group_norm(layer, ndim: int, num_groups: int | None, group_size: int | None)
 def instance_norm(layer, ndim: int) -> Layout:
     if layer.axis is not None and layer.feature_axes != -1:
         raise ValueError(
-            f"InstanceNorm: axis is feature_axes by jaxnorm's name, got axis={layer.axis} and "
-            f"feature_axes={layer.feature_axes}. Write axis={layer.axis} alone."
+            f"InstanceNorm: axis is feature_axes by jaxnorm's name, got axis={shown(layer.axis)} and "
+            f"feature_axes={shown(layer.feature_axes)}. Write axis={shown(layer.axis)} alone."
         )
     features = layer.feature_axes if layer.axis is None else layer.axis
     features = canonical(layer, "feature_axes", ndim, features)
@@ -138,17 +139,30 @@ def batch_features(layer, x: Array) -> tuple[int, ...]:
 
 def common(layer, axis_name) -> dict[str, Any]:
     """The keyword arguments that every function has."""
-    groups = None if axis_name is None else layer.axis_index_groups
+    groups, epsilon = None if axis_name is None else layer.axis_index_groups, plain(layer.epsilon)
+    if isinstance(epsilon, int) and epsilon > 1:
+        name = type(layer).__name__
+        raise ValueError(
+            f"{name}: epsilon={epsilon} looks like a number of features, which linen's layers read off x. "
+            f"Write {name}(), or epsilon={epsilon}.0 if that is meant."
+        )
     return dict(
-        epsilon=layer.epsilon, scale_offset=layer.scale_offset, activation=layer.activation, axis_name=axis_name,
+        epsilon=epsilon, scale_offset=layer.scale_offset, activation=layer.activation, axis_name=axis_name,
         axis_index_groups=groups, implementation=layer.implementation,
     )  # fmt: skip
 
 
 def training(use_running_average) -> Any:
     """Whether to train: a bool where that is known, else a traced one."""
-    traced = isinstance(use_running_average, Tracer)
-    return jnp.logical_not(use_running_average) if traced else not use_running_average
+    if isinstance(use_running_average, Tracer):
+        return jnp.logical_not(use_running_average)
+    use = plain(use_running_average)
+    if not isinstance(use, (bool, int)) or use not in (0, 1):
+        raise TypeError(
+            f"BatchNorm: use_running_average must be a bool, got {shown(use)}. Write "
+            "use_running_average=not train; the number of features is read off x, or num_features in nnx."
+        )
+    return not use
 
 
 def needs_count(layer) -> bool:
@@ -177,6 +191,7 @@ def placed(layer, what: str, param, shape: Shape, axes: tuple[int, ...], learned
     """A parameter with x's rank. A learned one fits the feature axes (or, as in Flax's nnx, is their flat form)."""
     if param is None:
         return None
+    refuse_a_shape(type(layer).__name__, what, param)
     param = jnp.asarray(param)
     if learned:
         check_width(layer, what, param.shape, shape, axes)
@@ -189,19 +204,34 @@ def check_width(layer, what: str, given: Shape, shape: Shape, axes: tuple[int, .
     """A TypeError, as in Flax, whose reshape is the one to notice."""
     features = tuple(shape[a] for a in axes)
     if math.prod(given) != math.prod(features):
+        name, axis = type(layer).__name__, elsewhere(given, shape, axes)
+        write = f"Make the layer for {features} features, or name x's feature axes."
+        if axis is not None:
+            where = f"axis={axis}" if hasattr(layer, "axis") else f"reduction_axes={axis}, feature_axes={axis}"
+            write = f"Write {name}(..., {where}), where x has {shape[axis]}."
         raise TypeError(
-            f"{type(layer).__name__}: the layer's {what} of shape {given} does not fit the {features} features of x "
-            f"{shape}. Make the layer for {features} features, or name x's feature axes."
+            f"{name}: the layer's {what} of shape {given} does not fit the {features} features of x {shape}. {write}"
         )
 
 
 # --- Flax's rules -----------------------------------------------------------------------------------------------------
 
 
-def output_dtype(dtype, *args):
+def output_dtype(layer, *args):
     """Flax's rule, by Flax's function: what was asked for, else what the arguments promote to, whatever JAX's mode."""
-    with jax.numpy_dtype_promotion("standard"):
-        return canonicalize_dtype(*args, dtype=dtype)
+    name = type(layer).__name__
+    dtype = None if layer.dtype is None else as_dtype(name, layer.dtype)
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            return canonicalize_dtype(*args, dtype=dtype)
+    except ValueError as error:
+        if dtype is not None:
+            raise
+        dtypes = " and ".join(sorted({str(a.dtype) for a in args if a is not None}))
+        raise type(error)(
+            f"{name}: {dtypes} have no common dtype for the output (8-bit floats promote to none). Write "
+            f"{name}(..., dtype=jnp.bfloat16)."
+        ) from None
 
 
 def promoted(*args: Array):
@@ -211,11 +241,14 @@ def promoted(*args: Array):
 
 def canonical(layer, what: str, ndim: int, axes: Axes) -> tuple[int, ...]:
     """Axes as Flax takes them: sorted, repeats dropped. AxisError is an IndexError, as Flax's, and a ValueError."""
-    given = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+    name, several = type(layer).__name__, plain(axes)
+    given: tuple[Any, ...] = tuple(several) if isinstance(several, (tuple, set, frozenset)) else (several,)
     for a in given:
+        if not isinstance(a, int):
+            raise TypeError(f"{name}: {what} must be an int or a tuple of ints, got {shown(axes)}. Write {what}=-1.")
         if not -ndim <= a < ndim:
             raise np.exceptions.AxisError(
-                f"{type(layer).__name__}: {what}={axes} is out of range for x of rank {ndim}, whose axes are "
+                f"{name}: {what}={shown(several)} is out of range for x of rank {ndim}, whose axes are "
                 f"{-ndim}..{ndim - 1}. Write {what}=-1 for the last one."
             )
     return tuple(sorted({a % ndim for a in given}))
@@ -235,6 +268,7 @@ def checked_groups(num_groups: int | None, group_size: int | None) -> None:
     """Flax's default of 32 groups stands in the way of a group size that is given alone."""
     if num_groups is not None and group_size is not None:
         raise ValueError(
-            f"GroupNorm: give one of num_groups, which is 32 by default, and group_size; got num_groups={num_groups} "
-            f"and group_size={group_size}. Write num_groups=None, group_size={group_size}."
+            "GroupNorm: give one of num_groups, which is 32 by default, and group_size; got "
+            f"num_groups={shown(num_groups)} and group_size={shown(group_size)}. "
+            f"Write num_groups=None, group_size={shown(group_size)}, or num_groups={shown(num_groups)} alone."
         )

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes
+from ._checks import as_float_array, checked_axes, checked_flag, plain, shown
 from ._group import checked_group_count, in_groups
+from ._habits import explained
 from ._rms import checked_cast
 from ._spec import normalize_rows
 
 Array = jax.Array
 
 
+@explained("function")
 def gated_rms_norm(
     x,
     gate,
@@ -82,15 +84,16 @@ def gated_rms_norm(
     norm = "gated_rms_norm"
     checked_cast(norm, cast)
     x = as_float_array(norm, x, rank=1, layout="the normalized axis among its own")
-    (channel,) = checked_axes(norm, x.ndim, (axis,))
+    (channel,) = checked_axes(norm, x.ndim, axis, most=1)
+    before = not checked_flag(norm, "norm_before_gate", norm_before_gate)
     if activation is None:
         raise ValueError(f'{norm}: activation=None gates by nothing. Write activation="silu", or rms_norm(x) * gate.')
     size = x.shape[channel] or 1
     groups = checked_group_count(norm, x.shape[channel], None, size if group_size is None else group_size)
     if groups > 1 and axis_name is not None:
         raise ValueError(
-            f"{norm}: group_size={group_size} makes {groups} groups on each device, and axis_name={axis_name!r} would "
-            "merge them with those of others. Write axis_name=None."
+            f"{norm}: group_size={plain(group_size)} makes {groups} groups on each device, and "
+            f"axis_name={shown(axis_name)} would merge them with those of others. Write axis_name=None."
         )
     one = groups == 1  # then x is seen as it is
     return normalize_rows(
@@ -98,7 +101,7 @@ def gated_rms_norm(
         epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
         implementation=implementation, centered=False, round_before_scale=cast == "before_scale",
-        gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
+        gate=_aligned_gate(norm, gate, x), gate_where="before" if before else "after",
         view=lambda a: a if one else in_groups(a, x.shape, channel, groups),
     )  # fmt: skip
 

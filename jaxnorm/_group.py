@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, warn_if_single
-from ._spec import RowSpec, normalize_rows
+from ._checks import as_float_array, checked_axes, plain, refuse_a_shape, shown, warn_if_single
+from ._habits import explained
+from ._normalize import Affine
+from ._spec import Features, RowSpec, normalize_rows, spec
 
 Array = jax.Array
 
 
+@explained("function")
 def group_norm(
     x,
     scale=None,
@@ -74,15 +76,16 @@ def group_norm(
     >>> jn.group_norm(np.array([[1., 3., 10., 30.]]), num_groups=2).round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
+    refuse_a_shape("group_norm", "scale", scale)
     x = as_float_array("group_norm", x, rank=2, layout="(batch, ..., channels)")
-    (channel,) = checked_axes("group_norm", x.ndim, axis)
-    groups = checked_group_count("group_norm", x.shape[channel], num_groups, group_size)
+    (channel,) = checked_axes("group_norm", x.ndim, axis, most=1)
+    groups = checked_group_count("group_norm", x.shape[channel], num_groups, group_size, x.shape)
     given = [a for a in range(x.ndim) if a != 0 or a == channel] if reduction_axes is None else reduction_axes
     given = checked_axes("group_norm", x.ndim, given, what="reduction_axes")
     if channel not in given:
         raise ValueError(
-            f"group_norm: reduction_axes={reduction_axes} must include the channel axis {axis}, whose groups are "
-            f"reduced. Write reduction_axes={tuple(sorted((*given, channel)))}."
+            f"group_norm: reduction_axes={shown(plain(reduction_axes))} must include the channel axis {channel}, whose "
+            f"groups are reduced. Write reduction_axes={tuple(sorted((*given, channel)))}."
         )
     # In the view the channel axis c is two: the groups at c, and the channels of a group at c + 1.
     reduced = tuple(a if a < channel else a + 1 for a in given)
@@ -119,22 +122,30 @@ def _names(entry) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def checked_group_count(norm: str, channels: int, num_groups: int | None, group_size: int | None) -> int:
-    """The number of groups, from it or from their size."""
+def checked_group_count(
+    norm: str, channels: int, num_groups: int | None, group_size: int | None, shape: tuple[int, ...] = ()
+) -> int:
+    """The number of groups, from it or from their size. `shape` is x's, where it is known."""
+    num_groups, group_size = plain(num_groups), plain(group_size)
     if (num_groups is None) == (group_size is None):
         raise ValueError(
-            f"{norm}: give one of num_groups and group_size, got num_groups={num_groups} and group_size={group_size}. "
-            "Write num_groups=32."
+            f"{norm}: give one of num_groups and group_size, got num_groups={shown(num_groups)} and "
+            f"group_size={shown(group_size)}. Write num_groups=32."
         )
     name, number = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
     if not isinstance(number, int) or number <= 0 or channels % number:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         near = min(divisors, key=lambda d: abs(d - number)) if isinstance(number, int) and divisors else 1
-        raise ValueError(f"{norm}: {name}={number} does not divide the {channels} channels of x. Write {name}={near}.")
+        write = f"{name}={near}"
+        if isinstance(number, int) and number > 1 and len(shape) > 2 and shape[1] % number == 0:  # channels first
+            write += f", or axis=1, where x {shape} has {shape[1]}"
+        raise ValueError(
+            f"{norm}: {name}={shown(number)} does not divide the {channels} channels of x. Write {write}."
+        )
     return number if group_size is None else channels // number
 
 
-@dataclass(frozen=True, kw_only=True)
+@spec
 class GroupNorm(RowSpec):
     """The hyperparameters of `group_norm`, said once. 32 groups, as in the paper, unless told otherwise.
 
@@ -156,11 +167,12 @@ class GroupNorm(RowSpec):
         if self.num_groups is None and self.group_size is None:
             object.__setattr__(self, "num_groups", 32)
 
-    def init(self, features):
+    @explained("init")
+    def init(self, features: Features) -> tuple[Affine, tuple[()]]:
         """Parameters for `features` channels, which the groups must divide."""
-        if isinstance(features, int):
-            checked_group_count("GroupNorm.init", features, self.num_groups, self.group_size)
-        return super().init(features)
+        params, shape = self._made(features)
+        checked_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)
+        return params, ()
 
     def _function(self, x, scale, bias, **options) -> Array:
         return group_norm(x, scale, bias, **options)

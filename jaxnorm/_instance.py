@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, warn_if_single
-from ._spec import RowSpec, normalize_rows
+from ._checks import as_float_array, checked_axes, plain, shown, warn_if_single
+from ._habits import explained
+from ._spec import RowSpec, normalize_rows, spec
 
 Array = jax.Array
 
 
+@explained("function")
 def instance_norm(
     x,
     scale=None,
@@ -67,7 +68,9 @@ def instance_norm(
     x = as_float_array("instance_norm", x, rank=2, layout="(batch, ..., channels)")
     channels = checked_axes("instance_norm", x.ndim, axis)
     if 0 in channels:
-        raise ValueError(f"instance_norm: axis={axis} is the batch axis 0 of x {x.shape}. Write axis=-1 for channels.")
+        raise ValueError(
+            f"instance_norm: axis={shown(plain(axis))} is the batch axis 0 of x {x.shape}. Write axis=-1 for channels."
+        )
     axes = tuple(a for a in range(1, x.ndim) if a not in channels)
     if axis_name is None:
         warn_if_single("instance_norm", x, axes, "instance and channel")
@@ -78,7 +81,7 @@ def instance_norm(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@spec
 class InstanceNorm(RowSpec):
     """The hyperparameters of `instance_norm`, said once.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 
 from ._activation import Activation
 from ._checks import as_float_array, checked_axes
-from ._spec import RowSpec, normalize_rows
+from ._habits import explained
+from ._spec import RowSpec, normalize_rows, spec
 
 Array = jax.Array
 
 
+@explained("function")
 def layer_norm(
     x,
     scale=None,
@@ -45,6 +47,8 @@ def layer_norm(
         function shares a trace; a lambda written in place is a new one each time.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
         trace in the statistics or in any gradient, be they NaN; a row with nothing in it gives the bias.
+        A float mask holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it
+        is traced, so that its values are not known, it makes the output NaN.
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
@@ -73,7 +77,7 @@ def layer_norm(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@spec
 class LayerNorm(RowSpec):
     """The hyperparameters of `layer_norm`, said once. See `jaxnorm.Norm` for what a spec does.
 
@@ -87,6 +91,8 @@ class LayerNorm(RowSpec):
 
     axis: int | tuple[int, ...] = -1
     epsilon: float = 1e-6
+
+    _spare_axes: ClassVar[int] = 1  # per head: (H, D)
 
     def _function(self, x, scale, bias, **options) -> Array:
         return layer_norm(x, scale, bias, **options)

@@ -7,7 +7,7 @@ Legend: x is any shape; "reduced" means x's shape without `axes`; w is a weight 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._checks import aligned_mask, as_float_array, checked_axes
+from ._checks import (
+    aligned_weights,
+    as_float_array,
+    checked_axes,
+    checked_axis_name,
+    checked_index_groups,
+    counted,
+    shown,
+)
+from ._habits import explained
 from ._kernels import xla
 from ._kernels.varying import varying_as
 from ._kernels.xla import Reduction, Statistics, safe
@@ -52,6 +61,7 @@ class Moments(NamedTuple):
         return cls(mean.real, mean, mean.real)
 
 
+@explained("function")
 def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None) -> Moments:
     """Count, mean and second moment of `x` over `axes`.
 
@@ -63,7 +73,8 @@ def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=No
       x: array of any shape and dtype; integers are promoted to float32.
       axes: the axes to reduce, an int or several; None is all of them.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes.
-      weights: a float weight per element, shaped as a mask may be. Differentiable.
+      weights: a float weight >= 0 per element, shaped as a mask may be. Differentiable. Negative ones are refused,
+        unless they are traced; then the result means nothing.
 
     Returns:
       `Moments` in float32 or wider, each of x's shape without `axes`.
@@ -80,11 +91,12 @@ def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=No
     """
     x = as_float_array("moments", x)
     axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
-    mask, weights = (aligned_mask("moments", m, x.shape, what=w) for m, w in ((mask, "mask"), (weights, "weights")))
-    mask = None if mask is None else mask.astype(bool)
+    x, mask = counted("moments", x, mask)
+    weights = aligned_weights("moments", weights, x.shape)
     return _as_moments(statistics(Reduction(axes), x, mask, weights), axes)
 
 
+@explained("function")
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of two sets together: associative, commutative, with `Moments(0., 0., 0.)` as identity.
 
@@ -101,10 +113,12 @@ def merge(a: Moments, b: Moments) -> Moments:
     >>> [float(part) for part in jn.merge(a, b)]
     [3.0, 3.0, 14.0]
     """
+    a, b = _checked_moments("merge", a), _checked_moments("merge", b)
     stacked = (jnp.stack(jnp.broadcast_arrays(jnp.asarray(p), jnp.asarray(q))) for p, q in zip(a, b, strict=True))
     return _as_moments(combine(_as_statistics(Moments(*stacked)), 1.0))
 
 
+@explained("function")
 def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | None = None) -> Moments:
     """`merge` over the devices of a named axis of pmap, shard_map or vmap: each gets the moments of all their data.
 
@@ -126,7 +140,17 @@ def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | No
     >>> both.mean.tolist(), both.count.tolist()
     ([4.5, 4.5], [6.0, 6.0])
     """
+    m = _checked_moments("merge_across", m)
+    checked_axis_name("merge_across", axis_name)
     return _as_moments(across(_as_statistics(m), axis_name, checked_groups(axis_index_groups), 1.0))
+
+
+def _checked_moments(name: str, m: Moments) -> Moments:
+    """Running statistics have three fields as well."""
+    if isinstance(m, Mapping) or getattr(m, "_fields", Moments._fields) != Moments._fields:
+        write = "jaxnorm.Moments(**m)" if isinstance(m, Mapping) else "jaxnorm.moments(x, axes)"
+        raise TypeError(f"{name}: needs jaxnorm.Moments, got {shown(m)}. Write {write}.")
+    return m
 
 
 # --- the statistics behind every norm ---------------------------------------------------------------------------------
@@ -289,7 +313,7 @@ def _slot(size: int, index: Array, ndim: int) -> Array:
 
 
 def checked_groups(groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:
-    return None if groups is None else tuple(tuple(int(i) for i in g) for g in groups)
+    return None if groups is None else checked_index_groups("merge_across", "axis_index_groups", groups)
 
 
 def _group_of(groups, size: int) -> np.ndarray:
@@ -297,7 +321,7 @@ def _group_of(groups, size: int) -> np.ndarray:
     if sorted(flat) != list(range(size)):
         half = [list(range(size // 2)), list(range(size // 2, size))]
         raise ValueError(
-            f"axis_index_groups must hold every index 0..{size - 1} of the axis once, got {groups}. "
+            f"axis_index_groups must hold every index 0..{size - 1} of the axis once, got {shown(groups)}. "
             f"Write for example axis_index_groups={half}."
         )
     table = np.zeros(size, np.int32)

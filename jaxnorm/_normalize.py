@@ -17,7 +17,8 @@ from jax import lax
 
 from . import _activation
 from ._activation import Activation, checked_activation, pushed
-from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon
+from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon, checked_number
+from ._habits import explained
 from ._kernels import rooms, xla
 from ._kernels.fused import Fused
 from ._kernels.partition import Across
@@ -339,6 +340,7 @@ def _summed_first(terms: list[Array], x: Array) -> Array:
     return bracket
 
 
+@explained("function")
 def normalize(
     x,
     mean,
@@ -384,6 +386,7 @@ def normalize(
     )
     out = checked_dtype("normalize", dtype, x, mean, scale, bias)
     checked_activation("normalize", activation, x.shape, x.dtype)
+    scale_offset = checked_number("normalize", "scale_offset", scale_offset, "1.0")
     static = (checked_epsilon("normalize", epsilon), scale_offset, activation, out)
     return _normalize_given(*static, x, mean, var, scale, bias)
 
@@ -402,6 +405,7 @@ def _normalize_given(epsilon, scale_offset, activation, dtype, x, mean, var, sca
     return _activation.activate(activation, affine(xhat, scale, bias, scale_offset, wide)).astype(dtype)
 
 
+@explained("function")
 def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_offset: float = 0.0) -> Affine:
     """The affine map that `normalize` is: y == x * affine.scale + affine.bias, to fold into a neighbouring layer.
 
@@ -418,5 +422,5 @@ def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_
     mean, var = mean.astype(xla.accumulator(mean)), var.astype(xla.accumulator(var))
     scale = None if scale is None else jnp.asarray(scale)
     r = rsqrt(var, jnp.ones_like(var), 1.0, checked_epsilon("as_affine", epsilon))
-    s = effective_scale(scale, scale_offset, mean.dtype) * r
+    s = effective_scale(scale, checked_number("as_affine", "scale_offset", scale_offset, "1.0"), mean.dtype) * r
     return Affine(s, -mean * s if bias is None else jnp.asarray(bias).astype(s.dtype) - mean * s)

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 from ._activation import Activation
 from ._checks import as_float_array, checked_axes, checked_dtype
+from ._habits import explained
 from ._rms import checked_cast
 from ._spec import normalize_stream
 
 Array = jax.Array
 
 
+@explained("function")
 def add_rms_norm(
     x,
     residual,
@@ -85,6 +87,7 @@ def add_rms_norm(
     )  # fmt: skip
 
 
+@explained("function")
 def add_layer_norm(
     x,
     residual,

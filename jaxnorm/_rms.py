@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes
-from ._spec import RowSpec, normalize_rows
+from ._checks import as_float_array, checked_axes, shown
+from ._habits import explained
+from ._spec import RowSpec, normalize_rows, spec
 
 Array = jax.Array
 
 
+@explained("function")
 def rms_norm(
     x,
     scale=None,
@@ -77,13 +79,13 @@ def rms_norm(
 
 
 def checked_cast(norm: str, cast: str) -> None:
-    if cast not in ("after_scale", "before_scale"):
+    if not isinstance(cast, str) or cast not in ("after_scale", "before_scale"):
         raise ValueError(
-            f'{norm}: cast must be "after_scale" or "before_scale", got {cast!r}. Write cast="after_scale".'
+            f'{norm}: cast must be "after_scale" or "before_scale", got {shown(cast)}. Write cast="after_scale".'
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@spec
 class RMSNorm(RowSpec):
     """The hyperparameters of `rms_norm`, said once. There is no bias unless `use_bias=True`.
 
@@ -98,6 +100,8 @@ class RMSNorm(RowSpec):
     axis: int | tuple[int, ...] = -1
     epsilon: float = 1e-6
     cast: str = "after_scale"
+
+    _spare_axes: ClassVar[int] = 1  # per head: (H, D)
 
     def __post_init__(self):
         super().__post_init__()

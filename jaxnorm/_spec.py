@@ -5,23 +5,40 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from ._activation import checked_activation, checked_name
-from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
+from ._checks import (
+    aligned_param,
+    as_dtype,
+    checked_axis_name,
+    checked_dtype,
+    checked_epsilon,
+    checked_flag,
+    checked_index_groups,
+    checked_number,
+    counted,
+    plain,
+    refuse_array,
+    shown,
+)
+from ._habits import explained
 from ._kernels import checked_implementation
 from ._kernels.xla import Recipe, Reduction, widest
-from ._moments import checked_groups
 from ._normalize import Affine, standardize, standardize_sum, sums_within
 from ._stream import added, together
 
 Array = jax.Array
 Features = int | tuple[int, ...]
+Params = Affine | Mapping[str, Any] | None  # what a norm takes as params: a dict as Flax has it, too
+State = TypeVar("State")
+T = TypeVar("T")
 
 
 class RunningStats(NamedTuple):
@@ -45,18 +62,63 @@ class Norm(Protocol):
     `apply` is pure. It returns the output, of x's shape, and the new state, whose tree, shapes and dtypes are those of
     the old. A norm without state takes and returns `()`; it accepts `train` and does not need it. The means of
     distributing, masking and differentiating it are those of the function of the same name.
+
+    Parameters and running statistics may also be dicts with the same names, as Flax has them and as a checkpoint that
+    is restored without a template does: `{"scale", "bias"}`, where a missing one is None, and `{"mean", "var"}` with or
+    without `"count"`. A state given as a dict is returned as one.
     """
 
     def init(self, features: Features) -> tuple[Affine, Any]:
         """Parameters (ones and zeros, None where absent) and state for a feature shape."""
         ...
 
-    def apply(self, params: Affine, state: Any, x: Array, *, train: Any = ..., mask: Any = ...) -> tuple[Array, Any]:
+    def apply(
+        self, params: Params, state: Any, x: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[Array, Any]:
         """The normalized x and the state after it."""
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def spec(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass, whose constructor explains a wrong call."""
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    cls.__init__ = explained("spec")(cls.__init__)
+    return cls
+
+
+def given_params(norm: str, params: Params) -> tuple[Any, Any]:
+    """The scale and the bias in params, be they `Affine`, a dict, or None."""
+    if params is None:
+        return None, None
+    if type(params) is Affine or (type(params) is tuple and len(params) == 2):
+        return params
+    if isinstance(params, Mapping) and {*params} <= {"scale", "bias"}:
+        return params.get("scale"), params.get("bias")
+    if isinstance(params, (RunningStats, Mapping)) and "mean" in (
+        params if isinstance(params, Mapping) else params._fields
+    ):
+        raise TypeError(
+            f"{norm}: params and state are swapped: got running statistics as params. Write {_order(norm)}."
+        )
+    raise TypeError(
+        f"{norm}: params must be jaxnorm.Affine(scale, bias), a dict of the two, or None; got {shown(params)}. "
+        f"Write {_order(norm)}."
+    )
+
+
+def refuse_params_as_state(norm: str, state) -> None:
+    if type(state) is Affine or (isinstance(state, Mapping) and {*state} & {"scale", "bias"}):
+        raise TypeError(f"{norm}: params and state are swapped: got parameters as state. Write {_order(norm)}.")
+
+
+def _order(norm: str) -> str:
+    if norm == "batch_norm":
+        return "batch_norm(x, params, state, train=True)"
+    return "norm.as_affine(params, state)" if norm.endswith("as_affine") else "norm.apply(params, state, x)"
+
+
+@spec
 class Spec:
     """The hyperparameters that all norms have. Fields not about parameters are the function's keyword arguments."""
 
@@ -68,50 +130,94 @@ class Spec:
     dtype: Any = None
     implementation: str | None = None
 
+    _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
+
     def __post_init__(self):
-        # One spelling for each dtype (jnp.float32, "float32", np.dtype), so that equal specs are equal and hash so.
-        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
-        object.__setattr__(self, "dtype", None if self.dtype is None else jnp.dtype(self.dtype))
-        for name, value in self.options().items():
-            if isinstance(value, list):
-                frozen = tuple(tuple(v) if isinstance(v, (list, tuple, range)) else v for v in value)
-                object.__setattr__(self, name, frozen)
-        checked_epsilon(type(self).__name__, self.options()["epsilon"])
-        checked_name(type(self).__name__, self.activation)
-        checked_implementation(type(self).__name__, self.implementation)
+        # One spelling for each value (a dtype may be jnp.float32 or "float32"), so that equal specs are equal.
+        name = type(self).__name__
+        for field in dataclasses.fields(self):
+            value = given = getattr(self, field.name)
+            if field.name == "param_dtype" or (field.name == "dtype" and value is not None):
+                value = as_dtype(name, value, field.name)
+            elif isinstance(field.default, bool):
+                value = checked_flag(name, field.name, value)
+            else:
+                value = plain(value)
+            refuse_array(name, field.name, value, field.default)
+            if value is not given:
+                object.__setattr__(self, field.name, value)
+        checked_epsilon(name, self.options()["epsilon"])
+        checked_number(name, "scale_offset", self.scale_offset, "1.0")
+        checked_name(name, self.activation)
+        checked_implementation(name, self.implementation)
+
+    if not TYPE_CHECKING:  # for type checkers a spec is not callable
+
+        def __call__(self, *args, **options):
+            raise TypeError(
+                f"{type(self).__name__}: a spec is not called, it holds no parameters. Write y, state = "
+                "norm.apply(params, state, x), with params, state = norm.init(features)."
+            )
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the function of the same name."""
         about_params = ("use_scale", "use_bias", "param_dtype")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in about_params}
 
-    def init(self, features: Features) -> tuple[Affine, Any]:
-        """Parameters and state for `features`, an int or a shape: effective scale 1 and bias 0.
-
-        Raises:
-          ValueError: features are not positive ints.
-        """
-        shape = features if isinstance(features, tuple) else (features,)
+    def _made(self, features: Features) -> tuple[Affine, tuple[int, ...]]:
+        """Parameters for `features`, an int or a shape, and that shape: effective scale 1 and bias 0."""
+        name, sizes = type(self).__name__, plain(features)
+        shape = sizes if isinstance(sizes, tuple) else (sizes,)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
-            name = type(self).__name__
-            raise ValueError(f"{name}.init: features must be ints >= 0, got {features!r}. Write init(64).")
+            at = self._axes()[-1] if self._axes() else -1
+            of_x = getattr(features, "shape", ())
+            width = of_x[at] if -len(of_x) <= at < len(of_x) else 64
+            raise ValueError(f"{name}.init: features must be ints >= 0, got {shown(features)}. Write init({width}).")
+        self._check_features(shape)
         scale = jnp.full(shape, 1.0 - self.scale_offset, self.param_dtype) if self.use_scale else None
-        return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None), self._init_state(shape)
+        return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None), shape
 
-    def _init_state(self, shape: tuple[int, ...]) -> Any:
-        return ()
+    def _axes(self) -> tuple[int, ...]:
+        axis = getattr(self, "axis", -1)
+        return axis if isinstance(axis, tuple) else (axis,)
+
+    def _check_features(self, shape: tuple[int, ...]) -> None:
+        """Features have no more axes than `axis` names, and some spare ones; x.shape has."""
+        axes = self._axes()
+        if len(shape) > len(axes) + self._spare_axes:
+            of_x = tuple(shape[a] for a in axes if -len(shape) <= a < len(shape))
+            write = of_x[0] if len(of_x) == 1 else of_x
+            axis = axes[0] if len(axes) == 1 else axes
+            raise ValueError(
+                f"{type(self).__name__}.init: features are the sizes of x along axis={axis} alone, got {shown(shape)}. "
+                f"Write init({write})."
+            )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@spec
 class RowSpec(Spec):
     """What the norms without state share: statistics of each example's own, the same in training and at inference."""
 
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
 
-    def apply(self, params: Affine, state: Any, x, *, train: Any = None, mask=None) -> tuple[Array, Any]:
+    @explained("init")
+    def init(self, features: Features) -> tuple[Affine, tuple[()]]:
+        """Parameters for `features`, an int or a shape: effective scale 1 and bias 0. The state is `()`.
+
+        Raises:
+          ValueError: features are not ints >= 0, or have more axes than `axis` names.
+        """
+        return self._made(features)[0], ()
+
+    @explained("apply")
+    def apply(
+        self, params: Params, state: State, x: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[Array, State]:
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
-        return self._function(x, params.scale, params.bias, mask=mask, **self.options()), state
+        refuse_params_as_state(type(self).__name__, state)
+        scale, bias = given_params(type(self).__name__, params)
+        return self._function(x, scale, bias, mask=mask, **self.options()), state
 
     def _function(self, x, scale, bias, **options) -> Array:
         raise NotImplementedError
@@ -184,13 +290,16 @@ def normalize_stream(
     checked_implementation(norm, implementation)
     scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
     bias = aligned_param(norm, "bias", bias, x.shape, feature_axes)
-    mask = aligned_mask(norm, mask, x.shape)
-    mask = None if mask is None else mask.astype(bool)
+    checked_axis_name(norm, axis_name)
+    scale_offset = checked_number(norm, "scale_offset", scale_offset, "1.0")
     out = checked_dtype(norm, dtype, x, scale, bias)
     of = (x, residual, scale, bias) if gate is None else (gate,)
     checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
     names = bound_names(axis_name, whole=axis_index_groups is None) or None
-    how = Reduction(axes, centered, axis_name=names, groups=checked_groups(axis_index_groups) if names else None)
+    groups = axis_index_groups
+    if groups is not None:
+        groups = checked_index_groups(norm, "axis_index_groups", groups)
+    how = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
     epsilon = checked_epsilon(norm, epsilon)
     more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
@@ -200,6 +309,7 @@ def normalize_stream(
             return standardize_sum(norm, recipe, x, residual, scale, bias)
         x = added(x, residual)
     stream = x
+    x, mask = counted(norm, x, mask)
     if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
         x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
     x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._checks import checked_momentum
+from ._checks import checked_axis_name, checked_flag, checked_min_count, checked_momentum, shown
+from ._habits import explained
 from ._kernels.xla import safe, widest
 from ._moments import Moments, merge, merge_across
 from ._spec import RunningStats, bound_axes
@@ -17,6 +18,7 @@ from ._spec import RunningStats, bound_axes
 Array = jax.Array
 
 
+@explained("function")
 def update_state(
     state,
     moments,
@@ -44,7 +46,8 @@ def update_state(
 
     Args:
       state: `RunningStats`, or any tree of them; of dicts with `mean` and `var` too, as Flax has them.
-      moments: `Moments`, or cumulative running statistics (those have a `count`); a tree of them as `state` is.
+      moments: `Moments` (or a dict of the same), or cumulative running statistics (those have a `count`); a tree of
+        them as `state` is.
       momentum: the weight of the old statistics; None: the exact cumulative statistics (needs `state.count`).
       min_count: a channel with fewer elements than this keeps its old statistics.
       skip_nonfinite: so does a channel whose moments are not finite.
@@ -68,25 +71,30 @@ def update_state(
     ([2.0], [3.0])
     """
     checked_momentum("update_state", momentum)
+    min_count = checked_min_count("update_state", min_count)
+    flags = dict(skip_nonfinite=skip_nonfinite, zero_debias=zero_debias, unbiased_running_var=unbiased_running_var)
+    skip, debias, unbiased = (checked_flag("update_state", what, flag) for what, flag in flags.items())
 
     def one(old: RunningStats, seen) -> RunningStats:
+        refuse_moments("update_state", old, "jaxnorm.update_state(state, moments)")
         if seen.count is None:
             raise ValueError(
                 "update_state: moments have no count, so how much was seen is unknown. Gather them in "
                 "jaxnorm.Moments.empty(features), or in the batch_stats of BatchNorm(momentum=None)."
             )
-        if old.count is None and (momentum is None or zero_debias):
+        if old.count is None and (momentum is None or debias):
             raise ValueError(
                 "update_state: momentum=None and zero_debias need state.count, which is None. Write "
                 "state._replace(count=jnp.zeros_like(state.var))."
             )
         m2 = seen.m2 if isinstance(seen, Moments) else seen.var * seen.count
         batch = Moments(*(jnp.asarray(a) for a in (seen.count, seen.mean, m2)))
-        return updated(old, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+        return updated(old, batch, momentum, min_count, skip, debias, unbiased)
 
     return _each("update_state", one, state, moments)
 
 
+@explained("function")
 def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
     """Running statistics that devices gathered each from its own data, as one: the same on all of them.
 
@@ -120,6 +128,7 @@ def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
     """
 
     def one(old: RunningStats) -> RunningStats:
+        refuse_moments("sync_state", old, "jaxnorm.merge_across(moments, axis_name)")
         acc = widest(jnp.asarray(old.var).dtype, jnp.float32)
         # Where no device has counted anything all have their initial values, and so has what is merged of them.
         n = jnp.ones_like(old.var, acc) if old.count is None else jnp.maximum(old.count.astype(acc), _NOTHING)
@@ -131,6 +140,7 @@ def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
             count = jnp.where(share > 2 * _NOTHING, share, 0.0).astype(old.count.dtype)
         return RunningStats(merged.mean.astype(old.mean.dtype), merged.var.astype(old.var.dtype), count)
 
+    checked_axis_name("sync_state", axis_name)
     with bound_axes("sync_state", axis_name):
         return _each("sync_state", one, state)
 
@@ -184,8 +194,8 @@ def accumulated(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:
 
 def _each(name: str, f: Callable, state, *others) -> Any:
     """f of every `RunningStats` in a tree, in whichever form, and of what the other trees have in the same place."""
-    nodes, treedef = jax.tree.flatten(state, is_leaf=_is_stats)
-    beside = [jax.tree.leaves(other, is_leaf=_is_stats) for other in others]
+    nodes, treedef = jax.tree.flatten(state, is_leaf=is_stats)
+    beside = [jax.tree.leaves(other, is_leaf=is_stats) for other in others]
     if any(len(other) != len(nodes) for other in beside):
         counts = [len(nodes), *map(len, beside)]
         raise TypeError(f"{name}: the trees hold {counts} running statistics. Write one for each of the state's.")
@@ -194,26 +204,42 @@ def _each(name: str, f: Callable, state, *others) -> Any:
 
 def _one(name: str, f: Callable, node, *others):
     """f of one node, put back in its own form."""
-    named = [_named(name, part) for part in (node, *others)]
-    first, *rest = (Moments(**n) if "m2" in n else RunningStats(**n) for n in named)
-    new = f(first, *rest)
-    order = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
-    return jax.tree.unflatten(jax.tree.structure(node), [getattr(new, key) for key in order])
+    return as_given(node, f(*(_stats(name, part) for part in (node, *others))))
 
 
-def _named(name: str, node) -> dict[str, Array]:
-    if not _is_stats(node):
+def _stats(name: str, node) -> RunningStats | Moments:
+    if not is_stats(node):
         raise TypeError(
-            f"{name}: the tree holds {type(node).__name__}, which is no running statistic. Write the state alone: "
+            f"{name}: the tree holds {shown(node)}, which is no running statistic. Write the state alone: "
             "RunningStats, or the batch_stats of a Flax model."
         )
-    return {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(node)}
+    return as_stats(node)
 
 
-def _is_stats(node) -> bool:
+def is_stats(node) -> bool:
     if isinstance(node, (RunningStats, Moments)):
         return True
-    return isinstance(node, Mapping) and {"mean", "var"} <= {*node} <= {"mean", "var", "count"}
+    names = {*node} if isinstance(node, Mapping) else set()
+    return {"mean", "var"} <= names <= {"mean", "var", "count"} or names == {"mean", "m2", "count"}
+
+
+def refuse_moments(name: str, state, write: str) -> None:
+    if isinstance(state, Moments):
+        raise TypeError(f"{name}: state must be running statistics, got Moments. Write {write}.")
+
+
+def as_stats(node) -> RunningStats | Moments:
+    """Running statistics, or moments, in whichever form they came."""
+    named = {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(node)}
+    return Moments(**named) if "m2" in named else RunningStats(**named)
+
+
+def as_given(node, new: RunningStats | Moments) -> Any:
+    """New statistics in the form of the old: the tree that `node` is."""
+    if type(node) is type(new):
+        return new
+    order = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
+    return jax.tree.unflatten(jax.tree.structure(node), [getattr(new, key) for key in order])
 
 
 def _name(path) -> str:

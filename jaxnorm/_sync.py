@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ._checks import checked_axis_name, checked_index_groups, plain, shown
 from ._kernels.xla import Recipe, Statistics
 from ._moments import across, combine
 from ._normalize import standardize
@@ -36,31 +36,36 @@ _RUNS = "jaxnorm.runs"  # and that of the groups of neighbours among them
 
 def checked_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_size) -> Sync:
     """One answer to who normalizes together, by its static form; "global" where nothing else is said."""
-    if isinstance(sync, Sequence) and not isinstance(sync, str):
-        sync = tuple(tuple(int(i) for i in group) for group in sync)
-    elif sync not in ("global", "local") and (not isinstance(sync, int) or isinstance(sync, bool) or sync < 1):
+    checked_axis_name(norm, axis_name)
+    sync = plain(sync)
+    if isinstance(sync, tuple):
+        sync = checked_index_groups(norm, "sync", sync)
+    elif not isinstance(sync, (str, int)) or (
+        sync not in ("global", "local") and (isinstance(sync, (str, bool)) or sync < 1)
+    ):
         raise ValueError(
             f'{norm}: sync must be "global", "local", a number of neighbouring devices, or lists of indices along '
-            f'axis_name, got {sync!r}. Write sync="local".'
+            f'axis_name, got {shown(sync)}. Write sync="local".'
         )
     if axis_index_groups is not None:
+        groups = checked_index_groups(norm, "axis_index_groups", axis_index_groups)
         if sync != "global":
             raise ValueError(
-                f"{norm}: sync={sync!r} and axis_index_groups={axis_index_groups!r} both say who normalizes together. "
-                f"Write sync={axis_index_groups!r} alone."
+                f"{norm}: sync={shown(sync)} and axis_index_groups={shown(groups)} both say who normalizes together. "
+                f"Write sync={shown(groups)} alone."
             )
-        sync = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+        sync = groups
     if sync == "global":
         return sync
     if axis_name is None and axis_index_groups is None:
         raise ValueError(
-            f'{norm}: sync={sync!r} divides the devices of axis_name, which is None. Write axis_name="data"; under '
-            "plain jit with jax.set_mesh(mesh) around it, that is the mesh axis along which the batch is sharded."
+            f'{norm}: sync={shown(sync)} divides the devices of axis_name, which is None. Write axis_name="data"; '
+            "under plain jit with jax.set_mesh(mesh) around it, that is the mesh axis along which the batch is sharded."
         )
     if virtual_batch_size is not None and sync != "local":
         raise ValueError(
-            f"{norm}: virtual_batch_size={virtual_batch_size} already says who normalizes together, each ghost batch "
-            f'on its own device; got sync={sync!r} besides. Write sync="global".'
+            f"{norm}: virtual_batch_size={shown(virtual_batch_size)} already says who normalizes together, each ghost "
+            f'batch on its own device; got sync={shown(sync)} besides. Write sync="global".'
         )
     return sync
 
@@ -119,7 +124,7 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
     """Over an array that jit partitions along its batch: each part as a device of its own has it."""
     if bound:
         raise ValueError(
-            f"{norm}: of axis_name={axis_name} shard_map holds {bound} and jit partitions the rest; sync={sync!r} "
+            f"{norm}: of axis_name={axis_name} shard_map holds {bound} and jit partitions the rest; sync={shown(sync)} "
             f"needs them in one hand. Write jax.shard_map(..., axis_names={set(axis_name)})."
         )
     x = args[0]
@@ -152,8 +157,9 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
 
 def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array, Statistics]:
     """Each run of `size` examples by its own statistics; returns also the merged ones."""
+    size = plain(size)
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{norm}: virtual_batch_size must be an int >= 1, got {size!r}. Write 32, or None.")
+        raise ValueError(f"{norm}: virtual_batch_size must be an int >= 1, got {shown(size)}. Write 32, or None.")
     (x, scale, bias, mask, weights), how = args, recipe.how
     batch = _batch_axis(norm, recipe, x, "virtual_batch_size")
     ghosts = math.ceil(x.shape[batch] / size)

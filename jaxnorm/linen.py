@@ -20,6 +20,7 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from dataclasses import field
 from typing import Any
@@ -31,7 +32,9 @@ from jax.nn import initializers
 
 from . import _flax
 from ._activation import Activation
+from ._checks import refuse_array
 from ._flax import Axes, Initializer, Layout
+from ._habits import explained
 from ._spec import RunningStats
 
 Array = jax.Array
@@ -46,6 +49,16 @@ class _Norm(nn.Module):
     scale_offset: float = field(default=0.0, kw_only=True)
     activation: Activation | None = field(default=None, kw_only=True)
     implementation: str | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        cls.__init__ = explained("linen")(cls.__init__)
+
+    def __post_init__(self):
+        ours = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
+        for option in dataclasses.fields(ours):  # pyright: ignore[reportArgumentType]
+            refuse_array(type(self).__name__, option.name, getattr(self, option.name), option.default)
+        super().__post_init__()
 
     @nn.nowrap
     def _parameters(self, shape: tuple[int, ...], features: tuple[int, ...], scale, bias) -> tuple[Any, Any]:
@@ -85,6 +98,7 @@ class _RowNorm(_Norm):
         raise NotImplementedError
 
     @nn.compact
+    @explained("call")
     def __call__(self, x, *, mask=None, scale=None, bias=None) -> Array:
         """The normalized x.
 
@@ -100,7 +114,7 @@ class _RowNorm(_Norm):
         x = jnp.asarray(x)
         layout = self._layout(x.ndim)
         scale, bias = self._parameters(x.shape, layout.features, scale, bias)
-        dtype = _flax.output_dtype(self.dtype, x, scale, bias)  # pyright: ignore[reportAttributeAccessIssue]
+        dtype = _flax.output_dtype(self, x, scale, bias)  # pyright: ignore[reportAttributeAccessIssue]
         with self._initializing_quietly():
             return _flax.normalized(
                 self, layout, x, scale, bias, mask=mask, dtype=dtype, axis_name=self._axis_name()
@@ -215,6 +229,7 @@ class GatedRMSNorm(_Norm):
     use_bias = False
 
     @nn.compact
+    @explained("call")
     def __call__(self, x, gate, *, mask=None, scale=None) -> Array:
         """The normalized and gated x.
 
@@ -230,7 +245,7 @@ class GatedRMSNorm(_Norm):
         x = jnp.asarray(x)
         features = _flax.canonical(self, "axis", x.ndim, self.axis)
         scale, _ = self._parameters(x.shape, features, scale, None)
-        dtype = _flax.output_dtype(self.dtype, x, scale)
+        dtype = _flax.output_dtype(self, x, scale)
         return _flax.gated(self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self._axis_name())
 
 
@@ -378,6 +393,7 @@ class BatchNorm(_Norm):
     sync: Any = field(default="global", kw_only=True)
 
     @nn.compact
+    @explained("call")
     def __call__(
         self, x, use_running_average=None, *, mask=None, weights=None, update_stats: bool = True, scale=None, bias=None
     ) -> Array:
@@ -413,7 +429,7 @@ class BatchNorm(_Norm):
         with self._initializing_quietly():
             y, stats = _flax.batch_norm(
                 self, x, scale, bias, stats, train=train, mask=mask, weights=weights, update_stats=update_stats,
-                dtype=_flax.output_dtype(self.dtype, x, scale, bias), axis_name=self._axis_name(),
+                dtype=_flax.output_dtype(self, x, scale, bias), axis_name=self._axis_name(),
             )  # fmt: skip
         if train is not False and update_stats:
             for name, variable in stored.items():

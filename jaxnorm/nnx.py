@@ -19,20 +19,24 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.nn import initializers
 
 from . import _flax
 from ._activation import Activation
+from ._checks import plain, refuse_array, shown
 from ._flax import Axes, Initializer, Layout
 from ._group import checked_group_count
+from ._habits import explained
 from ._spec import RunningStats
 
 Array = jax.Array
@@ -60,10 +64,19 @@ class _Norm(nnx.Module):
     def _build(self, given: dict[str, Any]) -> tuple[int, ...]:
         """Hyperparameters and parameters, from the constructor's `locals()`. Keys are drawn in Flax's order."""
         for name, value in given.items():
+            if isinstance(value, (np.ndarray, jax.Array)):
+                parameter = inspect.signature(type(self).__init__).parameters.get(name)
+                refuse_array(type(self).__name__, name, value, parameter and parameter.default)
             if name not in _NOT_KEPT:
-                setattr(self, name, _hashable(value))
+                setattr(self, name, plain(value))
         features = self.num_features
-        shape = tuple(features) if isinstance(features, (tuple, list)) else (features,)
+        shape = features if isinstance(features, tuple) else (features,)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}: num_features must be an int >= 0, or several; got {shown(given['num_features'])}. "
+                f"Write {name}(64, rngs=nnx.Rngs(0))."
+            )
         makers = dict(scale=given["scale_init"] or _flax.unit_scale(given["scale_offset"]), bias=given["bias_init"])
         for name, make in makers.items():
             param = nnx.data(None)
@@ -86,12 +99,12 @@ class _Norm(nnx.Module):
     def _output_dtype(self, args: tuple):
         """What Flax would return for (x, ..., scale, bias), of which `promote_dtype` sees the shapes and dtypes."""
         if self.promote_dtype is dtypes.promote_dtype:
-            return _flax.output_dtype(self.dtype, *args)
+            return _flax.output_dtype(self, *args)
 
         def output(*args):
             with jax.numpy_dtype_promotion("standard"):
                 x, *others = self.promote_dtype(args, dtype=self.dtype)
-            return jnp.zeros((), _flax.output_dtype(self.dtype, x, *others[2 * isinstance(self, BatchNorm) :]))
+            return jnp.zeros((), _flax.output_dtype(self, x, *others[2 * isinstance(self, BatchNorm) :]))
 
         return jax.eval_shape(output, *args).dtype
 
@@ -102,6 +115,7 @@ class _RowNorm(_Norm):
     def _layout(self, shape: tuple[int, ...]) -> Layout:
         raise NotImplementedError
 
+    @explained("call")
     def __call__(self, x, mask=None, *, scale=None, bias=None) -> Array:
         """The normalized x.
 
@@ -140,6 +154,7 @@ class LayerNorm(_RowNorm):
     [[-1.0, 1.0], [0.0, 0.0]]
     """
 
+    @explained("nnx")
     def __init__(
         self, num_features: Features, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32, use_bias: bool = True, use_scale: bool = True,
@@ -176,6 +191,7 @@ class RMSNorm(_RowNorm):
     [[2.0, 2.0, 0.0, 0.0]]
     """
 
+    @explained("nnx")
     def __init__(
         self, num_features: Features, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32, use_scale: bool = True, scale_init: Initializer | None = None,
@@ -210,6 +226,7 @@ class GatedRMSNorm(_Norm):
 
     axis: int
 
+    @explained("nnx")
     def __init__(
         self, num_features: int, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32, use_scale: bool = True, scale_init: Initializer | None = None,
@@ -221,6 +238,7 @@ class GatedRMSNorm(_Norm):
     ):  # fmt: skip
         self._build(dict(locals(), use_bias=False, bias_init=None))
 
+    @explained("call")
     def __call__(self, x, gate, mask=None, *, scale=None) -> Array:
         """The normalized and gated x.
 
@@ -268,6 +286,7 @@ class GroupNorm(_RowNorm):
     num_groups: int
     group_size: int
 
+    @explained("nnx")
     def __init__(
         self, num_features: int, num_groups: int | None = 32, group_size: int | None = None, *,
         epsilon: float = 1e-6, dtype: Dtype | None = None, param_dtype: Dtype = jnp.float32,
@@ -281,6 +300,12 @@ class GroupNorm(_RowNorm):
         implementation: str | None = None,
     ):  # fmt: skip
         _flax.checked_groups(num_groups, group_size)
+        num_features = plain(num_features)
+        if not isinstance(num_features, int):
+            raise ValueError(
+                f"GroupNorm: num_features must be an int, got {shown(num_features)}. "
+                "Write GroupNorm(64, num_groups=32, rngs=nnx.Rngs(0))."
+            )
         num_groups = checked_group_count("GroupNorm", num_features, num_groups, group_size)
         group_size = num_features // num_groups
         self._build(locals())
@@ -313,6 +338,7 @@ class InstanceNorm(_RowNorm):
     [[[-1.0, -1.0], [1.0, 1.0]]]
     """
 
+    @explained("nnx")
     def __init__(
         self, num_features: Features, *, epsilon: float = 1e-6, dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32, use_bias: bool = True, use_scale: bool = True,
@@ -366,6 +392,7 @@ class BatchNorm(_Norm):
     use_running_average: bool | None
     frozen: bool
 
+    @explained("nnx")
     def __init__(
         self, num_features: Features, *, use_running_average: bool | None = False, axis: Axes = -1,
         momentum: float | None = 0.99, epsilon: float = 1e-5, dtype: Dtype | None = None,
@@ -384,6 +411,7 @@ class BatchNorm(_Norm):
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
         self.count = nnx.BatchStat(jnp.zeros(shape, jnp.float32)) if _flax.needs_count(self) else nnx.data(None)
 
+    @explained("call")
     def __call__(
         self, x, use_running_average=None, *, mask=None, weights=None, update_stats: bool = True, scale=None, bias=None
     ) -> Array:
@@ -434,8 +462,3 @@ class BatchNorm(_Norm):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
-
-
-def _hashable(value):
-    """Lists, which a module's static attributes cannot be, as tuples."""
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value

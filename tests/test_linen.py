@@ -377,6 +377,63 @@ def test_messages_show_the_line_to_write():
         jnn.RMSNorm(implementation="attic").init(KEY, x)
 
 
+PLANES = jnp.ones((2, 12, 5, 4))
+HABITS = [
+    (lambda: jnn.LayerNorm(64).init(KEY, PLANES), r"LayerNorm: epsilon=64 looks like a number of features.* Write LayerNorm\(\)"),
+    (lambda: jnn.InstanceNorm(64).init(KEY, PLANES), r"InstanceNorm: epsilon=64 looks like .* Write InstanceNorm\(\)"),
+    (lambda: jnn.BatchNorm(64).init(KEY, PLANES), r"BatchNorm: use_running_average must be a bool, got 64\. Write use_running_average=not train"),
+    (lambda: jnn.GroupNorm(4, 12).init(KEY, PLANES), r"got num_groups=4 and group_size=12\. .* or num_groups=4 alone"),
+    (lambda: jnn.GroupNorm(6).init(KEY, PLANES), r"num_groups=6 does not divide the 4 channels.* or axis=1, where x .* has 12"),
+    (lambda: jnn.LayerNorm(eps=1e-5), r"LayerNorm: there is no argument eps\. Write epsilon=1e-05\."),
+    (lambda: jnn.BatchNorm(num_features=12), r"BatchNorm: there is no argument num_features\. Sizes are read off x"),
+    (lambda: jnn.BatchNorm(True, affine=False), r"no argument affine\. Write use_scale=False, use_bias=False"),
+    (lambda: jnn.BatchNorm(track_running_stats=False), r"Write use_running_average=False, update_stats=False at the call"),
+    (lambda: jnn.LayerNorm(axis=1), r"no argument axis\. Write reduction_axes=1, feature_axes=1\."),
+    (lambda: jnn.BatchNorm().init(KEY, PLANES, train=True), r"BatchNorm: there is no argument train\. Write use_running_average=False\."),
+    (lambda: jnn.LayerNorm().init(KEY, PLANES, epsilon=0.1), r"no argument epsilon\. It is the layer's own\. Write LayerNorm\(epsilon=0\.1\)"),
+    (lambda: jnn.LayerNorm(use_scale=False).init(KEY, PLANES, scale=(4,)), r"LayerNorm: scale must be .* got \(4,\)\. .* Write scale=jnp\.asarray\(scale\)"),
+    (lambda: jnn.LayerNorm().init(KEY, PLANES, mask=-jnp.ones((2, 12, 5, 1))), r"layer_norm: mask must be .* Write mask=mask == 0"),
+    (lambda: jnn.LayerNorm(dtype=PLANES).init(KEY, PLANES), r"LayerNorm: dtype is static and cannot be an array float32\[2, 12, 5, 4\]\. Write dtype=None"),
+    (lambda: jnn.RMSNorm(use_scale=np.ones(3)), r"RMSNorm: use_scale is static and cannot be an array float64\[3\]\. Write use_scale=True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), HABITS, ids=[m[:50] for _, m in HABITS])
+def test_habits(call, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        call()
+    assert len(str(caught.value)) < 320
+
+
+def test_numpy_s_numbers_are_python_s():
+    x = randn(4, 6, 8)
+    for spell in (np.asarray, lambda v: np.asarray(v)[()]):
+        layer = jnn.GroupNorm(spell(2), axis=spell(1), reduction_axes=spell((1, 2)), use_bias=spell(False))
+        want = jnn.GroupNorm(2, axis=1, reduction_axes=(1, 2), use_bias=False).init_with_output(KEY, x)
+        jax.tree.map(np.testing.assert_array_equal, layer.init_with_output(KEY, x), want)
+        layer = jnn.BatchNorm(spell(False), axis=spell(2), virtual_batch_size=spell(2))
+        want = jnn.BatchNorm(False, axis=2, virtual_batch_size=2).init_with_output(KEY, x)
+        jax.tree.map(np.testing.assert_array_equal, layer.init_with_output(KEY, x), want)
+
+
+@pytest.mark.parametrize("norm", NAMES)
+def test_8_bit_floats_with_a_dtype(norm):
+    """As of the same numbers in float32, which Flax's own layers cannot do. Without a dtype they promote to nothing."""
+    x, dtype = randn(3, 4, 6).astype(jnp.float8_e4m3fn), jnp.bfloat16
+    call = TRAIN if norm == "BatchNorm" else {}
+    options = dict(num_groups=2) if norm == "GroupNorm" else {}
+    layer = getattr(jnn, norm)(**options, dtype=dtype)
+    y, variables = init(layer, x, **call)
+    assert y.dtype == dtype
+    want = init(layer, x.astype(jnp.float32), **call)
+    jax.tree.map(np.testing.assert_array_equal, (y, variables), want)
+    narrow = getattr(jnn, norm)(**options, dtype=x.dtype).apply(variables, x, mutable=STATS, **call)[0]
+    assert narrow.dtype == x.dtype
+    np.testing.assert_allclose(narrow.astype(jnp.float32), y.astype(jnp.float32), rtol=2**-4 + 2**-8, atol=2**-9)
+    with pytest.raises(ValueError, match=rf"{norm}: float32 and float8_e4m3fn have no common .* Write {norm}\(\.\.\., dtype="):
+        getattr(jnn, norm)(**options).init(KEY, x, **call)
+
+
 # --- what jaxnorm adds ------------------------------------------------------------------------------------------------
 
 

@@ -134,7 +134,8 @@ def test_state_is_that_of_flax(case):
 
 @pytest.mark.parametrize("norm", NAMES)
 def test_constructor_is_that_of_flax(norm):
-    ours, theirs = (inspect.signature(getattr(lib, norm)).parameters for lib in (jnnx, nnx))
+    ours, theirs = (inspect.signature(getattr(lib, norm).__init__).parameters for lib in (jnnx, nnx))
+    assert "num_features" in ours
     assert list(ours)[: len(theirs)] == list(theirs)
     for name, parameter in theirs.items():
         assert ours[name].kind == parameter.kind
@@ -280,6 +281,53 @@ def test_messages_show_the_line_to_write():
         jnnx.GroupNorm(4, group_size=2, rngs=RNGS)
     with pytest.raises(TypeError, match=r"LayerNorm: the layer's scale of shape \(6,\) does not fit the \(4,\)"):
         jnnx.LayerNorm(6, rngs=RNGS)(x)
+
+
+PLANES = np.ones((2, 12, 5, 4), np.float32)
+HABITS = [
+    (lambda: jnnx.LayerNorm(12), r"LayerNorm: rngs missing\. Write LayerNorm\(12, rngs=nnx\.Rngs\(0\)\)"),
+    (lambda: jnnx.LayerNorm(PLANES, rngs=RNGS), r"LayerNorm: num_features is static and cannot be an array float32\[2, 12, 5, 4\]"),
+    (lambda: jnnx.LayerNorm(12.0, rngs=RNGS), r"LayerNorm: num_features must be an int >= 0, or several; got 12\.0\. Write"),
+    (lambda: jnnx.GroupNorm((12,), rngs=RNGS), r"GroupNorm: num_features must be an int, got \(12,\)\. Write"),
+    (lambda: jnnx.LayerNorm(normalized_shape=12, rngs=RNGS), r"no argument normalized_shape\. Write num_features=12\."),
+    (lambda: jnnx.BatchNorm(12, eps=1e-5, rngs=RNGS), r"BatchNorm: there is no argument eps\. Write epsilon=1e-05\."),
+    (lambda: jnnx.BatchNorm(12, rngs=RNGS)(PLANES, train=True), r"no argument train\. Write use_running_average=False\."),
+    (lambda: jnnx.BatchNorm(12, rngs=RNGS)(PLANES), r"BatchNorm: .* does not fit the \(4,\) .* Write BatchNorm\(\.\.\., axis=1\), where x has 12"),
+    (lambda: jnnx.GroupNorm(12, 4, rngs=RNGS)(PLANES), r"GroupNorm: .* Write GroupNorm\(\.\.\., axis=1\), where x has 12"),
+    (lambda: jnnx.LayerNorm(12, rngs=RNGS)(PLANES), r"Write LayerNorm\(\.\.\., reduction_axes=1, feature_axes=1\), where x has 12"),
+    (lambda: jnnx.LayerNorm(4, rngs=RNGS)(PLANES, PLANES - 1.5), r"layer_norm: mask must be .* Write mask=mask == 0"),
+    (lambda: jnnx.RMSNorm(4, use_scale=False, rngs=RNGS)(PLANES, scale=4), r"RMSNorm: scale must be an array or None, got 4\."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), HABITS, ids=[m[:50] for _, m in HABITS])
+def test_habits(call, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        call()
+    assert len(str(caught.value)) < 320
+
+
+def test_numpy_s_numbers_are_python_s():
+    """In graph definitions too, so that they share a trace."""
+    for spell in (np.asarray, lambda v: np.asarray(v)[()]):
+        made = jnnx.GroupNorm(spell(8), spell(2), axis=spell(1), use_bias=spell(False), rngs=nnx.Rngs(0))
+        want = jnnx.GroupNorm(8, 2, axis=1, use_bias=False, rngs=nnx.Rngs(0))
+        assert nnx.graphdef(made) == nnx.graphdef(want)
+        assert repr(nnx.graphdef(made)) == repr(nnx.graphdef(want))
+        made = jnnx.BatchNorm(spell((6, 8)), axis=spell((1, 2)), virtual_batch_size=spell(2), rngs=nnx.Rngs(0))
+        assert made.num_features == (6, 8)
+        assert made.mean.shape == (6, 8)
+        assert made(np.ones((4, 6, 8), np.float32)).shape == (4, 6, 8)
+
+
+@pytest.mark.parametrize("norm", NAMES)
+def test_8_bit_floats_with_a_dtype(norm):
+    x = randn(3, 4, 6).astype(jnp.float8_e5m2)
+    y = run(plain(norm, dtype=jnp.bfloat16), x, {})
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, run(plain(norm, dtype=jnp.bfloat16), x.astype(jnp.float32), {}))
+    with pytest.raises(ValueError, match=f"{norm}: float32 and float8_e5m2 have no common dtype"):
+        plain(norm)(x)
 
 
 # --- what jaxnorm adds ------------------------------------------------------------------------------------------------

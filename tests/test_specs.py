@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,114 @@ def test_spellings_of_one_spec_are_one_spec():
     assert hash(listed)
 
 
+PLAIN = [  # in Python's own numbers
+    (jn.GroupNorm, dict(num_groups=2, axis=1, reduction_axes=(1, 2), scale_offset=1.0)),
+    (jn.GroupNorm, dict(group_size=2, epsilon=0.5)),
+    (jn.LayerNorm, dict(axis=(1, 2), use_bias=False)),
+    (jn.BatchNorm, dict(virtual_batch_size=4, axis=1, min_count=2.0, momentum=0.5, frozen=True)),
+    (jn.BatchNorm, dict(sync=2, axis_name="data", zero_debias=True)),
+    (jn.BatchNorm, dict(axis_index_groups=((0, 1), (2, 3)), axis_name="data")),
+]
+
+
+SPELLINGS = [np.asarray, jnp.asarray, lambda v: np.asarray(v)[()]]
+
+
+@pytest.mark.parametrize("spell", SPELLINGS, ids=["numpy", "jax", "scalar"])
+def test_numpy_s_numbers_are_python_s(spell):
+    """Equal, with equal hashes, so that they share a trace: ints, floats, bools, and 0-d arrays."""
+    for spec, options in PLAIN:
+        spelt = {k: v if isinstance(v, str) else spell(v) for k, v in options.items()}
+        assert spec(**spelt) == spec(**options)
+        assert hash(spec(**spelt)) == hash(spec(**options))
+        assert repr(spec(**spelt)) == repr(spec(**options))
+    for features in (8, (6, 8)):
+        norm = jn.LayerNorm(axis=(1, 2))
+        assert jax.tree.map(jnp.shape, norm.init(spell(features))) == jax.tree.map(jnp.shape, norm.init(features))
+
+
+def test_functions_take_numpy_s_numbers():
+    """The programs are those of Python's own numbers."""
+    state = jn.RunningStats(jnp.zeros(8), jnp.ones(8))
+    train = lambda x, **options: jn.batch_norm(x, None, state, train=True, **options)
+    mapped = lambda f: lambda x, **options: jax.vmap(lambda x: f(x, axis_name="d", **options), axis_name="d")(x)
+    calls = [
+        (jn.layer_norm, dict(axis=(1, 2), epsilon=0.5)),
+        (jn.rms_norm, dict(axis=1, scale_offset=1)),
+        (jn.group_norm, dict(num_groups=2, reduction_axes=(1, 2), axis=2)),
+        (jn.group_norm, dict(group_size=4)),
+        (jn.instance_norm, dict(axis=1)),
+        (lambda x, **options: jn.gated_rms_norm(x, x, **options), dict(group_size=4, norm_before_gate=False)),
+        (train, dict(virtual_batch_size=2, min_count=3, skip_nonfinite=True, update_stats=True)),
+        (mapped(train), dict(sync=2)),
+        (mapped(jn.layer_norm), dict(axis_index_groups=((0, 1), (2, 3)))),
+        (jn.moments, dict(axes=(0, 1))),
+    ]
+
+    def program(f, options) -> str:
+        made = jax.make_jaxpr(lambda x: f(x, **options))(np.ones((4, 6, 8), np.float32))
+        return re.sub("0x[0-9a-f]+", "", str(made))
+
+    for f, options in calls:
+        for spell in SPELLINGS:
+            assert program(f, {k: spell(v) for k, v in options.items()}) == program(f, options)
+
+
+@pytest.mark.parametrize("row", EACH, ids=str)
+def test_dicts_do_as_params_and_as_state(row, rng):
+    """As Flax has them, and as a checkpoint restored without a template does. The state out is a dict as well."""
+    params, x = row.params(rng), draw(rng, row.shape)
+    state = row.state()
+    restored = restored_from_bytes({"params": params, "state": state})
+    assert row.batch == (set(restored["state"]) == {"mean", "var", "count"})
+    step = jax.jit(lambda params, state, train: row.spec.apply(params, state, x, train=train))
+    for train in (True, False) if row.batch else (True,):
+        y, new = step(params, state, train)
+        y_of_dicts, new_of_dicts = step(restored["params"], restored["state"], train)
+        np.testing.assert_array_equal(y_of_dicts, y)
+        assert jax.tree.structure(new_of_dicts) == jax.tree.structure(restored["state"])
+        assert type(new_of_dicts) is dict  # of a row norm, {} as flax.serialization makes of ()
+        jax.tree.map(np.testing.assert_array_equal, new_of_dicts, getattr(new, "_asdict", dict)())
+    alone = step({"bias": params.bias}, state, True)[0]
+    np.testing.assert_array_equal(alone, step(jn.Affine(None, params.bias), state, True)[0])
+
+
+def restored_from_bytes(tree):
+    """Through flax.serialization, without a template: NamedTuples come back as dicts."""
+    from flax import serialization
+
+    return serialization.msgpack_restore(serialization.msgpack_serialize(serialization.to_state_dict(tree)))
+
+
+def test_a_restored_state_goes_on():
+    """Through a scan, at inference, folded, gathered over micro-batches."""
+    norm, batches = jn.BatchNorm(momentum=0.5), np.arange(24.0, dtype=np.float32).reshape(3, 4, 2)
+    params, state = norm.init(2)
+    step = lambda state, x: norm.apply(params, state, x, train=True)[::-1]
+    restored = restored_from_bytes(state)
+    want, got = (jax.lax.scan(step, s, batches)[0] for s in (state, restored))
+    jax.tree.map(np.testing.assert_array_equal, got, want._asdict())
+    eager = norm.apply(params, restored, batches[0], train=False)
+    np.testing.assert_array_equal(eager[0], norm.apply(params, state, batches[0], train=False)[0])
+    assert jax.tree.structure(eager[1]) == jax.tree.structure(restored)
+    folded = norm.as_affine(restored_from_bytes(params), got)
+    jax.tree.map(np.testing.assert_array_equal, folded, norm.as_affine(params, want))
+    seen = jn.moments(batches, (0, 1))
+    updated = norm.update_state(restored, restored_from_bytes(seen))
+    jax.tree.map(np.testing.assert_array_equal, updated, norm.update_state(state, seen)._asdict())
+
+
+def test_functions_and_specs_show_their_signatures_and_pickle():
+    """Though each explains a wrong call: what does so is not seen."""
+    for name in jn.__all__:
+        thing = getattr(jn, name)
+        if inspect.isfunction(thing) or hasattr(thing, "apply"):
+            kinds = {p.kind for p in inspect.signature(thing).parameters.values()}
+            assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL} or name == "Norm", name
+            assert pickle.loads(pickle.dumps(thing)) is thing
+    assert jax.jit(jn.layer_norm, static_argnames=("axis", "epsilon"))(np.ones((2, 3)), axis=0, epsilon=1.0).ndim == 2
+
+
 @pytest.mark.parametrize("row", EACH, ids=str)
 def test_equal_specs_share_a_trace(row, rng):
     traces = []
@@ -65,8 +174,9 @@ def test_init_touches_no_data_and_makes_an_identity_of_parameters(row):
     if params.bias is not None:
         np.testing.assert_array_equal(params.bias, 0.0)
     assert (state == ()) != row.batch
-    shaped = jax.eval_shape(lambda: row.spec.init((3, 5)))
-    assert all(leaf.shape == (3, 5) for leaf in jax.tree.leaves(shaped))
+    features = (12, 5) if isinstance(row.spec.axis, tuple) else (12,)
+    shaped = jax.eval_shape(lambda: row.spec.init(features))
+    assert all(leaf.shape == features for leaf in jax.tree.leaves(shaped))
     half = dataclasses.replace(row.spec, param_dtype=jnp.bfloat16).init(row.features)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half[0]))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half[1]))
@@ -135,7 +245,8 @@ def test_jaxnorm_needs_no_flax_and_costs_little_beside_jax():
 
 def test_arrows_point_down():
     """Each module imports only from floors below it, and the mathematics knows nothing of Flax."""
-    floors = ["_kernels", "_checks", "_moments", "_stream", "_activation", "_normalize", "_spec", "_state", "_sync"]
+    floors = ["_kernels", "_checks", "_habits", "_moments", "_stream", "_activation", "_normalize", "_spec", "_state"]
+    floors += ["_sync"]
     norms = ["_batch", "_layer", "_rms", "_group", "_instance"]
     for path in PACKAGE.glob("_*.py"):
         tree = ast.parse(path.read_text())

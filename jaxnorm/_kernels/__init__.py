@@ -42,9 +42,10 @@ def _not_by_default(name: str) -> str:
 def checked_implementation(norm: str, implementation: str | None) -> None:
     """A named room runs or says why it does not."""
     names = {"xla", *rooms.ROOMS}
-    if implementation is None or implementation in names:
+    if implementation is None or (isinstance(implementation, str) and implementation in names):
         return
+    shown = repr(implementation) if isinstance(implementation, str) else type(implementation).__name__
     raise ValueError(
-        f"{norm}: implementation={implementation!r} is not a room of this build, which has {sorted(names)}. "
+        f"{norm}: implementation={shown} is not a room of this build, which has {sorted(names)}. "
         "Write implementation=None for the best one, and see jaxnorm.backends() for the reasons."
     )
