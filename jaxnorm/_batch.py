@@ -151,7 +151,7 @@ def batch_norm(
     def by_running() -> Array:
         return normalize(
             x, state.mean, state.var, scale, bias, epsilon=epsilon, scale_offset=scale_offset, activation=activation,
-            axis=channels, dtype=dtype,
+            axis=channels, dtype=dtype, implementation=implementation,
         )  # fmt: skip
 
     if frozen or train is False:

@@ -85,9 +85,8 @@ def gated_rms_norm(
     (channel,) = checked_axes(norm, x.ndim, (axis,))
     if activation is None:
         raise ValueError(f'{norm}: activation=None gates by nothing. Write activation="silu", or rms_norm(x) * gate.')
-    size = x.shape[channel] or 1
-    groups = checked_group_count(norm, x.shape[channel], None, size if group_size is None else group_size)
-    if groups > 1 and axis_name is not None:
+    groups = 1 if group_size is None else checked_group_count(norm, x.shape[channel], None, group_size)
+    if groups != 1 and axis_name is not None:
         raise ValueError(
             f"{norm}: group_size={group_size} makes {groups} groups on each device, and axis_name={axis_name!r} would "
             "merge them with those of others. Write axis_name=None."

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from ._checks import aligned_mask, as_float_array, checked_axes
+from ._exported import exported
 from ._kernels import xla
 from ._kernels.varying import varying_as
 from ._kernels.xla import Reduction, Statistics, safe
@@ -28,6 +29,7 @@ Groups = Sequence[Sequence[int]]
 _SLOT_BYTES = 1 << 20  # up to here every device gets its own slot in one all-reduce; beyond, two smaller ones
 
 
+@exported
 class Moments(NamedTuple):
     """Count, mean and second moment of a set of numbers. `merge` joins two; `Moments(0., 0., 0.)` is the identity."""
 
@@ -52,7 +54,9 @@ class Moments(NamedTuple):
         return cls(mean.real, mean, mean.real)
 
 
-def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None) -> Moments:
+def moments(
+    x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None, implementation: str | None = None
+) -> Moments:
     """Count, mean and second moment of `x` over `axes`.
 
         count = sum(w);   mean = sum(w x) / count;   m2 = sum(w |x - mean|**2)
@@ -64,12 +68,13 @@ def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=No
       axes: the axes to reduce, an int or several; None is all of them.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes.
       weights: a float weight per element, shaped as a mask may be. Differentiable.
+      implementation: "xla", or None for it, or "lax"; see `jaxnorm.backends`.
 
     Returns:
       `Moments` in float32 or wider, each of x's shape without `axes`.
 
     Raises:
-      ValueError: an axis out of range, or a mask that fits x nowhere.
+      ValueError: an axis out of range, a mask that fits x nowhere, or another implementation.
 
     Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
 
@@ -82,7 +87,9 @@ def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=No
     axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     mask, weights = (aligned_mask("moments", m, x.shape, what=w) for m, w in ((mask, "mask"), (weights, "weights")))
     mask = None if mask is None else mask.astype(bool)
-    return _as_moments(statistics(Reduction(axes), x, mask, weights), axes)
+    if implementation not in (None, "xla", "lax"):
+        raise ValueError(f'moments: implementation={implementation!r} has no moments. Write "xla", "lax", or None.')
+    return _as_moments(statistics(Reduction(axes, plain=implementation == "lax"), x, mask, weights), axes)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -220,7 +227,7 @@ def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistic
     size = lax.axis_size(axis_name)
     index = lax.axis_index(axis_name)
     s = Statistics(*jnp.broadcast_arrays(s.count, s.shift, s.offset, s.m2))
-    if size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
+    if xla.known(*s.shift.shape) and size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
         mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
         slots = Statistics(*sum_across([mine(a) for a in s], axis_name, None))
         if groups is not None:

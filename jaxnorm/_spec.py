@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -14,8 +13,9 @@ from jax import lax
 
 from ._activation import checked_activation, checked_name
 from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
+from ._exported import exported
 from ._kernels import checked_implementation
-from ._kernels.xla import Recipe, Reduction, widest
+from ._kernels.xla import Recipe, Reduction, recomputed, widest
 from ._moments import checked_groups
 from ._normalize import Affine, standardize, standardize_sum, sums_within
 from ._stream import added, together
@@ -24,6 +24,7 @@ Array = jax.Array
 Features = int | tuple[int, ...]
 
 
+@exported
 class RunningStats(NamedTuple):
     """The state of batch norm: statistics gathered over training, used at inference."""
 
@@ -123,7 +124,7 @@ def recipe_for(epsilon, scale_offset, dtype, how: Reduction, implementation, **m
     The unit leaves values of 1e30 in range of float32; what underflows for it is far below epsilon's own rounding.
     """
     unit = 2.0**-40 if epsilon >= 1e-8 else 2.0**-16
-    how = dataclasses.replace(how, unit=unit)
+    how = dataclasses.replace(how, unit=unit, plain=implementation == "lax")
     return Recipe(how, epsilon, float(scale_offset), dtype, room=implementation, **more)
 
 
@@ -159,9 +160,8 @@ def bound_axes(norm: str, axis_name):
         ) from error
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
 def _kept_rows(mask: Array, x: Array) -> Array:
-    """x with rows that are out as a whole set to zero, which gives the bias as well. Keeps the mask as it came."""
+    """x with rows that are out as a whole set to zero, which gives the bias as well."""
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -194,14 +194,16 @@ def normalize_stream(
     epsilon = checked_epsilon(norm, epsilon)
     more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
+    plain = recipe.how.plain
     if residual is not None:
         x, residual = together(x, residual)
         if sums_within(recipe, x, residual, scale, bias, mask):
             return standardize_sum(norm, recipe, x, residual, scale, bias)
-        x = added(x, residual)
+        x = added(plain, x, residual)
     stream = x
     if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
-        x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
+        kept_rows = recomputed(_kept_rows, plain)  # keeps the mask as it came
+        x, gate, mask = kept_rows(mask, x), None if gate is None else kept_rows(mask, gate), None
     x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))
     with bound_axes(norm, axis_name):
         y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)

@@ -15,7 +15,7 @@ from .call import Call, varying_axes
 from .cpu import room as native
 from .partition import Across, can_partition, partitioned
 from .varying import unsharded, unvarying
-from .xla import Reduction, accumulator, widest
+from .xla import Reduction, accumulator, known, widest
 
 
 class Room(NamedTuple):
@@ -56,6 +56,8 @@ def refusal(name: str, x, how: Reduction, dtype, scale, bias, mask, weights) -> 
     room = ROOMS[name]
     if (missing := room.missing()) is not None:
         return missing
+    if not known(*x.shape):
+        return f"x has symbolic sizes {x.shape}, as in jax.export"
     if mask is not None or weights is not None:
         return "masks and weights are XLA's"
     if how.axis_name is not None:
