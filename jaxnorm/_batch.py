@@ -183,7 +183,7 @@ def batch_norm(
     def by_running() -> Array:
         return normalize(
             x, old.mean, old.var, scale, bias, epsilon=epsilon, scale_offset=scale_offset, activation=activation,
-            axis=channels, dtype=dtype,
+            axis=channels, dtype=dtype, implementation=implementation,
         )  # fmt: skip
 
     if frozen or train is False:

@@ -88,9 +88,8 @@ def gated_rms_norm(
     before = not checked_flag(norm, "norm_before_gate", norm_before_gate)
     if activation is None:
         raise ValueError(f'{norm}: activation=None gates by nothing. Write activation="silu", or rms_norm(x) * gate.')
-    size = x.shape[channel] or 1
-    groups = checked_group_count(norm, x.shape[channel], None, size if group_size is None else group_size)
-    if groups > 1 and axis_name is not None:
+    groups = 1 if group_size is None else checked_group_count(norm, x.shape[channel], None, group_size)
+    if groups != 1 and axis_name is not None:
         raise ValueError(
             f"{norm}: group_size={plain(group_size)} makes {groups} groups on each device, and "
             f"axis_name={shown(axis_name)} would merge them with those of others. Write axis_name=None."

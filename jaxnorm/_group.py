@@ -11,6 +11,7 @@ import jax
 from ._activation import Activation
 from ._checks import as_float_array, checked_axes, plain, refuse_a_shape, shown, warn_if_single
 from ._habits import explained
+from ._kernels.xla import known
 from ._normalize import Affine
 from ._spec import Features, RowSpec, normalize_rows, spec
 
@@ -133,6 +134,11 @@ def checked_group_count(
             f"group_size={shown(group_size)}. Write num_groups=32."
         )
     name, number = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
+    if not known(channels) and (not isinstance(number, int) or number <= 0 or channels % number != 0):
+        raise ValueError(
+            f"{norm}: {name}={number} must divide the symbolic number of channels {channels}, whatever its value. "
+            f'Write jax.export.symbolic_shape("{number}*c") for that size.'
+        )
     if not isinstance(number, int) or number <= 0 or channels % number:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         near = min(divisors, key=lambda d: abs(d - number)) if isinstance(number, int) and divisors else 1

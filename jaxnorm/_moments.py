@@ -25,6 +25,7 @@ from ._checks import (
     counted,
     shown,
 )
+from ._exported import exported
 from ._habits import explained
 from ._kernels import xla
 from ._kernels.varying import varying_as
@@ -37,6 +38,7 @@ Groups = Sequence[Sequence[int]]
 _SLOT_BYTES = 1 << 20  # up to here every device gets its own slot in one all-reduce; beyond, two smaller ones
 
 
+@exported
 class Moments(NamedTuple):
     """Count, mean and second moment of a set of numbers. `merge` joins two; `Moments(0., 0., 0.)` is the identity."""
 
@@ -62,7 +64,9 @@ class Moments(NamedTuple):
 
 
 @explained("function")
-def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None) -> Moments:
+def moments(
+    x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None, implementation: str | None = None
+) -> Moments:
     """Count, mean and second moment of `x` over `axes`.
 
         count = sum(w);   mean = sum(w x) / count;   m2 = sum(w |x - mean|**2)
@@ -75,12 +79,13 @@ def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=No
       mask: True where an element counts. Broadcasts to x, or covers its leading axes.
       weights: a float weight >= 0 per element, shaped as a mask may be. Differentiable. Negative ones are refused,
         unless they are traced; then the result means nothing.
+      implementation: "xla", or None for it, or "lax"; see `jaxnorm.backends`.
 
     Returns:
       `Moments` in float32 or wider, each of x's shape without `axes`.
 
     Raises:
-      ValueError: an axis out of range, or a mask that fits x nowhere.
+      ValueError: an axis out of range, a mask that fits x nowhere, or another implementation.
 
     Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
 
@@ -93,7 +98,9 @@ def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=No
     axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     x, mask = counted("moments", x, mask)
     weights = aligned_weights("moments", weights, x.shape)
-    return _as_moments(statistics(Reduction(axes), x, mask, weights), axes)
+    if implementation not in (None, "xla", "lax"):
+        raise ValueError(f'moments: implementation={implementation!r} has no moments. Write "xla", "lax", or None.')
+    return _as_moments(statistics(Reduction(axes, plain=implementation == "lax"), x, mask, weights), axes)
 
 
 @explained("function")
@@ -244,7 +251,7 @@ def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistic
     size = lax.axis_size(axis_name)
     index = lax.axis_index(axis_name)
     s = Statistics(*jnp.broadcast_arrays(s.count, s.shift, s.offset, s.m2))
-    if size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
+    if xla.known(*s.shift.shape) and size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
         mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
         slots = Statistics(*sum_across([mine(a) for a in s], axis_name, None))
         if groups is not None:

@@ -7,6 +7,7 @@ xhat = (x - mean) r. All arithmetic is in float32 or wider; the output is rounde
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,8 +19,9 @@ from jax import lax
 from . import _activation
 from ._activation import Activation, checked_activation, pushed
 from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon, checked_number
+from ._exported import exported
 from ._habits import explained
-from ._kernels import rooms, xla
+from ._kernels import checked_implementation, rooms, xla
 from ._kernels.fused import Fused
 from ._kernels.partition import Across
 from ._kernels.varying import varying, varying_as
@@ -30,6 +32,7 @@ from ._stream import added, added_tangent, rounded
 Array = jax.Array
 
 
+@exported
 class Affine(NamedTuple):
     """A scale and a bias, each of the feature shape or None. The `params` of every norm, and what a norm folds into."""
 
@@ -125,7 +128,7 @@ def sums_within(recipe: Recipe, x, residual, scale, bias, mask) -> bool:
 
 def _takes(norm: str, recipe: Recipe, x, scale, bias, mask, weights) -> bool:
     """Whether a room of kernels takes this norm. One that is named takes it or says why not."""
-    if recipe.room == "xla":
+    if recipe.room in ("xla", "lax"):
         return False
     refusal = rooms.refusal(recipe.room or rooms.DEFAULT, x, recipe.how, recipe.dtype, scale, bias, mask, weights)
     if refusal is not None and recipe.room is not None:
@@ -149,7 +152,7 @@ def _(recipe, primals, tangents):
     stats = statistics(recipe.how, x, mask, weights)
     y = _output(recipe, x, mask, weights, stats, scale, bias)
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
-    tangent = jax.checkpoint(functools.partial(_output_tangent, recipe), prevent_cse=False)
+    tangent = xla.recomputed(functools.partial(_output_tangent, recipe), recipe.how.plain)
     dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights))
     return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
@@ -169,7 +172,7 @@ _fused = Fused(
     tangent=lambda recipe, x, stats, scale, tangents: _output_tangent(
         recipe, x, None, None, stats, scale, (*tangents, None)
     ),
-    added=added,
+    added=functools.partial(added, False),
     across=Across(
         merged=lambda stats, names, unit: across(stats, names, None, unit),
         summed=lambda parts, names: sum_across(parts, names, None),
@@ -253,7 +256,7 @@ def _(recipe, plain, in_room, primals, tangents):
     plain = replace(plain, kept=True)
     y, stats = _around_differentiable(recipe, plain, in_room, *primals)
     # As in the norm within: of what the map keeps, x and the gate alone have x's size. It makes z anew.
-    tangent = jax.checkpoint(functools.partial(_around_tangent, recipe, plain, in_room), prevent_cse=False)
+    tangent = xla.recomputed(functools.partial(_around_tangent, recipe, plain, in_room), recipe.how.plain)
     dy = tangent(stats, *primals, none_for_zero(tangents))
     return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
@@ -318,19 +321,20 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         times.append(dscale.astype(wide))
     if dbias is not None:
         plus.append(dbias.astype(wide))
-    times, plus = (_summed_first(terms, x) if terms else None for terms in (times, plus))
+    times, plus = (_summed_first(terms, x, how.plain) if terms else None for terms in (times, plus))
     dy = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
     return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
 
 
-def _summed_first(terms: list[Array], x: Array) -> Array:
+def _summed_first(terms: list[Array], x: Array, plain: bool) -> Array:
     """The sum of a bracket's terms. Where it is far smaller than x, the sums in their transposes are of its cotangent.
 
     XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share; barriers
     keep them apart. The sum over x is by `xla.parts` where it has some.
     """
     bracket = functools.reduce(lambda a, b: a + b, terms)
-    if 16 * bracket.size > x.size:
+    ratio = math.prod(n for n, m in zip(x.shape, bracket.shape, strict=True) if m == 1 != n)
+    if plain or (xla.known(ratio) and ratio < 16):
         return bracket
     bracket = lax.optimization_barrier(varying_as(x, bracket))  # else the parts are summed over devices, one and all
     axes = tuple(a for a, n in enumerate(bracket.shape) if n == 1 != x.shape[a])
@@ -353,6 +357,7 @@ def normalize(
     scale_offset: float = 0.0,
     activation: Activation | None = None,
     dtype=None,
+    implementation: str | None = None,
 ) -> Array:
     """Normalize by statistics that are given, as batch norm does at inference.
 
@@ -369,6 +374,7 @@ def normalize(
       activation: of the output, before it is rounded: a name such as "relu", or an elementwise function; see
         `layer_norm`.
       axis: the feature axis or axes, where parameters of the feature shape belong.
+      implementation: a backend of `jaxnorm.backends()`. All but "lax" are the same here.
       dtype: of the output; None is x's. The arithmetic is in float32 or wider.
 
     Raises:
@@ -387,14 +393,18 @@ def normalize(
     out = checked_dtype("normalize", dtype, x, mean, scale, bias)
     checked_activation("normalize", activation, x.shape, x.dtype)
     scale_offset = checked_number("normalize", "scale_offset", scale_offset, "1.0")
+    checked_implementation("normalize", implementation)
     static = (checked_epsilon("normalize", epsilon), scale_offset, activation, out)
-    return _normalize_given(*static, x, mean, var, scale, bias)
+    return _normalize_given(implementation == "lax", static, x, mean, var, scale, bias)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(0, 1, 2, 3))
-def _normalize_given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias):
-    """Under checkpoint, so that x in its own dtype is all that is kept of x's size for the backward pass."""
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _normalize_given(plain: bool, static, *arrays):
+    """For the backward pass x in its own dtype is all that is kept of x's size."""
+    return xla.recomputed(functools.partial(_given, *static), plain)(*arrays)
+
+
+def _given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias):
     acc = widest(xla.accumulator(x), mean.dtype)
     x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
     r = rsqrt(var, jnp.ones((), var.dtype), 1.0, epsilon)

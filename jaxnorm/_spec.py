@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
@@ -28,9 +27,10 @@ from ._checks import (
     refuse_array,
     shown,
 )
+from ._exported import exported
 from ._habits import explained
 from ._kernels import checked_implementation
-from ._kernels.xla import Recipe, Reduction, widest
+from ._kernels.xla import Recipe, Reduction, recomputed, widest
 from ._normalize import Affine, standardize, standardize_sum, sums_within
 from ._stream import added, together
 
@@ -41,6 +41,7 @@ State = TypeVar("State")
 T = TypeVar("T")
 
 
+@exported
 class RunningStats(NamedTuple):
     """The state of batch norm: statistics gathered over training, used at inference."""
 
@@ -229,7 +230,7 @@ def recipe_for(epsilon, scale_offset, dtype, how: Reduction, implementation, **m
     The unit leaves values of 1e30 in range of float32; what underflows for it is far below epsilon's own rounding.
     """
     unit = 2.0**-40 if epsilon >= 1e-8 else 2.0**-16
-    how = dataclasses.replace(how, unit=unit)
+    how = dataclasses.replace(how, unit=unit, plain=implementation == "lax")
     return Recipe(how, epsilon, float(scale_offset), dtype, room=implementation, **more)
 
 
@@ -265,9 +266,8 @@ def bound_axes(norm: str, axis_name):
         ) from error
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
 def _kept_rows(mask: Array, x: Array) -> Array:
-    """x with rows that are out as a whole set to zero, which gives the bias as well. Keeps the mask as it came."""
+    """x with rows that are out as a whole set to zero, which gives the bias as well."""
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -303,15 +303,17 @@ def normalize_stream(
     epsilon = checked_epsilon(norm, epsilon)
     more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
+    lax_alone = recipe.how.plain
     if residual is not None:
         x, residual = together(x, residual)
         if sums_within(recipe, x, residual, scale, bias, mask):
             return standardize_sum(norm, recipe, x, residual, scale, bias)
-        x = added(x, residual)
+        x = added(lax_alone, x, residual)
     stream = x
     x, mask = counted(norm, x, mask)
     if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
-        x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
+        kept_rows = recomputed(_kept_rows, lax_alone)  # keeps the mask as it came
+        x, gate, mask = kept_rows(mask, x), None if gate is None else kept_rows(mask, gate), None
     x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))
     with bound_axes(norm, axis_name):
         y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,20 +34,22 @@ def together(x: Array, residual: Array) -> tuple[Array, Array]:
     return jax.sharding.reshard(x, sharding), jax.sharding.reshard(residual, sharding)
 
 
-@jax.custom_jvp
-def added(x: Array, residual: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def added(plain: bool, x: Array, residual: Array) -> Array:
     """x + residual in float32 or wider, rounded once to residual's dtype, and written. They are `together`.
 
-    Behind a barrier: XLA would have every pass of a norm that follows read both terms in place of their sum.
+    Behind a barrier: XLA would have every pass of a norm that follows read both terms in place of their sum. `plain`
+    leaves it out.
     """
     wide = widest(accumulator(x), accumulator(residual))
     # Rounded by an instruction: XLA may drop a cast there and back, and what follows would see another stream.
     new = rounded(x.astype(wide) + residual.astype(wide), residual.dtype)
-    return lax.optimization_barrier(new.astype(residual.dtype))
+    new = new.astype(residual.dtype)
+    return new if plain else lax.optimization_barrier(new)
 
 
-def _added_jvp(primals, tangents):
-    new = added(*primals)
+def _added_jvp(plain, primals, tangents):
+    new = added(plain, *primals)
     tangent = added_tangent(new.dtype, *none_for_zero(tangents))
     return new, jnp.zeros_like(new) if tangent is None else tangent
 

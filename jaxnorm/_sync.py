@@ -162,9 +162,9 @@ def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array
         raise ValueError(f"{norm}: virtual_batch_size must be an int >= 1, got {shown(size)}. Write 32, or None.")
     (x, scale, bias, mask, weights), how = args, recipe.how
     batch = _batch_axis(norm, recipe, x, "virtual_batch_size")
-    ghosts = math.ceil(x.shape[batch] / size)
+    ghosts = -(-x.shape[batch] // size)
     padding = ghosts * size - x.shape[batch]
-    if padding:
+    if padding != 0:
         real = jnp.ones(tuple(n if a == batch else 1 for a, n in enumerate(x.shape)), bool)
         mask = real if mask is None else mask & real
 

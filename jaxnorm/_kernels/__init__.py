@@ -17,12 +17,17 @@ class Backend(NamedTuple):
 def backends() -> dict[str, Backend]:
     """The rooms of kernels in this build, whether each is active on this machine, and why.
 
+    "lax" is for programs that read jaxprs and know the operations of `jax.lax` alone, such as converters to ONNX. A
+    norm is then the same operations on every platform, inside `jit` and `custom_jvp_call`. It computes what "xla"
+    computes on a CPU. It is slower than "xla" on GPU and TPU, and keeps more for the backward pass.
+
     >>> import jaxnorm as jn
     >>> jn.backends()["xla"].active
     True
     """
     return {
         "xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute"),
+        "lax": Backend(False, "lax operations alone, for readers of jaxprs: only implementation='lax' runs them"),
         "native": Backend(*cpu.library()),
         **{name: Backend(False, _not_by_default(name)) for name in ("mosaic_gpu", "mosaic_tpu")},
     }
@@ -41,7 +46,7 @@ def _not_by_default(name: str) -> str:
 
 def checked_implementation(norm: str, implementation: str | None) -> None:
     """A named room runs or says why it does not."""
-    names = {"xla", *rooms.ROOMS}
+    names = {"xla", "lax", *rooms.ROOMS}
     if implementation is None or (isinstance(implementation, str) and implementation in names):
         return
     shown = repr(implementation) if isinstance(implementation, str) else type(implementation).__name__

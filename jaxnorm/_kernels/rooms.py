@@ -13,9 +13,9 @@ from jax.interpreters import mlir
 from . import cpu, mosaic
 from .call import Call, varying_axes
 from .cpu import room as native
-from .partition import Across, has_devices, partitioned
+from .partition import Across, can_partition, partitioned
 from .varying import unsharded, unvarying
-from .xla import Reduction, accumulator, widest
+from .xla import Reduction, accumulator, known, widest
 
 
 class Room(NamedTuple):
@@ -56,6 +56,8 @@ def refusal(name: str, x, how: Reduction, dtype, scale, bias, mask, weights) -> 
     room = ROOMS[name]
     if (missing := room.missing()) is not None:
         return missing
+    if not known(*x.shape):
+        return f"x has symbolic sizes {x.shape}, as in jax.export"
     if mask is not None or weights is not None:
         return "masks and weights are XLA's"
     if how.axis_name is not None:
@@ -72,27 +74,28 @@ def adds(name: str | None) -> bool:
 
 def register(primitive: Primitive, kernel: str, formula: Callable, across: Across) -> None:
     """Lower `primitive` to the `kernel` ("forward" or "backward") of each room that takes a call, else to `formula`."""
-    for room in ROOMS.values():
+    for name, room in ROOMS.items():
         if room.platform != "cpu" or room.missing() is None:
-            rule = _lowering(room, primitive, getattr(room, kernel), formula, across)
+            rule = _lowering(room, f"{name} {kernel}", getattr(room, kernel), formula, across)
             mlir.register_lowering(primitive, rule, platform=room.platform)
 
 
-def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Callable, across: Across) -> Callable:
+def _lowering(room: Room, name: str, kernel: Callable, formula: Callable, across: Across) -> Callable:
     def merging(call: Call, names, across: Across, *operands):
         if names and not room.merges:
             return formula(*operands, call=call.over(names))
         return kernel(call, names, across, *operands)
 
-    sharded, can_shard = partitioned(merging, across), has_devices(primitive)
+    sharded = partitioned(name, room.platform, merging, across)
 
     def rule(context, *operands, call: Call):
         check_platform(context, call)
         module = context.module_context
         where = module.axis_context
         manual = getattr(where, "manual_axes", frozenset())
-        alone = getattr(where, "num_devices", 0) == 1 or bool(manual)
-        if not alone and not room.partitions and room is ROOMS.get(call.recipe.room or ""):
+        alone = bool(manual) or devices_of(where) == 1
+        runs = alone or (room.partitions and can_partition())
+        if not runs and room is ROOMS.get(call.recipe.room or ""):
             raise ValueError(
                 f"implementation={call.recipe.room!r} cannot be split over devices by jit. Call the norm inside "
                 "jax.shard_map, which hands every device its own rows, or write implementation=None."
@@ -101,14 +104,15 @@ def _lowering(room: Room, primitive: Primitive, kernel: Callable, formula: Calla
         by_default = (
             not getattr(module.lowering_parameters, "for_export", False)
             and not (manual and set(manual) != set(where.mesh.axis_names))
-            and (alone or can_shard)
+            and runs
         )
         kinds = [unvarying(kind) for kind in context.avals_in]
-        if room.takes(call, kinds, by_default):
-            run = functools.partial(sharded.fun if alone else sharded, call)
-            kinds = [unsharded(kind) for kind in kinds]
-        else:
+        if not room.takes(call, kinds, by_default):
             run = functools.partial(formula, call=call if room.platform == "cpu" else by_devices(context, call))
+        elif alone:
+            run, kinds = functools.partial(kernel, call, (), across), [unsharded(kind) for kind in kinds]
+        else:
+            return sharded(context, *operands, call=call)
         return mlir.lower_fun(run, multiple_results=True)(context.replace(avals_in=kinds), *operands)
 
     return rule
@@ -125,10 +129,15 @@ def check_platform(context, call: Call) -> None:
         )
 
 
+def devices_of(where) -> int:
+    """The number of devices among which jit partitions a program lowered in this context."""
+    return getattr(where, "num_devices", None) or 1
+
+
 def by_devices(context, call: Call) -> Call:
     """The call with its statistics in a part for each device, where jit is to partition the program among several."""
     where, how = context.module_context.axis_context, call.recipe.how
-    devices, x = getattr(where, "num_devices", None) or 1, context.avals_in[0]
+    devices, x = devices_of(where), context.avals_in[0]
     if getattr(where, "manual_axes", ()) or not (how.one_pass and 0 in how.axes) or x.shape[0] % devices:
         return call
     return replace(call, recipe=replace(call.recipe, how=replace(how, parts=devices)))

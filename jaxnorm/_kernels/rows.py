@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .xla import known
+
 Array = jax.Array
 
 
@@ -28,6 +30,8 @@ def rows_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[in
     >>> rows_of((8, 128, 4, 64), (2, 3), frozenset({3}))
     (1024, 256)
     """
+    if not known(*shape):
+        return None
     long = [a for a, n in enumerate(shape) if n != 1]
     reduced = [a for a in long if a in axes]
     if reduced != long[len(long) - len(reduced) :] or not varying <= set(reduced):

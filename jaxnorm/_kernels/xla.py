@@ -33,6 +33,7 @@ class Reduction:
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
     parts: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
+    plain: bool = False  # lax operations alone, the same on every platform, for programs that read jaxprs
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Statistics(NamedTuple):
     m2: Array  # real: the sum of |unit * (x - mean)|**2
 
 
+def known(*sizes) -> bool:
+    """Whether sizes are numbers. Under `jax.export` some may be symbols, which can be multiplied but not compared."""
+    return all(isinstance(n, int) for n in sizes)
+
+
 def widest(*dtypes):
     """The dtype that holds all of these, whatever the user's own setting for implicit promotion.
 
@@ -72,6 +78,18 @@ def widest(*dtypes):
 def is_narrow(dtype) -> bool:
     """Whether this is a float of 8 bits or fewer."""
     return jnp.dtype(dtype).itemsize == 1 and jnp.issubdtype(dtype, jnp.floating)
+
+
+def by_platform(how: Reduction, *args, default: Callable, **formulas: Callable):
+    """`lax.platform_dependent`; of a plain reduction the CPU's formula."""
+    if how.plain:
+        return formulas.get("cpu", default)(*args)
+    return lax.platform_dependent(*args, default=default, **formulas)
+
+
+def recomputed(f: Callable, plain: bool) -> Callable:
+    """f, of which the backward pass keeps the arguments alone. `plain` leaves it to JAX what is kept."""
+    return f if plain else jax.checkpoint(f, prevent_cse=False)
 
 
 def accumulator(x: Array):
@@ -107,8 +125,11 @@ def count(x: Array, mask: Array | None, weights: Array | None, axes: tuple[int, 
     dtype = jnp.finfo(accumulator(x)).dtype
     ones = jnp.ones((1,) * x.ndim, dtype) if weights is None else weights.astype(dtype)
     kept = ones if mask is None else jnp.where(mask, ones, 0.0)
-    repeats = math.prod(x.shape[a] for a in axes if kept.shape[a] == 1)
-    return kept.sum(axes, keepdims=True) * repeats
+    total, repeats = kept.sum(axes, keepdims=True), [x.shape[a] for a in axes if kept.shape[a] == 1]
+    # Symbolic sizes are multiplied as floats: as the integers that they become in a program they could overflow.
+    for n in [math.prod(repeats)] if known(*repeats) else repeats:
+        total = total * n
+    return total
 
 
 def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reduction) -> Statistics:
@@ -128,12 +149,12 @@ def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reducti
         return Statistics(n, *in_one_pass(*args, how))
     if how.one_pass and keep is None:
         on_gpu = by(in_one_pass_by_parts)
-        return Statistics(n, *lax.platform_dependent(*args, cuda=on_gpu, rocm=on_gpu, default=by(in_one_pass)))
+        return Statistics(n, *by_platform(how, *args, cuda=on_gpu, rocm=on_gpu, default=by(in_one_pass)))
     if how.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
         return Statistics(n, *two_pass(*args, how))
     on_gpu = by(welford if _last(x, how.axes) else in_one_pass_by_parts)
     return Statistics(
-        n, *lax.platform_dependent(*args, cpu=by(two_pass), cuda=on_gpu, rocm=on_gpu, default=by(welford))
+        n, *by_platform(how, *args, cpu=by(two_pass), cuda=on_gpu, rocm=on_gpu, default=by(welford))
     )
 
 
@@ -163,7 +184,9 @@ def parts(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
     XLA's GPU compiler writes the summands of such sums out, in float32, unless it finds enough threads' work in what
     they come to. Long sums it cuts by itself.
     """
-    if len(axes) < 2 or not 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15 or _sharded_axes(x):
+    if len(axes) < 2 or not known(*x.shape) or _sharded_axes(x):
+        return ()
+    if not 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15:
         return ()
     enough = lambda k: x.size >= _ENOUGH_SUMS * math.prod(x.shape[a] for a in axes[k:])
     return axes[: next(filter(enough, range(1, len(axes))), 1)]
@@ -248,14 +271,15 @@ def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, st
         return stats
     alone = lambda x, n, *stats: in_kernel(x, n, how)
     kept = lambda x, n, *stats: stats
-    return Statistics(stats.count, *lax.platform_dependent(x, *stats, cuda=alone, rocm=alone, default=kept))
+    return Statistics(stats.count, *by_platform(how, x, *stats, cuda=alone, rocm=alone, default=kept))
 
 
 def _is_row(x: Array, how: Reduction) -> bool:
     """Whether XLA's GPU compiler may hold the reduced axes in one block of threads: they are the last, and not long."""
     size = math.prod(x.shape[a] for a in how.axes)
     mine = how.centered and how.axis_name is None and not how.one_pass and not _sharded_axes(x)
-    return _last(x, how.axes) and mine and 0 < size <= _LONGEST_ROW and 0 not in x.shape and not jnp.iscomplexobj(x)
+    mine = mine and _last(x, how.axes) and not jnp.iscomplexobj(x)
+    return mine and known(size) and 0 < size <= _LONGEST_ROW and 0 not in x.shape
 
 
 def _last(x: Array, axes: tuple[int, ...]) -> bool:
@@ -294,8 +318,11 @@ def _pilot(x: Array, axes: tuple[int, ...]) -> Array | None:
     """The mean of some 64 elements of each column, evenly spaced: the differences to it lose nothing when squared.
 
     Taken by splitting axes, not by slicing them, so that of a sharded axis every device samples its own part. None
-    where sizes without divisors leave so few elements that a single outlier among them could spoil the sums.
+    where sizes without divisors leave so few elements that a single outlier among them could spoil the sums, and where
+    sizes are unknown.
     """
+    if not known(*(x.shape[a] for a in axes)):
+        return None
     sharded, taken, block = _sharded_axes(x), 1, x
     for a in axes:
         size = x.shape[a]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
-from ..xla import Reduction, accumulator
+from ..xla import Reduction, accumulator, known
 
 Array = jax.Array
 
@@ -89,6 +89,8 @@ def view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[in
     >>> view_of((8, 7, 7, 64), (0, 1, 2), frozenset({3})).sizes     # batch norm, channels last
     (1, 1, 392, 64, 1, 1)
     """
+    if not known(*shape):
+        return None
     runs: list[tuple[bool, bool, list[int]]] = []  # neighbouring axes of one kind, those of size 1 left out
     for axis, size in enumerate(shape):
         kind = (axis in axes, axis in varying)
