@@ -27,7 +27,7 @@ from ._checks import (
 )
 from ._exported import exported
 from ._habits import explained
-from ._kernels import xla
+from ._kernels import checked_implementation, xla
 from ._kernels.varying import varying_as
 from ._kernels.xla import Reduction, Statistics, safe
 
@@ -98,6 +98,7 @@ def moments(
     axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     x, mask = counted("moments", x, mask)
     weights = aligned_weights("moments", weights, x.shape)
+    checked_implementation("moments", implementation)
     if implementation not in (None, "xla", "lax"):
         raise ValueError(f'moments: implementation={implementation!r} has no moments. Write "xla", "lax", or None.')
     return _as_moments(statistics(Reduction(axes, plain=implementation == "lax"), x, mask, weights), axes)
