@@ -17,13 +17,19 @@ class Backend(NamedTuple):
 def backends() -> dict[str, Backend]:
     """The rooms of kernels in this build, whether each is active on this machine, and why.
 
+    Two environment variables are read when jaxnorm is imported. Any other value than these raises ValueError there.
+
+      JAXNORM_NATIVE: 0 leaves the native CPU kernels out; 1, like no value, uses them where they were built.
+      JAXNORM_ISA: avx512bf16, avx512, avx2 or baseline: the instruction set of the native kernels. No value picks the
+        best one that the processor supports; one that it does not support raises ValueError.
+
     >>> import jaxnorm as jn
     >>> jn.backends()["xla"].active
     True
     """
     return {
         "xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute"),
-        "native": Backend(*cpu.library()),
+        "native": Backend(*cpu.library()[:2]),
         **{name: Backend(False, _not_by_default(name)) for name in ("mosaic_gpu", "mosaic_tpu")},
     }
 

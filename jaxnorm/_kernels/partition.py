@@ -17,6 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from .call import Call
 
+try:
+    from jax.sharding import use_abstract_mesh
+except ImportError:  # jax 0.7.0
+    from jax._src.mesh import use_abstract_mesh
+
 
 class Across(NamedTuple):
     """How the parts of several devices come together; `names` are mesh axes."""
@@ -88,7 +93,7 @@ def alone(f: Callable) -> Callable:
 
     @functools.wraps(f)
     def run(*args):
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        with use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             return f(*args)
 
     return run

@@ -18,6 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
+from .._install import extra
 from .__main__ import Parser, positive, rate
 from .__main__ import seed as number
 from ._together import HEARTBEAT, joined, launch, say
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        parser.error(f'needs {", ".join(missing)}. Write: pip install "jaxnorm[demo]"')
+        parser.error(f'needs {", ".join(missing)}. Write: {extra("demo")}')
     if (options.process is None) != (options.address is None):
         parser.error("--process and --address go together. Write both, or neither to start all processes here.")
     if options.process is None:
