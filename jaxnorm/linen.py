@@ -27,8 +27,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.nn import initializers
+
+from ._install import missing_flax
+
+try:
+    from flax import linen as nn
+except ImportError as error:
+    raise missing_flax("jaxnorm.linen", error) from error
 
 from . import _flax
 from ._activation import Activation

@@ -27,9 +27,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from flax.nnx.nn import dtypes
 from jax.nn import initializers
+
+from ._install import missing_flax
+
+try:
+    from flax import nnx
+    from flax.nnx.nn import dtypes
+except ImportError as error:
+    raise missing_flax("jaxnorm.nnx", error) from error
 
 from . import _flax
 from ._activation import Activation

@@ -14,6 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+if not hasattr(jax, "set_mesh"):  # jax 0.7.0 has them elsewhere
+    from jax.experimental import enable_x64
+
+    jax.set_mesh, jax.enable_x64 = jax.sharding.use_mesh, enable_x64
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -32,6 +37,23 @@ def kernels(request) -> bool:
 
 def pytest_addoption(parser):
     parser.addoption("--room", choices=("native", "auto", "absent"), default="native")
+    parser.addoption("--versions", action="store_true", help="what .ci/versions runs on other releases of JAX")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --versions: the tests marked so, with one row of the catalogue for each norm."""
+    if not config.getoption("--versions"):
+        return
+    from catalogue import EACH, Row
+
+    names = {row.name for row in EACH}
+
+    def kept(item) -> bool:
+        rows = [v for v in item.callspec.params.values() if isinstance(v, Row)] if hasattr(item, "callspec") else []
+        return item.get_closest_marker("versions") is not None and all(row.name in names for row in rows)
+
+    config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
+    items[:] = [item for item in items if kept(item)]
 
 
 def pytest_configure(config):

@@ -19,6 +19,7 @@ from jaxnorm._normalize import rsqrt
 MEANS = (0.0, 1.0, 1e2, 1e4)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_output_and_gradients_are_exact_at_every_mean(row, rng):
     params, g = row.params(rng), draw(rng, row.shape)

@@ -65,7 +65,8 @@ ESSENTIAL = ("value", "jvp", "vjp", "vmap", "vmap of params", "vmap of grad", "r
 
 
 def compare(f, reference, names, *args, rtol, atol):
-    run = lambda f: jax.jit(lambda: {name: modes(f, *args)[name]() for name in names})()
+    # Arguments, not constants: jax 0.7.0 folds a constant scatter of the reference to a wrong value.
+    run = lambda f: jax.jit(lambda *args: {name: modes(f, *args)[name]() for name in names})(*args)
     got, want = run(f), run(reference)
     for name in names:
         for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
@@ -77,6 +78,7 @@ def arguments(row, rng, dtype):
     return row.params(rng, dtype), *(jnp.asarray(a, dtype) for a in rng.normal(size=(2, *row.shape)))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("row", [shrunk(r) for r in ROWS], ids=str)
 def test_transformations(row, rng):
     with jax.enable_x64(True):

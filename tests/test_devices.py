@@ -1,6 +1,7 @@
 """Law 5: over devices as on one device with all the data, forward and backward. Eight real devices."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import EACH, by_name, draw
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -95,6 +97,7 @@ def test_synchronized_batch_norm_is_one_device_s(where, options, masked, rng):
     close(got, (want[0], want[2]), atol=2e-5)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("row", EACH, ids=str)
@@ -118,8 +121,8 @@ def test_jit_over_sharded_arrays(row, masked, kind, kernels, rng):
     # XLA's formula has two rounds, of a mean that no device knows beforehand: a common shift, then the sums about it.
     # Kernels give each device its own shift, and merge once. Backward: one round.
     rounds = 1 if kernels and not masked else 2
-    assert ops == (["all-reduce"] * rounds if row.batch else [])
-    assert backward == ["all-reduce"] * (rounds + 1 if row.batch else 1)  # for the others: those of scale and bias
+    check_all_reduces(ops, rounds if row.batch else 0)
+    check_all_reduces(backward, rounds + 1 if row.batch else 1)  # for the others: those of scale and bias
 
 
 ANY = {
@@ -153,6 +156,20 @@ def collectives(f, *args) -> list[str]:
     """The collectives of a compiled program, each as often as it stands there."""
     text = f.lower(*args).compile().as_text()
     return re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
+
+
+def check_all_reduces(found: list[str], number: int) -> None:
+    """Those are all-reduces, and so many; at least, where the compiler does not combine independent ones."""
+    assert set(found) <= {"all-reduce"}
+    assert len(found) == number if combines() else len(found) >= number
+
+
+@functools.cache
+def combines() -> bool:
+    """Not so in jax 0.7.0 on a CPU."""
+    sums = lambda x: lax.psum((x, x + 1), "data")
+    sharded = jax.shard_map(sums, mesh=mesh_of("auto"), in_specs=P("data"), out_specs=P())
+    return len(collectives(jax.jit(sharded), jnp.ones(8))) == 1
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -273,6 +290,7 @@ def test_one_tangent_alone_in_shard_map(name, rng):
     close(jax.jit(run)(at, v), along(jn.BatchNorm(), at, v), atol=2e-5)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("name", ["layer", "rms", "group-nhwc", "instance-nhwc"])
 def test_reduced_axes_sharded_in_shard_map(name, kind, rng):
@@ -297,7 +315,7 @@ def test_reduced_axes_sharded_in_shard_map(name, kind, rng):
     )  # fmt: skip
     args = placed(mesh, (params, feature), (x, data), (g, data))
     close(run(*args), grads(row.spec, params, x, g), atol=2e-5)
-    assert collectives(run, *args) == ["all-reduce"] * 2
+    check_all_reduces(collectives(run, *args), 2)
 
 
 def test_large_statistics_merge_in_two_rounds(rng, monkeypatch):
@@ -326,6 +344,7 @@ def test_large_statistics_merge_in_two_rounds(rng, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("where", ["shard_map", "pmap", "vmap"])
 def test_merge_across(where, rng):
     x = draw(rng, (8, 7, 3), 1e3)

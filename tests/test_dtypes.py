@@ -19,6 +19,7 @@ def ulp(y):
     return np.exp2(np.maximum(exponent, info.minexp) - info.nmant)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_half_precision_is_the_truth_rounded_once(row, dtype, rng):
@@ -81,6 +82,7 @@ def test_integers_are_promoted(row, dtype, rng):
     np.testing.assert_allclose(y, row.truth(params, x.astype(np.float64)).y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("row", EACH, ids=str)
 def test_x64(row, rng):
     with jax.enable_x64(True):

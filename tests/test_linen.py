@@ -185,6 +185,7 @@ def assert_equal_to_flax(case, x_dtype, *, compare_errors: bool, **more):
         jax.tree.map(assert_one_rounding, got, truth, want)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_flax_in_float32(case):
     assert_equal_to_flax(case, jnp.float32, compare_errors=False)
@@ -197,6 +198,7 @@ def test_rounds_once_in_half_precision(case, dtypes):
     assert_equal_to_flax(case, x_dtype, dtype=dtype, param_dtype=param_dtype, compare_errors=True)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_variables_are_those_of_flax(case):
     x, call = case.data()
@@ -687,6 +689,7 @@ def test_importing_jaxnorm_imports_no_flax():
 # --- transforms and devices -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 def test_lifted_transforms():
     class Block(nn.Module):
         norms: Any

@@ -23,6 +23,7 @@ def in_rank(mask, shape):
     return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_true_counts_forward_and_backward(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 5.0), draw(rng, row.shape)

@@ -26,6 +26,7 @@ def limit(dtype) -> float:
     return jnp.dtype(dtype).itemsize + 0.1
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("row", EACH, ids=str)

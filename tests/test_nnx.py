@@ -105,8 +105,11 @@ def assert_equal_to_flax(case, x_dtype=jnp.float32, compare_errors=False, **more
         jax.tree.map(assert_one_rounding, got, truth, want)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[3]}-{c[4]}")
 def test_equals_flax_in_float32(case):
+    if not hasattr(nnx, case[0]):  # InstanceNorm is new in Flax 0.12
+        pytest.skip(f"this Flax has no nnx.{case[0]}")
     assert_equal_to_flax(case)
 
 
@@ -175,6 +178,7 @@ def test_promote_dtype_is_asked_for_dtypes_only():
         assert norm == "RMSNorm" or float(jnp.std(y.astype(jnp.float32))) > 0.1
 
 
+@pytest.mark.versions
 def test_batch_stats_over_ten_steps():
     x = randn(10, 6, 5) * 3 + 1
     ours, theirs = make(jnnx, "BatchNorm", 5, momentum=0.8), make(nnx, "BatchNorm", 5, momentum=0.8)
@@ -472,6 +476,7 @@ def test_checkpoints_go_both_ways(model, shape, tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=5e-3, atol=5e-4), *results)
 
 
+@pytest.mark.versions
 def test_split_merge_clone_and_grad():
     x = randn(6, 4)
     layer = jnnx.BatchNorm(4, rngs=RNGS)

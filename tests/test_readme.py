@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 README = (ROOT / "README.md").read_text()
 
 
@@ -16,8 +18,15 @@ def test_the_code_runs_when_pasted():
 
 
 def test_what_it_points_at_is_there():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    """On the page of an index too, where a relative link leads nowhere: every link has the repository's address."""
+    targets = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", README)
+    assert [image for image, _ in targets].count("!") >= 3
+    for image, target in targets:
+        assert target.startswith("https://"), target
+        name = REPOSITORY.removeprefix("https://github.com/")
+        of_this = f"https://raw.githubusercontent.com/{name}/main/" if image else f"{REPOSITORY}/blob/main/"
+        if name in target:
+            assert (ROOT / target.removeprefix(of_this)).is_file(), target
     for part in re.findall(r"`((?:tests|benchmarks|notebooks|jaxnorm)/[\w./]+)`", README):
         assert (ROOT / part).exists(), part
 

@@ -30,6 +30,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
 def test_ten_steps_against_float64(row, rng):
     norm = dataclasses.replace(row.spec, momentum=0.9)

@@ -21,6 +21,12 @@ def backends() -> dict[str, Backend]:
     norm is then the same operations on every platform, inside `jit` and `custom_jvp_call`. It computes what "xla"
     computes on a CPU. It is slower than "xla" on GPU and TPU, and keeps more for the backward pass.
 
+    Two environment variables are read when jaxnorm is imported. Any other value than these raises ValueError there.
+
+      JAXNORM_NATIVE: 0 leaves the native CPU kernels out; 1, like no value, uses them where they were built.
+      JAXNORM_ISA: avx512bf16, avx512, avx2 or baseline: the instruction set of the native kernels. No value picks the
+        best one that the processor supports; one that it does not support raises ValueError.
+
     >>> import jaxnorm as jn
     >>> jn.backends()["xla"].active
     True
@@ -28,7 +34,7 @@ def backends() -> dict[str, Backend]:
     return {
         "xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute"),
         "lax": Backend(False, "lax operations alone, for readers of jaxprs: only implementation='lax' runs them"),
-        "native": Backend(*cpu.library()),
+        "native": Backend(*cpu.library()[:2]),
         **{name: Backend(False, _not_by_default(name)) for name in ("mosaic_gpu", "mosaic_tpu")},
     }
 

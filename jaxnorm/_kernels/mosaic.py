@@ -20,13 +20,20 @@ from .xla import Reduction, accumulator
 Array = jax.Array
 
 
+_DISTRIBUTIONS = {"absl": "absl-py"}  # modules that Pallas imports, where pip knows them by another name
+
+
 @functools.cache
 def _loaded(module: str) -> ModuleType | str:
     """The kernels, or why they cannot be had."""
     try:
         return importlib.import_module(f".{module}", __package__)
     except (ImportError, AttributeError, TypeError) as error:  # Pallas moves quickly from one JAX to the next
-        return f"jax {jax.__version__} has not the Pallas that jaxnorm._kernels.{module} was written for: {error}"
+        package = ((isinstance(error, ModuleNotFoundError) and error.name) or "jax").partition(".")[0]
+        if package not in ("jax", "jaxlib"):
+            package = _DISTRIBUTIONS.get(package, package)
+            return f"Pallas needs {package}, which is not installed. Write: pip install {package}"
+        return f"jax {jax.__version__} lacks a part of Pallas that jaxnorm._kernels.{module} needs: {error}"
 
 
 def _kernels(module: str) -> ModuleType:

@@ -23,6 +23,11 @@ from jax.sharding import AbstractMesh
 
 from .call import Call
 
+try:
+    from jax.sharding import use_abstract_mesh
+except ImportError:  # jax 0.7.0
+    from jax._src.mesh import use_abstract_mesh
+
 Shape = tuple[int, ...]
 
 _TARGET = "jaxnorm_partitioned"
@@ -186,8 +191,6 @@ def _module(run: Callable, parts: Sequence, mesh: AbstractMesh, platform: str):
 
 def alone(f: Callable) -> Callable:
     """f without the mesh in use: an Explicit one would put its shardings into what one device does, sums included."""
-
-    from jax._src.mesh import use_abstract_mesh  # jax.sharding has it from 0.8 on
 
     @functools.wraps(f)
     def run(*args):

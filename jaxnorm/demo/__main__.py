@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .._install import extra
+
 NEEDS = {"matplotlib": "matplotlib", "optax": "optax", "rich": "rich", "sklearn": "scikit-learn"}
 TITLES = {"none": "no normalization", "batch": "batch norm", "layer": "layer norm"}
 PROGRAM = "python -m jaxnorm.demo"
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        parser.error(f'needs {", ".join(missing)}. Write: pip install "jaxnorm[demo]"')
+        parser.error(f'needs {", ".join(missing)}. Write: {extra("demo")}')
     options.devices = devices(parser, options.devices)
     check(parser, options)
     run(parser, options)

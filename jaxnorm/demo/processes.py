@@ -23,6 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from .._install import extra
 from .__main__ import Parser, finish, positive, rate, steps, whole
 from .__main__ import seed as number
 from ._data import TRAIN
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        parser.error(f'needs {", ".join(missing)}. Write: pip install "jaxnorm[demo]"')
+        parser.error(f'needs {", ".join(missing)}. Write: {extra("demo")}')
     check(parser, options)
     if options.process is None:
         return start(parser, given, options)

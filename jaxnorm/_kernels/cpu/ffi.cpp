@@ -6,6 +6,7 @@
 #include <limits>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "norm.h"
 #include "xla/ffi/api/ffi.h"
@@ -34,8 +35,21 @@ struct InstructionSet {
   Table<double> of_double;
 };
 
-// The best that this processor has, or the one that JAXNORM_ISA names, where it has it: for tests of the others.
-InstructionSet chosen() {
+bool supported(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!std::strcmp(name, "avx2")) return avx2;
+  if (!std::strcmp(name, "avx512")) return avx512;
+  if (!std::strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return !std::strcmp(name, "baseline");
+}
+
+// What this processor can run, the best one first.
+std::vector<InstructionSet> supported_sets() {
   const InstructionSet sets[] = {
 #if defined(__x86_64__)
       {"avx512bf16", avx512bf16::float_table, avx512bf16::double_table},
@@ -44,21 +58,19 @@ InstructionSet chosen() {
 #endif
       {"baseline", baseline::float_table, baseline::double_table},
   };
-  const char* wanted = std::getenv("JAXNORM_ISA");
-  for (const InstructionSet& set : sets) {
-    bool has = true;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (!std::strcmp(set.name, "avx2")) has = has_avx2;
-    if (!std::strcmp(set.name, "avx512")) has = has_avx512;
-    if (!std::strcmp(set.name, "avx512bf16")) has = has_avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-    if (has && (!wanted || !std::strcmp(wanted, set.name))) return set;
-  }
-  return {"baseline", baseline::float_table, baseline::double_table};
+  std::vector<InstructionSet> found;
+  for (const InstructionSet& set : sets)
+    if (supported(set.name)) found.push_back(set);
+  return found;
+}
+
+// The set that JAXNORM_ISA names, otherwise the best one. Python refuses a name that is not supported here.
+InstructionSet chosen() {
+  const std::vector<InstructionSet> sets = supported_sets();
+  if (const char* wanted = std::getenv("JAXNORM_ISA"))
+    for (const InstructionSet& set : sets)
+      if (!std::strcmp(wanted, set.name)) return set;
+  return sets.front();
 }
 
 const InstructionSet& instruction_set() {
@@ -273,3 +285,19 @@ JN_HANDLER(gradient_sums, JN_IN6, JN_OUT4);
 JN_HANDLER(gradient, JN_IN8, JN_OUT1);
 
 JN_SYMBOL const char* jaxnorm_instruction_set() { return jaxnorm::instruction_set().name; }
+
+// The names of the instruction sets that this processor supports, the best one first, each followed by a space.
+JN_SYMBOL const char* jaxnorm_instruction_sets() {
+  static const std::string names = [] {
+    std::string all;
+    for (const auto& set : jaxnorm::supported_sets()) all += std::string(set.name) + ' ';
+    return all;
+  }();
+  return names.c_str();
+}
+
+// The version of XLA's FFI that the handlers above were compiled for. Python compares it with that of jaxlib.
+JN_SYMBOL const int* jaxnorm_ffi_version() {
+  static const int version[] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+  return version;
+}
