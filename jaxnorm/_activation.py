@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 from ._checks import shown
 from ._kernels.xla import Recipe, accumulator, cleaned, widest
+from ._stream import rounded
 
 Array = jax.Array
 Activation = str | Callable[[Array], Array]
@@ -83,30 +84,46 @@ def before(recipe: Recipe, x: Array, gate: Array | None, keep: Array | None) -> 
     if recipe.gate != "before":
         return x
     assert gate is not None
-    x = cleaned(x.astype(widest(accumulator(x), accumulator(gate))), keep, None)
-    return x * _of_gate(recipe, gate, keep).astype(x.dtype)
+    x = cleaned(x.astype(widest(accumulator(x), accumulator(gate))), keep)
+    return x * _of_gate(recipe, gate, keep, x.dtype)
+
+
+def widened(recipe: Recipe, z: Array) -> Array:
+    """What the norm gives, as `after` takes it: in float32 or wider, with the precision that z was rounded to.
+
+    The value and the derivative of f are then those at one and the same z.
+    """
+    return z if recipe.gate == "before" else rounded(z.astype(accumulator(z)), z.dtype)
 
 
 def after(recipe: Recipe, z: Array, gate: Array | None, keep: Array | None) -> Array:
     """The output, rounded to its dtype."""
     if recipe.gate == "before":
         return z.astype(recipe.dtype)
-    wide = z.astype(accumulator(z))
     if recipe.gate is None:
-        return activate(recipe.activation, _calm(wide, keep)).astype(recipe.dtype)
+        return of_output(recipe.activation, z, keep).astype(recipe.dtype)
     assert gate is not None
-    of_gate = _of_gate(recipe, gate, keep)
-    wide = wide.astype(widest(wide.dtype, of_gate.dtype))
-    return (wide * of_gate.astype(wide.dtype)).astype(recipe.dtype)
+    z = z.astype(widest(z.dtype, accumulator(gate)))
+    return (z * _of_gate(recipe, gate, keep, z.dtype)).astype(recipe.dtype)
 
 
-def _of_gate(recipe: Recipe, gate: Array, keep: Array | None) -> Array:
-    return activate(recipe.activation, _calm(gate.astype(accumulator(gate)), keep))
+def of_output(activation: Activation, z: Array, keep: Array | None) -> Array:
+    """f(z). A z that is huge where an element is absent counts as 0.
+
+    One that is NaN there stays so: not padding made it, which gives the bias, but its statistics or a parameter.
+    """
+    return activate(activation, z if keep is None else _zero_unless(keep | ~(jnp.abs(z) >= _CALM), z))
 
 
-def _calm(z: Array, keep: Array | None) -> Array:
-    """z, where what is absent and is NaN, infinite or huge is 0: f then has a finite value and derivative there."""
-    return z if keep is None else jnp.where(keep | (jnp.abs(z) < _CALM), z, jnp.zeros((), z.dtype))
+def _of_gate(recipe: Recipe, gate: Array, keep: Array | None, dtype) -> Array:
+    """f(gate), computed in this dtype. A gate that is NaN, infinite or huge where an element is absent counts as 0."""
+    gate = gate.astype(dtype if jnp.iscomplexobj(gate) else jnp.finfo(dtype).dtype)
+    gate = gate if keep is None else _zero_unless(keep | (jnp.abs(gate) < _CALM), gate)
+    return activate(recipe.activation, gate).astype(dtype)
+
+
+def _zero_unless(keep: Array, z: Array) -> Array:
+    return jnp.where(keep, z, jnp.zeros((), z.dtype))
 
 
 def pushed(f: Callable[..., Array], primals: tuple, tangents: tuple) -> tuple[Any, Any]:

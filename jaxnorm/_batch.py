@@ -32,9 +32,9 @@ from ._checks import (
 )
 from ._habits import explained
 from ._kernels import checked_implementation
-from ._kernels.xla import Reduction, Statistics
+from ._kernels.xla import Reduction, Statistics, present
 from ._moments import Moments
-from ._normalize import Affine, as_affine, normalize
+from ._normalize import Affine, as_affine, normalize_given
 from ._spec import (
     Features,
     Params,
@@ -181,9 +181,9 @@ def batch_norm(
         )
 
     def by_running() -> Array:
-        return normalize(
-            x, old.mean, old.var, scale, bias, epsilon=epsilon, scale_offset=scale_offset, activation=activation,
-            axis=channels, dtype=dtype, implementation=implementation,
+        return normalize_given(
+            x, old.mean, old.var, scale, bias, present(mask, weights), axis=channels, epsilon=epsilon,
+            scale_offset=scale_offset, activation=activation, dtype=dtype, implementation=implementation,
         )  # fmt: skip
 
     if frozen or train is False:

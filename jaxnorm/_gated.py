@@ -5,12 +5,14 @@ Legend: C channels, G groups of them, f the activation of the gate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ._activation import Activation
 from ._checks import as_float_array, checked_axes, checked_flag, plain, shown
-from ._group import checked_group_count, in_groups
+from ._group import checked_group_count, in_groups, spans_devices
 from ._habits import explained
 from ._rms import checked_cast
 from ._spec import normalize_rows
@@ -95,6 +97,14 @@ def gated_rms_norm(
             f"axis_name={shown(axis_name)} would merge them with those of others. Write axis_name=None."
         )
     one = groups == 1  # then x is seen as it is
+    if not one and spans_devices(x, channel, groups):
+        alone = lambda x, gate, scale, mask: gated_rms_norm(
+            x, gate, scale, axis=channel, group_size=group_size, norm_before_gate=norm_before_gate,
+            activation=activation, epsilon=epsilon, scale_offset=scale_offset, cast=cast, mask=mask, dtype=dtype,
+            implementation=implementation,
+        )  # fmt: skip
+        partitioned: Any = jax.sharding.auto_axes(alone, out_sharding=jax.typeof(x).sharding)
+        return partitioned(x, gate, scale, mask)
     return normalize_rows(
         norm, x, scale, None, (channel if one else channel + 1,), (channel,),
         epsilon=epsilon, scale_offset=scale_offset,

@@ -92,15 +92,13 @@ def group_norm(
     reduced = tuple(a if a < channel else a + 1 for a in given)
 
     view = lambda a: in_groups(a, x.shape, channel, groups)
-    sharding = jax.typeof(x).sharding  # known on Explicit meshes
-    if groups % math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[channel])):
-        # A group on several devices: types have no word for that split of an axis, while jit partitions it well.
+    if spans_devices(x, channel, groups):
         alone = lambda x, scale, bias, mask: group_norm(
             x, scale, bias, num_groups=groups, axis=channel, reduction_axes=given, epsilon=epsilon,
             scale_offset=scale_offset, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups,
             activation=activation, dtype=dtype, implementation=implementation,
         )  # fmt: skip
-        partitioned: Any = jax.sharding.auto_axes(alone, out_sharding=sharding)
+        partitioned: Any = jax.sharding.auto_axes(alone, out_sharding=jax.typeof(x).sharding)
         return partitioned(x, scale, bias, mask)
     if axis_name is None:
         warn_if_single("group_norm", view(x), reduced, "group")
@@ -116,6 +114,16 @@ def in_groups(a: Array, shape: tuple[int, ...], channel: int, groups: int) -> Ar
     """a, which broadcasts to x of this shape, with the channel axis split into groups and the channels of a group."""
     split = (1, 1) if a.shape[channel] == 1 != shape[channel] else (groups, shape[channel] // max(groups, 1))
     return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
+
+
+def spans_devices(x: Array, channel: int, groups: int) -> bool:
+    """Whether a group of channels is on several devices of an Explicit mesh.
+
+    Its types cannot say how an axis is split into such groups. So the norm runs with `auto_axes`: jit partitions it
+    well.
+    """
+    sharding = jax.typeof(x).sharding
+    return bool(groups % math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[channel])))
 
 
 def _names(entry) -> tuple[str, ...]:

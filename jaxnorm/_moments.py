@@ -185,7 +185,7 @@ def _(how, primals, tangents):
 
 def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
     """The tangent of the statistics. d(mean) is given to the offset: the shift is a constant, whichever it is."""
-    z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
+    z = how.unit * xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
     dz = None if dx is None else how.unit * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
     like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
@@ -212,10 +212,12 @@ def tangent_sums(how, z, mask, weights, dz, dweights):
         dz = dz if weights is None else dz * weights.astype(z.dtype)
         sums = [total(dz), 2.0 * total((jnp.conj(z) * dz).real if jnp.iscomplexobj(z) else z * dz)]
     if dweights is not None:
-        dw = jnp.broadcast_to(dweights.astype(z.real.dtype), z.shape)
+        dweights = dweights.astype(z.real.dtype)  # once, or the cotangents of its two uses would be added in its dtype
+        dw = jnp.broadcast_to(dweights, z.shape)
+        z = z if mask is None else jnp.where(mask, z, 0.0)  # before it is squared, which may overflow
         of_weights = [total(dw.astype(a.dtype) * a) for a in (z, xla.square(z))]
         sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
-        sums.append(total(dw))
+        sums.append(xla.count(z, mask, dweights, how.axes))  # of the shape that the count has
     if how.axis_name is not None and sums:
         sums = sum_across(sums, how.axis_name, how.groups)
     d1, d2, dn = sums + [0.0] * (3 - len(sums))

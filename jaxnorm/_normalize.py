@@ -248,7 +248,7 @@ def _around_differentiable(recipe: Recipe, plain: Recipe, in_room: bool, x, scal
     else:
         stats = statistics(plain.how, u, mask, weights)
         z = _output(plain, u, mask, weights, stats, scale, bias)
-    return _activation.after(recipe, z, gate, keep), stats
+    return _activation.after(recipe, _activation.widened(recipe, z), gate, keep), stats
 
 
 @functools.partial(_around.defjvp, symbolic_zeros=True)
@@ -266,7 +266,8 @@ def _around_tangent(recipe, plain, in_room, stats, x, scale, bias, mask, weights
     dx, dscale, dbias, _, dweights, dgate = tangents
     keep = xla.present(mask, weights)
     u, du = pushed(lambda x, gate: _activation.before(recipe, x, gate, keep), (x, gate), (dx, dgate))
-    z = _output(plain, u, mask, weights, stats, scale, bias)
+    z = _activation.widened(recipe, _output(plain, u, mask, weights, stats, scale, bias))
+    plain = replace(plain, dtype=z.dtype)  # the tangent of z is not rounded
     if all(t is None for t in (du, dscale, dbias, dweights)):
         dz = None
     elif in_room:
@@ -286,9 +287,9 @@ def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) ->
 
 
 def _xhat_and_r(recipe: Recipe, x, mask, weights, stats: Statistics) -> tuple[Array, Array]:
-    x = xla.cleaned(x, mask, weights)
-    r = rsqrt(stats.m2, stats.count, recipe.how.unit, recipe.epsilon).astype(x.dtype)
-    return ((x - stats.shift) - stats.offset) * r, r
+    d = xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
+    r = rsqrt(stats.m2, stats.count, recipe.how.unit, recipe.epsilon).astype(d.dtype)
+    return d * r, r
 
 
 def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
@@ -384,6 +385,16 @@ def normalize(
     >>> jn.normalize(np.array([[1., 2.]]), np.array([1., 0.]), np.array([1., 4.]), epsilon=0.).tolist()
     [[0.0, 1.0]]
     """
+    return normalize_given(
+        x, mean, var, scale, bias, None, axis=axis, epsilon=epsilon, scale_offset=scale_offset, activation=activation,
+        dtype=dtype, implementation=implementation,
+    )  # fmt: skip
+
+
+def normalize_given(
+    x, mean, var, scale, bias, keep: Array | None, *, axis, epsilon, scale_offset, activation, dtype, implementation
+) -> Array:
+    """`normalize`. Padding, where `keep` is False, reaches no gradient. `keep` has x's rank."""
     x = as_float_array("normalize", x)
     axes = checked_axes("normalize", x.ndim, axis)
     names = ("mean", "var", "scale", "bias")
@@ -395,7 +406,7 @@ def normalize(
     scale_offset = checked_number("normalize", "scale_offset", scale_offset, "1.0")
     checked_implementation("normalize", implementation)
     static = (checked_epsilon("normalize", epsilon), scale_offset, activation, out)
-    return _normalize_given(implementation == "lax", static, x, mean, var, scale, bias)
+    return _normalize_given(implementation == "lax", static, x, mean, var, scale, bias, keep)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -404,15 +415,15 @@ def _normalize_given(plain: bool, static, *arrays):
     return xla.recomputed(functools.partial(_given, *static), plain)(*arrays)
 
 
-def _given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias):
-    acc = widest(xla.accumulator(x), mean.dtype)
+def _given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias, keep):
+    acc = widest(xla.accumulator(x), mean.dtype, var.dtype)
     x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
     r = rsqrt(var, jnp.ones((), var.dtype), 1.0, epsilon)
-    xhat = (x - mean) * r.astype(acc)
+    xhat = xla.centered(x, keep, mean) * r.astype(acc)
     if activation is None:
         return affine(xhat, scale, bias, scale_offset, dtype)
     wide = widest(acc, *(p.dtype for p in (scale, bias) if p is not None))
-    return _activation.activate(activation, affine(xhat, scale, bias, scale_offset, wide)).astype(dtype)
+    return _activation.of_output(activation, affine(xhat, scale, bias, scale_offset, wide), keep).astype(dtype)
 
 
 @explained("function")
@@ -429,8 +440,9 @@ def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_
     ([0.5], [-0.5])
     """
     mean, var = (as_float_array("as_affine", a) for a in (mean, var))
-    mean, var = mean.astype(xla.accumulator(mean)), var.astype(xla.accumulator(var))
-    scale = None if scale is None else jnp.asarray(scale)
+    scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
+    wide = widest(jnp.float32, *(a.dtype for a in (mean, var, scale, bias) if a is not None))
+    mean, var = mean.astype(wide), var.astype(jnp.finfo(wide).dtype)
     r = rsqrt(var, jnp.ones_like(var), 1.0, checked_epsilon("as_affine", epsilon))
-    s = effective_scale(scale, checked_number("as_affine", "scale_offset", scale_offset, "1.0"), mean.dtype) * r
-    return Affine(s, -mean * s if bias is None else jnp.asarray(bias).astype(s.dtype) - mean * s)
+    s = effective_scale(scale, checked_number("as_affine", "scale_offset", scale_offset, "1.0"), wide) * r.astype(wide)
+    return Affine(s, -mean * s if bias is None else bias.astype(wide) - mean * s)

@@ -313,7 +313,11 @@ def normalize_stream(
     x, mask = counted(norm, x, mask)
     if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
         kept_rows = recomputed(_kept_rows, lax_alone)  # keeps the mask as it came
-        x, gate, mask = kept_rows(mask, x), None if gate is None else kept_rows(mask, gate), None
+        # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient that
+        # is summed in the gate's own dtype.
+        of_gate = () if gate is None else tuple(a for a, n in enumerate(gate.shape) if n == 1)
+        gate = None if gate is None else kept_rows(mask.any(of_gate, keepdims=True), gate)
+        x, mask = kept_rows(mask, x), None
     x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))
     with bound_axes(norm, axis_name):
         y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)

@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ._checks import checked_axis_name, checked_index_groups, plain, shown
 from ._kernels.xla import Recipe, Statistics
@@ -135,11 +137,12 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
             f"{norm}: the {x.shape[batch]} examples of x {x.shape} do not divide among the {shards} devices of "
             f'axis_name={axis_name}. Write sync="global", or pad the batch and give a mask.'
         )
+    if any(jax.typeof(x).sharding.spec):
+        by_jit = lambda *args: _by_shards(norm, recipe, args, axis_name, bound, sync, whole)
+        return _on_auto_axes(by_jit, recipe, args, whole)
     split = [a is not None and a.shape[batch] == x.shape[batch] for a in args]
-    # Groups of neighbours are an axis of their own, so that each all-reduce stays among them. An Explicit mesh cannot
-    # say so of a part of its axis, and jit asks all devices there.
-    apart = isinstance(sync, int) and jax.typeof(x).sharding.spec[batch] is None
-    number = sync if apart and shards % sync == 0 else shards
+    # Groups of neighbours are an axis of their own, so that each all-reduce stays among them.
+    number = sync if isinstance(sync, int) and shards % sync == 0 else shards
     parts = {_SHARDS: shards} if number == shards else {_RUNS: shards // number, _SHARDS: number}
     sizes = (*parts.values(), x.shape[batch] // shards)
     cut = [_split(a, batch, *sizes) if s else a for a, s in zip(args, split, strict=True)]
@@ -153,6 +156,18 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
         run = jax.vmap(run, in_axes=axes, out_axes=outs, axis_name=name)
     y, stats = run(*cut)
     return y.reshape(x.shape), stats
+
+
+def _on_auto_axes(f, recipe: Recipe, args, whole: bool) -> tuple[Array, Statistics]:
+    """f(*args) with jit deciding how arrays are sharded inside. The outputs are sharded as x is.
+
+    The types of an Explicit mesh cannot shard two axes of an array over parts of one mesh axis, and JAX cannot lower a
+    sum over a vmapped axis of theirs next to another sharded one.
+    """
+    given = jax.typeof(args[0]).sharding
+    of_statistics = P(*(None if a in recipe.how.axes else s for a, s in enumerate(given.spec))) if whole else P()
+    partitioned: Any = jax.sharding.auto_axes(f, out_sharding=(given, NamedSharding(given.mesh, of_statistics)))
+    return partitioned(*args)
 
 
 def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array, Statistics]:

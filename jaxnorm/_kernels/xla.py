@@ -6,6 +6,7 @@ Accumulation is in `accumulator(x)`: float32, or wider where x is wider.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,15 +110,24 @@ def present(mask: Array | None, weights: Array | None) -> Array | None:
     return weights != 0 if mask is None else mask & (weights != 0)
 
 
-def cleaned(x: Array, mask: Array | None, weights: Array | None) -> Array:
-    """x in the accumulator's dtype; what is absent is made finite, so that it can be mapped without spreading NaN."""
+def cleaned(x: Array, keep: Array | None) -> Array:
+    """x in the accumulator's dtype, with 0 for padding: an absent element that is NaN, infinite or beyond 1e30."""
     x = x.astype(accumulator(x))
-    keep = present(mask, weights)
-    if keep is None:
-        return x
-    finite = lambda a: jnp.clip(jnp.where(jnp.isnan(a), 0.0, a), -1e30, 1e30)
-    padding = lax.complex(finite(x.real), finite(x.imag)) if jnp.iscomplexobj(x) else finite(x)
-    return jnp.where(keep, x, padding)
+    return x if keep is None else jnp.where(_usable(x, keep), x, 0.0)
+
+
+def centered(x: Array, keep: Array | None, *mean: Array) -> Array:
+    """x minus the parts of its mean in the accumulator's dtype, with 0 for such padding.
+
+    Padding then gives the bias: nothing overflows in a loss that multiplies by the mask after it squares the output.
+    """
+    x = x.astype(accumulator(x))
+    d = functools.reduce(lambda a, b: a - b, mean, x)
+    return d if keep is None else jnp.where(_usable(x, keep), d, 0.0)
+
+
+def _usable(x: Array, keep: Array) -> Array:
+    return keep | (jnp.abs(x) <= 1e30)
 
 
 def count(x: Array, mask: Array | None, weights: Array | None, axes: tuple[int, ...]) -> Array:

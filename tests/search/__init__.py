@@ -1,0 +1,8 @@
+"""A seeded random search for wrong numbers: norms, shapes, dtypes, masks, options and transformations against NumPy.
+
+    python -m tests.search --cases 5000 --seed 0        native kernels and XLA against the float64 truth
+    python -m tests.search --devices --cases 200        layouts and `sync` over eight host devices, likewise
+
+A failure is printed as a line of Python that reproduces it, after simpler values of each dimension were tried. `case.py`
+says what is drawn, `truth.py` what is right and how far a result may be from it, `run.py` what is run.
+"""
