@@ -61,7 +61,7 @@ def batch_norm(
     *,
     train,
     axis: int | Sequence[int] = -1,
-    momentum: float | None = 0.99,
+    momentum: float | Array | None = 0.99,
     epsilon: float = 1e-5,
     scale_offset: float = 0.0,
     activation: Activation | None = None,
@@ -97,7 +97,8 @@ def batch_norm(
         one `update_state` after many micro-batches.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       axis: the channel axis, or axes, at any position.
-      momentum: the weight of the old statistics, as in Flax (1 - torch's). None: the exact cumulative statistics, those
+      momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
+        schedule computes, which may be traced. None: the exact cumulative statistics, those
         of all elements seen so far (needs `state.count`).
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.

@@ -320,7 +320,12 @@ _TORCH_LIKE = 0.2  # a weight of the old statistics up to here is more likely to
 _warned_of: set[float] = set()
 
 
-def checked_momentum(norm: str, momentum: float | None) -> None:
+def checked_momentum(norm: str, momentum) -> None:
+    """A number, or a scalar array, whose value is checked where it is known: a schedule computes it in the program."""
+    if isinstance(momentum, jax.Array) and momentum.shape == () and jnp.issubdtype(momentum.dtype, jnp.floating):
+        if known(momentum) is None:
+            return
+        momentum = float(momentum)
     if momentum is not None and (not isinstance(momentum, (int, float, np.number)) or not 0 <= momentum <= 1):
         raise ValueError(
             f"{norm}: momentum is the weight of the old statistics, from 0 to 1, or None for the cumulative average; "

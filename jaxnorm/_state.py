@@ -11,7 +11,7 @@ from jax import lax
 
 from ._checks import checked_axis_name, checked_flag, checked_min_count, checked_momentum, shown
 from ._habits import explained
-from ._kernels.xla import safe, widest
+from ._kernels.xla import safe, square, widest
 from ._moments import Moments, merge, merge_across
 from ._spec import RunningStats, bound_axes
 
@@ -23,7 +23,7 @@ def update_state(
     state,
     moments,
     *,
-    momentum: float | None = 0.99,
+    momentum: float | Array | None = 0.99,
     min_count: float | None = None,
     skip_nonfinite: bool = False,
     zero_debias: bool = False,
@@ -48,7 +48,8 @@ def update_state(
       state: `RunningStats`, or any tree of them; of dicts with `mean` and `var` too, as Flax has them.
       moments: `Moments` (or a dict of the same), or cumulative running statistics (those have a `count`); a tree of
         them as `state` is.
-      momentum: the weight of the old statistics; None: the exact cumulative statistics (needs `state.count`).
+      momentum: the weight of the old statistics, a number or a scalar array such as a schedule computes. None: the
+        exact cumulative statistics (needs `state.count`).
       min_count: a channel with fewer elements than this keeps its old statistics.
       skip_nonfinite: so does a channel whose moments are not finite.
       zero_debias: correct for the start, as Adam does (needs `state.count`).
@@ -161,24 +162,44 @@ def updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_deb
     count = None if state.count is None else state.count.astype(acc)
     if momentum is None:
         assert count is not None  # _checked_state
-        old = Moments(count, old_mean, old_var * jnp.maximum(count - freedom, 0.0))
-        count, mean, m2 = merge(old, batch)
-        var = m2 / safe(jnp.maximum(count - freedom, 0.0))
-        has_var = count > freedom
+        total = count + batch.count
+        part, has_var = batch.count / safe(total), total > freedom
+        # Variances that divide by n, since those merge. By shares of the total, not by sums of squares: the count stops
+        # growing where float32 cannot tell total from count, and the shares stay those of an average even then.
+        free = lambda n: jnp.maximum(n - freedom, 0.0) / safe(n)
+        between = part * (1.0 - part) * square(batch.mean - old_mean)
+        var = _toward(old_var * free(count), batch.m2 / safe(batch.count), part) + between
+        mean, var, count = _toward(old_mean, batch.mean, part), var / safe(free(total)), total
     else:
+        momentum = jnp.asarray(momentum, acc) if isinstance(momentum, jax.Array) else float(momentum)
         part = 1.0 - momentum
         if zero_debias and count is not None:
             count = count + 1.0
-            part = part / (1.0 - momentum**count) if momentum < 1 else 1.0 / count
-        var = batch.m2 / safe(jnp.maximum(batch.count - freedom, 0.0))
-        mean = (1.0 - part) * old_mean + part * batch.mean
-        var = (1.0 - part) * old_var + part * var
+            part = _debiased(part, momentum, count)
+        var = _toward(old_var, batch.m2 / safe(jnp.maximum(batch.count - freedom, 0.0)), part)
+        mean = _toward(old_mean, batch.mean, part)
     keep = lambda new, old, where=seen: lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))
     return RunningStats(
         keep(mean, state.mean),
         keep(var, state.var, seen & has_var),
         None if state.count is None else keep(count, state.count),
     )
+
+
+def _toward(old: Array, new: Array, part) -> Array:
+    """old + part (new - old), which has no bias; (1 - part) old + part new has one, since float32 rounds 1 - part."""
+    if isinstance(part, float):
+        return new if part == 1.0 else old + part * (new - old)
+    return jnp.where(part == 1.0, new, old + part.astype(old.dtype) * (new - old))
+
+
+def _debiased(part, momentum, count: Array) -> Array:
+    """(1 - momentum) / (1 - momentum**count), which is 1 / count for a momentum of 1."""
+    if isinstance(momentum, float) and momentum in (0.0, 1.0):
+        return jnp.ones_like(count) if momentum == 0.0 else 1.0 / count
+    rate = jnp.log(jnp.maximum(jnp.asarray(momentum, count.dtype), jnp.finfo(count.dtype).tiny))
+    share = part / -jnp.expm1(jnp.minimum(count * rate, -jnp.finfo(count.dtype).tiny))
+    return jnp.where((count == 1.0) | (momentum == 0.0), 1.0, jnp.where(momentum == 1.0, 1.0 / count, share))
 
 
 def accumulated(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:

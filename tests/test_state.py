@@ -225,3 +225,59 @@ def test_the_state_goes_through_scan(rng):
     xs = draw(rng, (5, 8, 3), 1.0)
     last, _ = jax.lax.scan(lambda s, x: (norm.apply(params, s, x, train=True)[1], None), state, xs)
     close(last, run(norm, xs))
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.99, 0.999, 0.9999])
+def test_running_statistics_have_no_bias(momentum, rng):
+    """After many updates by one batch they are its statistics: the weights of old and new sum to 1."""
+    batch = jn.moments(draw(rng, (64, 3), 100.0), 0)
+    step = lambda state, _: (jn.update_state(state, batch, momentum=momentum), None)
+    start = jn.RunningStats(batch.mean + 1e-2, batch.var * 1.01)
+    steps = int(12 / (1 - momentum))
+    state = jax.jit(lambda s: jax.lax.scan(step, s, None, steps)[0])(start)
+    rounding = 1e-7 / (1 - momentum) + 1e-6  # smaller differences move nothing: half a unit in the last place stays
+    close(state.mean, batch.mean, rtol=rounding)
+    close(state.var, batch.var, rtol=rounding)
+
+
+def test_running_mean_of_many_noisy_batches(rng):
+    """Momentum 0.999, 10,000 steps of N(100, 1): within 1e-4 of the same recursion in float64."""
+    means = draw(rng, (10_000, 1), 100.0)
+    step = lambda state, m: (jn.update_state(state, jn.Moments(jnp.ones(1), m, jnp.zeros(1)), momentum=0.999), None)
+    state = jax.jit(lambda m: jax.lax.scan(step, jn.RunningStats(jnp.zeros(1), jnp.ones(1)), m)[0])(means)
+    truth = 0.0
+    for m in means[:, 0].astype(np.float64):
+        truth = 0.999 * truth + 0.001 * m
+    assert abs(float(state.mean[0]) - truth) < 1e-4
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_cumulative_statistics_go_on_where_float32_cannot_count(unbiased, rng):
+    """From 2**24 batches of one size on the count stays. The statistics then move as an average of that many does."""
+    full, size, steps = 2.0**28, 8.0, 1 << 20
+    assert np.float32(full) + np.float32(size) == full
+    state = jn.RunningStats(jnp.zeros(2), jnp.ones(2), jnp.full(2, full))
+    batch = jn.Moments(jnp.full(2, size), jnp.array([0.0, 4.0]), jnp.full(2, size))
+    step = lambda s, _: (jn.update_state(s, batch, momentum=None, unbiased_running_var=unbiased), None)
+    new = jax.jit(lambda s: jax.lax.scan(step, s, None, steps)[0])(state)
+    share = 1 - (1 - size / full) ** steps  # of the batches since
+    close(new.mean, [0.0, 4.0 * share], rtol=3e-2)
+    close(new.var[0], 1.0, rtol=1e-3)  # sums of squares over a count that stays would have grown it by 3 %
+    close(new.var[1], 1.0 + 16.0 * share * (1 - share), rtol=3e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_debias": True}], ids=str)
+def test_a_momentum_may_be_traced(options, rng):
+    """A schedule computes it in the program. It does what the same number does as a float."""
+    x = draw(rng, (16, 3), 2.0)
+    seen, norm = jn.moments(x, 0), jn.BatchNorm(momentum=0.9, **options)
+    state = norm.init(3)[1]
+    given = lambda m: dataclasses.replace(norm, momentum=m)
+    steps = lambda norm: (run(norm, [x, x + 1]), norm.update_state(state, seen))
+    by_array = jax.jit(lambda m: steps(given(m)))
+    close(by_array(0.9), jax.jit(lambda: steps(norm))())
+    for m in (0.0, 1.0):
+        close(by_array(m), steps(given(m)))
+    close(given(jnp.asarray(0.9)).update_state(state, seen), norm.update_state(state, seen))
+    with pytest.raises(ValueError, match="momentum is the weight of the old"):
+        jn.batch_norm(x, None, state, train=True, momentum=jnp.asarray(1.5))
