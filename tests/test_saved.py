@@ -56,7 +56,8 @@ for name, f, args in (("one", step, (params, x, g)), ("jit", step, over_devices)
         devices = jax.devices()[: 1 if name == "one" else 4]
         parts = pickle.loads(saved.read_bytes())
         loaded = serialize_executable.deserialize_and_load(*parts, execution_devices=devices)
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(loaded(*args)), out)
+        for a, b in zip(jax.tree.leaves(loaded(*args)), out, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
     else:
         saved.write_bytes(pickle.dumps(serialize_executable.serialize(compiled)))
 print(events["cache_hits"], events["cache_misses"])
@@ -84,7 +85,7 @@ def test_equal_programs_have_equal_text_and_others_do_not(rng):
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=str)
-def test_gspmd(spec, kernels, rng):
+def test_gspmd(spec, rng):
     """JAX's former partitioner, as long as there is one."""
     if not hasattr(jax.config, "jax_use_shardy_partitioner"):
         pytest.skip("this jax has Shardy alone")
@@ -122,10 +123,10 @@ def test_how_an_array_lies_is_read_off_its_sharding_alone(sizes, names, rng):
         assert partition._spread((25, 1, 48), sharding)[1][0] == ()
 
 
-def test_over_six_devices_in_another_order(kernels, rng):
+def test_over_six_devices_in_another_order(rng):
     mesh = jax.make_mesh((3, 2), ("a", "b"), devices=jax.devices()[:6])
     spec = P(("b", "a"))
     params, x, g = jn.BatchNorm().init(128)[0], draw(rng, (24, 2, 128), 3.0), draw(rng, (24, 2, 128))
     args = placed(mesh, (params, P()), (x, spec), (g, spec))
     close(jax.jit(step)(*args), jax.jit(step)(params, x, g), atol=2e-4)
-    assert collectives(jax.jit(step), *args) == ["all-reduce"] * 2 if kernels else True
+    assert set(collectives(jax.jit(step), *args)) == {"all-reduce"}
