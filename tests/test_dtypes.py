@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 from catalogue import EACH, ROWS, by_name, draw
 
@@ -153,3 +154,88 @@ def test_8_bit_floats_in_other_dtypes_out(rng):
     np.testing.assert_array_equal(stream, large.astype(ml_dtypes.float8_e4m3fn))
     with pytest.raises(ValueError, match="there is no kernel from float8_e4m3fn to bfloat16"):
         jn.layer_norm(narrow, dtype=half, implementation="native")
+
+
+def test_a_float64_x_keeps_its_precision_beside_float32_operands(rng):
+    """Whichever operand is narrower, and in whatever function: the arithmetic is x's."""
+    x, r = rng.normal(size=(2, 6, 8))
+    narrow = {k: rng.normal(size=s).astype("f") for k, s in dict(scale=8, bias=8, gate=(6, 8), w=(6, 1)).items()}
+    narrow["w"], narrow["var"] = np.abs(narrow["w"]), np.square(narrow["scale"])
+    state = jn.RunningStats(np.zeros(8, "f"), np.ones(8, "f"))
+    one = lambda f: lambda x, scale, bias, **_: f(x, scale, bias)
+    functions = [
+        one(lambda x, s, b: jn.layer_norm(x, s, b, activation="silu")),
+        one(lambda x, s, b: jn.rms_norm(x, s, b, activation="gelu")),
+        one(lambda x, s, b: jn.group_norm(x, s, b, num_groups=2)),
+        one(lambda x, s, b: jn.instance_norm(x[None], s, b)),
+        one(lambda x, s, b: jn.add_rms_norm(x, r, s, b)[0]),
+        lambda x, scale, bias, var, **_: jn.normalize(x, bias, var, scale, bias, activation="tanh"),
+        lambda x, scale, bias, var, **_: jn.normalize(x.astype("f"), bias, var.astype("d"), dtype="float64"),
+        lambda x, scale, bias, var, **_: jn.as_affine(bias.astype("d"), var, scale, bias).bias,
+        lambda x, scale, bias, var, **_: jn.as_affine(bias, var.astype("d"), scale, bias).bias,
+        lambda x, scale, gate, **_: jn.gated_rms_norm(x, gate, scale),
+        lambda x, scale, gate, **_: jn.gated_rms_norm(x, gate, scale, norm_before_gate=False),
+        lambda x, scale, bias, w, **_: jn.batch_norm(x, jn.Affine(scale, bias), state, train=True, weights=w)[0],
+        lambda x, w, **_: jn.moments(x, 0, weights=w).m2,
+    ]
+    with jax.enable_x64(True):
+        for number, f in enumerate(functions):
+            y = f(x, **narrow)
+            assert y.dtype == np.float64
+            np.testing.assert_allclose(y, f(x, **jax.tree.map(np.float64, narrow)), rtol=1e-12, atol=1e-13, err_msg=str(number))
+
+
+SPREAD = {  # operands that broadcast, over 4096 elements each
+    "scale": lambda x, p, mask: jn.layer_norm(x, p, mask=mask),
+    "bias": lambda x, p, mask: jn.layer_norm(x, bias=p, activation="tanh", mask=mask),
+    "gate": lambda x, p, mask: jn.gated_rms_norm(x, p, mask=mask),
+    "gate before": lambda x, p, mask: jn.gated_rms_norm(x, p, norm_before_gate=False, mask=mask),
+    "mean": lambda x, p, mask: jn.normalize(x, p, jnp.ones_like(p)),
+    "var": lambda x, p, mask: jn.normalize(x, jnp.zeros_like(p), p),
+    "weights": lambda x, p, mask: jn.batch_norm(
+        x, None, jn.BatchNorm().init(4096)[1], train=True, axis=0, weights=p, mask=mask)[0],
+}
+
+
+@pytest.mark.parametrize("mask", [None, "rows"])
+@pytest.mark.parametrize("name", SPREAD)
+def test_the_gradient_of_what_broadcasts_is_summed_in_float32_and_rounded_once(name, mask, rng):
+    x, p = (draw(rng, s, dtype=ml_dtypes.bfloat16) for s in ((4096, 8), (1, 8)))
+    g, p = np.abs(draw(rng, (4096, 8))).astype(ml_dtypes.bfloat16), np.abs(p)  # a variance and a weight are positive
+    mask = None if mask is None else rng.random((4096, 1)) < 0.9
+    f = SPREAD[name]
+    got = jax.grad(lambda p: jnp.vdot(f(x, p, mask).astype("float32"), g.astype("float32")))(p)
+    with jax.enable_x64(True):
+        wide = jax.grad(lambda p: jnp.vdot(f(x.astype("d"), p, mask), g.astype("d")))(p.astype("d"))
+    assert got.dtype == p.dtype
+    got, wide = np.asarray(got, "d"), np.asarray(wide)
+    size = np.abs(wide).max()
+    np.testing.assert_array_less(np.abs(got - wide), 2.0**-8 * np.abs(wide) + 1e-4 * size)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["activation", "gate"])
+def test_rounding_before_the_scale_is_where_the_derivative_is_taken(gated, kernels, rng):
+    """sigmoid(round(round(xhat) scale)): the derivative is at the z that is rounded twice, in every program."""
+    x, s, g = draw(rng, (32, 64)), draw(rng, 64, 3.0, ml_dtypes.bfloat16), draw(rng, (32, 64))
+    g = g.astype(ml_dtypes.bfloat16)
+    gate = draw(rng, (32, 64))
+    how = dict(epsilon=1e-6, cast="before_scale", dtype=jnp.bfloat16)
+    xhat = oracle.normalize(x, np.indices(x.shape)[0], None, None, epsilon=1e-6, centered=False).y
+    z = (xhat.astype(ml_dtypes.bfloat16).astype("f") * s.astype("f")).astype(ml_dtypes.bfloat16).astype("d")
+    f, slope = oracle.ACTIVATIONS["sigmoid"]
+    scale, g64 = s.astype("d")[None], g.astype("d")
+    gz = g64 * f(gate.astype("d")) if gated else g64 * slope(z)
+    want = oracle.gradients(x, np.indices(x.shape)[0], scale, None, gz, epsilon=1e-6, centered=False)[0]
+
+    def norm(implementation):
+        if gated:
+            return lambda x: jn.gated_rms_norm(x, gate, s, activation="sigmoid", implementation=implementation, **how)
+        return lambda x: jn.rms_norm(x, s, activation="sigmoid", implementation=implementation, **how)
+
+    for implementation in (None, "xla"):
+        pull = lambda x, g, n=norm(implementation): jax.vjp(n, x)[1](g)[0]
+        for run in (pull, jax.jit(pull)):
+            dx = run(x, g)
+            # Few elements round the other way, since float32 and float64 differ; none of the rest may.
+            off = np.abs(dx - want) > 2e-5 * np.abs(want).max()
+            assert off.mean() < 0.02

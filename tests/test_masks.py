@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from catalogue import BATCH_NORMS, ROWS, by_name, draw
+from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
 
 import jaxnorm as jn
 
@@ -129,3 +129,92 @@ def test_the_oracle_itself_against_numpy_on_a_masked_row():
     np.testing.assert_allclose(truth.mean[0, 0], 2.0)
     np.testing.assert_allclose(truth.y[0, :3], (x[0, :3] - 2) / np.std(x[0, :3]))
     assert by_name["layer"].labels.max() == 4 * 6 - 1
+
+
+# --- padding and derivatives ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+def test_weights_that_broadcast_have_a_finite_gradient_beside_poison(poison, rng):
+    """Masked out, or of weight 0: the gradient of the weights is that without the poison, as if it were the mean."""
+    x, g = draw(rng, (12, 3), 2.0), draw(rng, (12, 3))
+    weights, mask = rng.uniform(0.5, 2.0, (12, 1)).astype("f"), np.ones((12, 3), bool)
+    mask[2, 1], weights[5] = False, 0.0
+    g[2, 1], g[5] = 0.0, 0.0
+    bad = x.copy()
+    bad[2, 1], bad[5] = poison, poison
+    state = jn.BatchNorm().init(3)[1]
+
+    def loss(w, x):
+        y, _ = jn.batch_norm(x, None, state, train=True, mask=mask, weights=w)
+        return jnp.vdot(y, g) + sum(jnp.sum(jnp.sin(a)) for a in jn.moments(x, 0, mask=mask, weights=w))
+
+    got, dx = jax.grad(loss, (0, 1))(weights, bad)
+    want, dx_want = jax.grad(loss, (0, 1))(weights, x)
+    kept = np.arange(12) != 5  # of weight 0: its own gradient depends on what it would weigh
+    np.testing.assert_allclose(got[kept], want[kept], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dx, dx_want, rtol=1e-5, atol=1e-5)
+    assert np.all(np.isfinite(got))
+    # Against differences of float64, for the weights that are not 0.
+    labels = np.indices(x.shape)[1]
+    t = rng.normal(size=(12, 1)) * (weights > 0)
+
+    def true(s):
+        w = weights + s * t
+        truth = oracle.normalize(x, labels, None, None, epsilon=1e-5, mask=mask, weights=w)
+        n, mean, m2 = (a[0] for a in (truth.n, truth.mean, truth.var * truth.n))
+        return np.vdot(truth.y, g) + sum(np.sum(np.sin(a)) for a in (n, mean, m2))
+
+    np.testing.assert_allclose(np.vdot(got, t), (true(1e-5) - true(-1e-5)) / 2e-5, rtol=1e-4, atol=1e-4)
+
+
+def test_the_count_of_broadcast_weights_has_a_tangent_of_its_shape(rng):
+    x, w, dw = draw(rng, (4, 5, 3)), np.ones((4, 1, 1), "f"), draw(rng, (4, 1, 1))
+    moments, tangent = jax.jvp(lambda w: jn.moments(x, 2, weights=w), (w,), (dw,))
+    np.testing.assert_allclose(tangent.count, np.broadcast_to(3 * dw[:, :, 0], (4, 5)), rtol=1e-6)
+    np.testing.assert_allclose(tangent.mean, np.zeros((4, 5)), atol=1e-6)  # all of a row's weights grow alike
+    assert moments.count.shape == (4, 5)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["mask", "weights"])
+def test_an_infinity_that_counts_spoils_its_channel_and_one_that_does_not_spoils_nothing(weighted, rng):
+    """With an activation as without one, which could hide a NaN where an element is masked out."""
+    x, mask = draw(rng, (8, 3)), rng.random((8, 3)) < 0.6
+    mask[3], mask[0] = True, False
+    given = dict(weights=1.5 * mask.astype("f")) if weighted else dict(mask=mask)
+    apply = lambda x, f: jn.batch_norm(x, None, jn.BatchNorm().init(3)[1], train=True, activation=f, **given)
+    clean = apply(x, "sigmoid")
+    for activation in (None, "relu", "sigmoid"):
+        spoiled, padded = x.copy(), x.copy()
+        spoiled[3, 1], padded[0] = np.inf, np.inf
+        y, state = apply(spoiled, activation)
+        assert not np.isfinite(y[:, 1]).any()
+        assert not np.isfinite(state.mean[1])
+        assert np.isfinite(np.delete(y, 1, axis=1)).all()
+        assert np.isfinite(apply(padded, activation)[0]).all()
+    np.testing.assert_array_equal(apply(padded, "sigmoid")[0][1:], clean[0][1:])
+    jax.tree.map(np.testing.assert_array_equal, apply(padded, "sigmoid")[1], clean[1])
+
+
+@pytest.mark.parametrize("row", [*EACH, by_name["batch-ghost"]], ids=str)
+def test_padding_gives_the_bias_so_a_masked_loss_of_it_stays_finite(row, rng):
+    """A loss that multiplies by the mask last squares the padding's output first."""
+    params, x = row.params(rng), draw(rng, row.shape)
+    mask = rng.random(row.shape) < 0.7
+    bad = np.where(mask, x, np.where(rng.random(row.shape) < 0.5, np.float32(np.inf), np.float32(np.nan)))
+    y, vjp = jax.vjp(lambda p, x: row.apply(p, x, mask=mask), params, bad)
+    bias = np.broadcast_to(0.0 if params.bias is None else np.reshape(params.bias, row.param), row.shape)
+    np.testing.assert_array_equal(y[~mask], bias[~mask])
+    assert np.isfinite((y**2 * mask.astype("f")).sum())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(vjp(2 * y)))
+
+
+@pytest.mark.parametrize("train", [False, "traced"])
+def test_poison_in_the_padding_reaches_no_gradient_at_inference(train, rng):
+    norm = jn.BatchNorm(activation="gelu")
+    (params, state), x, mask = norm.init(3), draw(rng, (9, 3)), np.arange(9)[:, None] < 6
+    bad, g = np.where(mask, x, np.float32(np.inf)), np.where(mask, draw(rng, (9, 3)), np.float32(0))
+    train = jnp.asarray(True) if train == "traced" else train
+    pull = lambda x: jax.vjp(lambda p, x: norm.apply(p, state, x, train=train, mask=mask)[0], params, x)[1](g)
+    for got, want in zip(jax.tree.leaves(pull(bad)), jax.tree.leaves(pull(x)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)

@@ -397,8 +397,9 @@ def _of_moments(case: Case, how, o, g, t, dtypes) -> dict:
     steps = dict(
         count=sums(tw), mean=sums(a["w"] * tx + tw * near) / a["safe"], m2=sums(2 * a["w"] * tx * near + 2 * tw * near**2)
     )
+    empty = (a["n"] == 0) & ("weights" in t)  # the derivatives in the directions of weights are not those of one function
     for k in MOMENTS:
-        out[f"tangent of {k}"] = slopes[k][dims], (2 * u * steps[k])[dims] + 1e-37
+        out[f"tangent of {k}"] = slopes[k][dims], np.where(empty, np.inf, 2 * u * steps[k] + 1e-37)[dims]
     for k in case.wrt:
         error = reduced_to(u * size[k], o[k]) + half_ulp(dtypes[k], gradient[k])
         out[f"d_{k}"] = gradient[k], np.where(hidden.get(k, False), np.inf, error)

@@ -60,24 +60,24 @@ def forward(how: Setting, o: dict) -> dict:
     if how.gate == "before":
         u = u * f(gate)
     n = total(w, how.labels)
-    safe = np.where(n == 0, 1.0, n)
+    safe = np.where(n.real == 0, 1.0, n)
     if how.given:
         mu, v = (o[k] + np.zeros(x.shape) for k in ("mean", "var"))
         d = u - mu
     else:
         usable = np.where(poisoned, 0.0, w)
         of_mean = total(usable, how.labels)
-        of_mean = np.where(of_mean == 0, 1.0, of_mean)
+        of_mean = np.where(of_mean.real == 0, 1.0, of_mean)
         shift = total(usable.real * u.real, how.labels) / of_mean.real * how.centered  # any number near the mean
         d = u - shift
         rest = total(usable * d, how.labels) / of_mean * how.centered
         d, mu = d - rest, shift + rest
         v = total(usable * d**2, how.labels) / safe
-        v = np.where(v.real <= 1e-26 * np.abs(mu) ** 2, 0.0, v)  # of a constant: rounding alone
+        v = v - np.where(v.real <= 1e-26 * np.abs(mu) ** 2, v.real, 0.0)  # of a constant: rounding alone
     if how.gate != "before":
         d = np.where(poisoned, 0.0, d)
     with np.errstate(divide="ignore", invalid="ignore"):
-        r = np.where(((n == 0) & (not how.given)) | (v + how.epsilon == 0), 0.0, 1.0 / np.sqrt(v + how.epsilon))
+        r = np.where(((n.real == 0) & (not how.given)) | ((v + how.epsilon).real == 0), 0.0, 1.0 / np.sqrt(v + how.epsilon))
     s = o["scale"] + how.offset if "scale" in o else 1.0  # an absent scale is 1 whatever the offset
     s, b = s + np.zeros(x.shape), o.get("bias", 0.0) + np.zeros(x.shape)
     xhat = d * r
@@ -118,7 +118,7 @@ def cotangents(how: Setting, t: dict, g) -> dict:
 def moments(how: Setting, o: dict) -> dict:
     """count, mean and m2, of x's shape."""
     t = forward(how, o)
-    return dict(count=t["n"], mean=t["mu"], m2=t["v"] * t["n"])
+    return dict(count=t["n"], mean=t["mu"], m2=t["v"] * t["safe"])
 
 
 def moments_gradients(how: Setting, o: dict, g: dict) -> dict:
