@@ -158,6 +158,15 @@ ROWS = [
 ROW_NORMS = [r for r in ROWS if not r.batch]
 BATCH_NORMS = [r for r in ROWS if r.batch]
 by_name = {r.name: r for r in ROWS}
+# One row for each mechanism of axes, parameters, statistics and roundings: for laws that cost much of each row.
+MECHANISMS = {
+    "layer": "the last axis", "layer-two-axes": "several axes", "layer-nchw": "an axis that kernels do not take",
+    "layer-adaptive": "parameters per example", "layer-gelu": "an activation", "rms": "no mean",
+    "rms-per-head": "parameters of two axes", "rms-before-scale": "two roundings", "group-nhwc": "groups",
+    "group-some-axes": "groups, with an axis kept", "instance-nhwc": "planes", "batch-nhwc": "columns",
+    "batch-nchw": "columns that are planes", "batch-conditional": "columns, and parameters per example",
+    "batch-ghost-remainder": "ghost batches, the last of them smaller",
+}  # fmt: skip
 EACH = [by_name[n] for n in ("layer", "rms", "group-nhwc", "instance-nhwc", "batch-nhwc")]  # one of each norm
 
 

@@ -3,9 +3,12 @@
 The arrays of the catalogue are small, and the default leaves such to XLA. So that the laws are tested on the kernels,
 `--room native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
 `--room auto` leaves the default as users have it, and `--room absent` is an installation without the extension.
+`--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -37,26 +40,51 @@ def kernels(request) -> bool:
 
 def pytest_addoption(parser):
     parser.addoption("--room", choices=("native", "auto", "absent"), default="native")
+    parser.addoption("--rows", choices=("all", "mechanisms"), default="all")
     parser.addoption("--versions", action="store_true", help="what .ci/versions runs on other releases of JAX")
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --versions: the tests marked so, with one row of the catalogue for each norm."""
-    if not config.getoption("--versions"):
+    """`--rows mechanisms`: one row of the catalogue for each mechanism. `--versions`: the tests marked so, a row a norm."""
+    versions = config.getoption("--versions")
+    if not versions and config.getoption("--rows") == "all":
         return
-    from catalogue import EACH, Row
+    from catalogue import EACH, MECHANISMS, Row
 
-    names = {row.name for row in EACH}
+    names = {row.name for row in EACH} if versions else MECHANISMS
 
     def kept(item) -> bool:
         rows = [v for v in item.callspec.params.values() if isinstance(v, Row)] if hasattr(item, "callspec") else []
-        return item.get_closest_marker("versions") is not None and all(row.name in names for row in rows)
+        marked = not versions or item.get_closest_marker("versions") is not None
+        return marked and all(row.name in names for row in rows)
 
     config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
     items[:] = [item for item in items if kept(item)]
 
 
+def share_compiled_programs(config) -> None:
+    """One folder of compiled programs for the workers and the processes of this run, and for no other run.
+
+    What a worker, or a test, has compiled is loaded by the next one that needs it, which is three times as fast.
+    """
+    if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # a worker has the environment of the process that started it
+    folder = tempfile.mkdtemp(prefix="jaxnorm-compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
 def pytest_configure(config):
+    share_compiled_programs(config)
+    # An entry that another worker is about to write counts as none.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
     room = config.getoption("--room")
     if room == "absent":
         os.environ["JAXNORM_NATIVE"] = "0"

@@ -20,7 +20,6 @@ pytest.importorskip("optax")
 from benchmarks import training
 
 ROOT = Path(__file__).parents[1]
-CASES = [*zip(training.TASKS, ("float32", "bfloat16") * 2, strict=True)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,29 +32,27 @@ def _climate_of_flax():
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", training.TASKS)
+@pytest.mark.parametrize("name", ["transformer-rms", "resnet-batch"])
 def test_both_start_from_the_same_variables_and_only_identity_lacks_the_norms(name):
     task = training.TASKS[name]
     x, _ = task.batch(training.TINY)
     models = {k: task.model(norms, task.norm, jnp.float32, training.TINY) for k, norms in training.VARIANTS.items()}
-    flax, jaxnorm, identity = (flatten_dict(models[k].init(jax.random.key(0), x), sep="/") for k in models)
+    flax, jaxnorm, identity = (
+        flatten_dict(jax.jit(model.init)(jax.random.key(0), x), sep="/") for model in models.values()
+    )
     jax.tree.map(np.testing.assert_array_equal, flax, jaxnorm)
     assert set(flax) - set(identity) == {path for path in flax if f"{task.norm}_" in path} != set()
     assert set(identity) < set(flax)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [(training.IDENTITY.RMSNorm, "the variables differ"), (partial(nn.RMSNorm, epsilon=9.0), "Not equal to tolerance")],
-)
-def test_another_training_is_refused(monkeypatch, other, message):
-    monkeypatch.setitem(training.VARIANTS, "jaxnorm", types.SimpleNamespace(RMSNorm=other))
-    with pytest.raises(AssertionError, match=message):
+def test_another_training_is_refused(monkeypatch):
+    monkeypatch.setitem(training.VARIANTS, "jaxnorm", types.SimpleNamespace(RMSNorm=partial(nn.RMSNorm, epsilon=9.0)))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
         training.measure("transformer-rms", "float32", training.TINY, 1)
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_every_variant_is_trained_and_measured(name, dtype):
+def test_every_variant_is_trained_and_measured():
+    name, dtype = "resnet-batch", "bfloat16"
     result = training.measure(name, dtype, training.TINY, 2)
     losses = result["losses"]
     assert losses["jaxnorm"] == pytest.approx(losses["flax"], rel=training.TOLERANCE[dtype])

@@ -56,6 +56,9 @@ def step(norm, params, state, x, g, mask):
     return y, new, grads
 
 
+alone_step = jax.jit(step, static_argnums=0)  # compiled once for each norm and number of examples
+
+
 OPTIONS = [
     {},
     {"momentum": None},
@@ -65,17 +68,21 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+WHERES = ["shard_map-auto", "shard_map-explicit", "pmap", "vmap"]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("where", ["shard_map-auto", "shard_map-explicit", "pmap", "vmap"])
-def test_synchronized_batch_norm_is_one_device_s(where, options, masked, rng):
+@pytest.mark.parametrize("where", WHERES)
+def test_synchronized_batch_norm_is_one_device_s(where, options, rng):
+    """With a mask in every other case: each way to run, and all options, have some of both kinds."""
+    masked = (WHERES.index(where) + OPTIONS.index(options)) % 2
     norm = jn.BatchNorm(**options)
     channels = 5 if norm.axis == 1 else 6
     params, state = norm.init(channels)
     params = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
     x, g = draw(rng, SHAPE, 3.0), draw(rng, SHAPE)
     mask = uneven_mask(rng) if masked else None
-    want = step(norm, params, state, x, g, mask)
+    want = alone_step(norm, params, state, x, g, mask)
     synced = dataclasses.replace(norm, axis_name="data")
     if where.startswith("shard_map"):
         mesh, data = mesh_of(where.split("-")[1]), P("data")
@@ -88,7 +95,7 @@ def test_synchronized_batch_norm_is_one_device_s(where, options, masked, rng):
         close(jax.jit(run)(*args), want, atol=2e-5)
         return
     split = lambda a: None if a is None else a.reshape(8, 4, *a.shape[1:])
-    wrap = jax.pmap if where == "pmap" else jax.vmap
+    wrap = jax.pmap if where == "pmap" else lambda f, **how: jax.jit(jax.vmap(f, **how))
     run = wrap(lambda *args: step(synced, params, state, *args), axis_name="data")
     y, new, (dparams, dx) = run(split(x), split(g), split(mask))
     for i in (0, 7):
@@ -212,7 +219,6 @@ def test_groups_of_devices(where, groups, rng):
     params, state, x, g = case(norm, rng)
     mask = uneven_mask(rng)
     split = lambda a: a.reshape(8, 4, *a.shape[1:])
-    run = lambda x, g, m: step(norm, params, state, x, g, m)
     if where == "shard_map":
         add = lambda tree: jax.tree.map(lambda a: a[None], tree)
 
@@ -226,14 +232,15 @@ def test_groups_of_devices(where, groups, rng):
         y, new, (dparams, dx) = jax.jit(mapped)(params, split(x), split(g), split(mask))
         dparams = jax.tree.map(lambda a: a[0], dparams)
     else:
-        wrap = jax.pmap if where == "pmap" else jax.vmap
+        run = lambda x, g, m: step(norm, params, state, x, g, m)
+        wrap = jax.pmap if where == "pmap" else lambda f, **how: jax.jit(jax.vmap(f, **how))
         y, new, (dparams, dx) = wrap(run, axis_name="data")(split(x), split(g), split(mask))
         dparams = jax.tree.map(lambda a: a.sum(0), dparams)
     total = jax.tree.map(jnp.zeros_like, params)
-    whole = step(alone, params, state, x, g, mask)[1]
+    whole = alone_step(alone, params, state, x, g, mask)[1]
     for members in groups:
         part = lambda a, members=members: split(a)[np.array(members)].reshape(-1, *a.shape[1:])
-        want_y, _, (want_dp, want_dx) = step(alone, params, state, part(x), part(g), part(mask))
+        want_y, _, (want_dp, want_dx) = alone_step(alone, params, state, part(x), part(g), part(mask))
         pick = lambda a, members=members: a[np.array(members)]
         close(pick(y).reshape(want_y.shape), want_y)
         close(pick(dx).reshape(want_dx.shape), want_dx, atol=2e-5)
@@ -255,7 +262,7 @@ def test_groups_must_hold_every_index_once(rng):
 def test_two_axis_names(rng):
     norm = jn.BatchNorm(axis_name=("host", "chip"))
     params, state, x, g = case(norm, rng)
-    want = step(jn.BatchNorm(), params, state, x, g, None)
+    want = alone_step(jn.BatchNorm(), params, state, x, g, None)
     mesh, both = mesh_of("auto", (2, 4), ("host", "chip")), P(("host", "chip"))
     run = jax.shard_map(
         lambda p, x, g: step(norm, p, state, x, g, None),
@@ -287,7 +294,7 @@ def test_one_tangent_alone_in_shard_map(name, rng):
         in_specs=(specs, specs),
         out_specs=(P("data"), P("data")),
     )
-    close(jax.jit(run)(at, v), along(jn.BatchNorm(), at, v), atol=2e-5)
+    close(jax.jit(run)(at, v), jax.jit(along, static_argnums=0)(jn.BatchNorm(), at, v), atol=2e-5)
 
 
 @pytest.mark.versions
@@ -314,7 +321,7 @@ def test_reduced_axes_sharded_in_shard_map(name, kind, rng):
         )
     )  # fmt: skip
     args = placed(mesh, (params, feature), (x, data), (g, data))
-    close(run(*args), grads(row.spec, params, x, g), atol=2e-5)
+    close(run(*args), jax.jit(grads, static_argnums=0)(row.spec, params, x, g), atol=2e-5)
     check_all_reduces(collectives(run, *args), 2)
 
 
@@ -328,7 +335,7 @@ def test_large_statistics_merge_in_two_rounds(rng, monkeypatch):
         mesh=mesh_of("auto"), in_specs=(P(), data, data, data), out_specs=(data, P(), (P(), data)),
     )  # fmt: skip
     slots = jax.jit(run())(params, x, g, mask)
-    want = step(dataclasses.replace(norm, axis_name=None), params, state, x, g, mask)
+    want = alone_step(dataclasses.replace(norm, axis_name=None), params, state, x, g, mask)
     close(slots, want, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(_moments, "_SLOT_BYTES", 0)
     jax.clear_caches()
@@ -337,9 +344,8 @@ def test_large_statistics_merge_in_two_rounds(rng, monkeypatch):
     assert collectives(mapped, params, x, g, mask) == ["all-reduce"] * 3
     norm = dataclasses.replace(norm, axis_index_groups=[[0, 1, 2, 3, 4, 5, 6, 7]])
     split = lambda a: a.reshape(8, 4, *a.shape[1:])
-    y, new, _ = jax.vmap(lambda x, g, m: step(norm, params, state, x, g, m), axis_name="data")(
-        *map(split, (x, g, mask))
-    )
+    each = jax.vmap(lambda x, g, m: step(norm, params, state, x, g, m), axis_name="data")
+    y, new, _ = jax.jit(each)(*map(split, (x, g, mask)))
     close((y.reshape(SHAPE), jax.tree.map(lambda a: a[0], new)), want[:2], rtol=1e-4, atol=1e-4)
     jax.clear_caches()
 

@@ -1,5 +1,7 @@
 """Law 3: true counts; what is masked out is removed before any arithmetic; empty rows are finite; weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,20 +25,31 @@ def in_rank(mask, shape):
     return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def outputs_and_gradients(row, params, x, masks, cotangents):
+    """Of the norm under each of the masks, in one program."""
+
+    def one(mask, g):
+        y, vjp = jax.vjp(lambda params, x: row.apply(params, x, mask=mask), params, x)
+        return y, *vjp(g)
+
+    return [one(mask, g) for mask, g in zip(masks, cotangents, strict=True)]
+
+
 @pytest.mark.versions
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_true_counts_forward_and_backward(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 5.0), draw(rng, row.shape)
-    for kind, mask in masks(row, rng):
-        y, vjp = jax.vjp(lambda p, x, mask=mask: row.apply(p, x, mask=mask), params, x)
-        full = in_rank(mask, row.shape)
-        truth = row.truth(params, x, mask=full)
-        # A row of one element has r = 1000 and amplifies rounding; an absent one of an empty row is the bias.
+    kinds, each = zip(*masks(row, rng), strict=True)
+    truths = [row.truth(params, x, mask=in_rank(mask, row.shape)) for mask in each]
+    # A row of one element has r = 1000 and amplifies rounding; an absent one of an empty row is the bias.
+    cotangents = [np.where(truth.n < 3, 0, g).astype(np.float32) for truth in truths]
+    found = jax.tree.map(np.asarray, outputs_and_gradients(row, params, x, each, cotangents))
+    for kind, mask, truth, g, (y, dparams, dx) in zip(kinds, each, truths, cotangents, found, strict=True):
+        full, few = in_rank(mask, row.shape), truth.n < 3
         np.testing.assert_allclose(y[full], truth.y[full], rtol=2e-5, atol=2e-5, err_msg=kind)
-        few = truth.n < 3
         np.testing.assert_allclose(np.where(few, 0, y), np.where(few, 0, truth.y), rtol=2e-5, atol=2e-5, err_msg=kind)
-        dparams, dx = vjp(jnp.asarray(np.where(few, 0, g).astype(np.float32)))
-        dx_true, *dparams_true = row.gradients(params, x, np.where(few, 0, g), mask=full)
+        dx_true, *dparams_true = row.gradients(params, x, g, mask=full)
         np.testing.assert_allclose(dx, dx_true, rtol=1e-3, atol=1e-5 * np.abs(dx_true).max(), err_msg=kind)
         for got, true in zip(dparams, dparams_true, strict=True):
             if got is not None:
@@ -44,33 +57,42 @@ def test_true_counts_forward_and_backward(row, rng):
                 np.testing.assert_allclose(got, true, rtol=1e-3, atol=1e-5 * np.abs(true).max(), err_msg=kind)
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
+@functools.partial(jax.jit, static_argnums=0)
+def output_gradients_and_tangent(row, params, x, mask, g, v):
+    apply = lambda params, x: row.apply(params, x, mask=mask)
+    y, vjp = jax.vjp(apply, params, x)
+    return y, vjp(g), jax.jvp(apply, (params, x), (params, v))[1]
+
+
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_poison_in_the_padding_reaches_nothing(row, poison, rng):
+def test_poison_in_the_padding_reaches_nothing(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape), draw(rng, row.shape)
     mask = rng.random(row.shape[:-1]) < 0.7
     full = in_rank(mask, row.shape)
     g = np.where(full, g, 0.0).astype(np.float32)  # the loss looks at valid elements only
-    apply = lambda params, x: row.apply(params, x, mask=mask)
-    clean, clean_vjp = jax.vjp(apply, params, np.where(full, x, np.float32(0.0)))
-    y, vjp = jax.vjp(apply, params, np.where(full, x, np.float32(poison)))
-    np.testing.assert_array_equal(y[full], clean[full])
-    assert np.all(np.isfinite(y))
-    for got, want in zip(jax.tree.leaves(vjp(g)), jax.tree.leaves(clean_vjp(g)), strict=True):
-        assert np.all(np.isfinite(got))
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
-    tangent = jax.jvp(apply, (params, np.where(full, x, np.float32(poison))), (params, jnp.asarray(x)))[1]
-    assert np.all(np.isfinite(tangent[full]))
+
+    def of(padding):
+        holed = np.where(full, x, np.float32(padding))
+        return jax.tree.map(np.asarray, output_gradients_and_tangent(row, params, holed, mask, g, x))
+
+    clean, clean_gradients, _ = of(0.0)
+    for poison in (np.nan, np.inf, -np.inf, 3e38):
+        y, gradients, tangent = of(poison)
+        np.testing.assert_array_equal(y[full], clean[full])
+        assert np.all(np.isfinite(y))
+        for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(clean_gradients), strict=True):
+            assert np.all(np.isfinite(got))
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+        assert np.all(np.isfinite(tangent[full]))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_nothing_at_all_is_finite_and_still(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, dtype=np.float16), draw(rng, row.shape, dtype=np.float16)
-    mask = np.zeros(row.shape, bool)
-    y, vjp = jax.vjp(lambda p, x: row.apply(p, x, mask=mask), params, x)
-    bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param)
+    ((y, *gradients),) = outputs_and_gradients(row, params, x, [np.zeros(row.shape, bool)], [g])
+    bias = np.float32(0.0) if params.bias is None else np.reshape(np.asarray(params.bias), row.param)
     np.testing.assert_array_equal(y, np.broadcast_to(row.activated(bias), row.shape).astype(np.float16))
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(vjp(g)))
+    assert all(np.all(np.isfinite(np.asarray(leaf))) for leaf in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -86,19 +108,24 @@ def test_weights(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 2.0), draw(rng, row.shape)
     weights = rng.uniform(0.1, 2.0, row.shape).astype(np.float32)
     weights[rng.random(row.shape) < 0.2] = 0.0
-    y, vjp = jax.vjp(lambda p, x: row.apply(p, x, weights=weights), params, x)
+
+    @jax.jit
+    def run(params, x, weights):
+        y, vjp = jax.vjp(lambda x, weights: row.apply(params, x, weights=weights), x, weights)
+        return y, *vjp(jnp.asarray(g))
+
+    y, dx, dweights = map(np.asarray, run(params, x, weights))
     np.testing.assert_allclose(y, row.truth(params, x, weights=weights).y, rtol=1e-5, atol=1e-5)
-    dx = row.gradients(params, x, g, weights=weights)[0]
-    np.testing.assert_allclose(vjp(jnp.asarray(g))[1], dx, rtol=1e-4, atol=1e-5 * np.abs(dx).max())
+    dx_true = row.gradients(params, x, g, weights=weights)[0]
+    np.testing.assert_allclose(dx, dx_true, rtol=1e-4, atol=1e-5 * np.abs(dx_true).max())
     # Weights are differentiable: against differences of the float64 truth.
-    dweights = jax.grad(lambda w: jnp.vdot(row.apply(params, x, weights=w), g))(weights)
     direction = rng.normal(size=row.shape) * (weights > 0)
     loss = lambda t: np.vdot(row.truth(params, x, weights=weights + t * direction).y, g)
     slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
     np.testing.assert_allclose(np.vdot(dweights, direction), slope, rtol=2e-3, atol=1e-3)
     # An element of weight zero is absent, whatever it holds.
     holed = np.where(weights == 0, np.float32(np.nan), x)
-    np.testing.assert_array_equal(row.apply(params, holed, weights=weights)[weights > 0], y[weights > 0])
+    np.testing.assert_array_equal(np.asarray(run(params, holed, weights)[0])[weights > 0], y[weights > 0])
 
 
 def test_weights_and_mask_together_and_integer_weights_are_repeats(rng):
