@@ -45,7 +45,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """`--rows mechanisms`: one row of the catalogue for each mechanism. `--versions`: the tests marked so, a row a norm."""
+    """`--rows mechanisms`: one row for each mechanism. `--versions`: the tests marked so, one row for each norm."""
     versions = config.getoption("--versions")
     if not versions and config.getoption("--rows") == "all":
         return

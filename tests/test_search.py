@@ -1,6 +1,6 @@
 """The random search of tests/search: a short run of it, what longer runs have found, and whether it would find anything.
 
-    python -m tests.search --cases 5000
+python -m tests.search --cases 5000
 """
 
 import dataclasses
@@ -60,7 +60,9 @@ def test_found_before(case):
         run.check(dataclasses.replace(case, seed=seed))
 
 
-_pair = Case("batch", (4, 2), (1,), scale=(1, 2), mask=(4, 2), transform="vjp", wrt=("x", "scale"), mean=30.0, density=0.97)
+_pair = Case(
+    "batch", (4, 2), (1,), scale=(1, 2), mask=(4, 2), transform="vjp", wrt=("x", "scale"), mean=30.0, density=0.97
+)
 _gated = Case("gated", (24, 40), (1,), gate=(24, 40), groups=10, activation="silu", transform="vjp", wrt=("x", "gate"))
 FOUND_OVER_DEVICES = {
     "one example and one channel on each device": Layout(_pair, (2, 4), (("b",), ("a",)), "explicit", sync=2, named=True),

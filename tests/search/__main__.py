@@ -46,7 +46,9 @@ def main() -> int:
         if wrong:
             failed += 1
             simple = case if args.no_shrink or program == last else shrunk(case)
-            print(f"# {index}: {case!r}", *(f"#   {line}" for line in wrong), f"check({simple!r})", sep="\n", flush=True)
+            print(
+                f"# {index}: {case!r}", *(f"#   {line}" for line in wrong), f"check({simple!r})", sep="\n", flush=True
+            )
             last = program
     if args.worst:
         print(*(f"# {name}: {ratio:.3f}" for name, ratio in sorted(run.WORST.items())), sep="\n")

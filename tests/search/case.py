@@ -182,7 +182,9 @@ def drawn(seed: int, index: int, per_program: int = 4, wide: bool = False) -> Ca
     pick = lambda *values: values[int(rng.integers(len(values)))]
     half = case.x_dtype in ("float16", "bfloat16")
     top = 3.0 if half else 1e4
-    magnitude = 10 ** rng.uniform(-30, 30) if wide and case.x_dtype != "float16" else 10 ** rng.uniform(-3, 4 - 2 * half)
+    magnitude = (
+        10 ** rng.uniform(-30, 30) if wide and case.x_dtype != "float16" else 10 ** rng.uniform(-3, 4 - 2 * half)
+    )
     poison = None
     absent = case.mask is not None or case.weights is not None
     if absent and rng.random() < 0.25:
@@ -235,7 +237,7 @@ def _program(rng: np.random.Generator) -> Case:
     if norm == "gated":
         more |= dict(gate=pick(shape, shape, spread(shape)), norm_before_gate=chance(0.5))
     if norm not in ("normalize",):
-        more["mask"] = pick(None, None, shape, spread(shape), shape[:-1] + (1,), shape[:1] + (1,) * (rank - 1))
+        more["mask"] = pick(None, None, shape, spread(shape), (*shape[:-1], 1), shape[:1] + (1,) * (rank - 1))
     if norm in ("batch", "moments") and chance(0.4):
         more["weights"] = pick(shape, spread(shape), shape[:1] + (1,) * (rank - 1))
     if norm == "batch":

@@ -15,15 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from oracle import wide
 from test_devices import mesh_of, placed
 from test_layouts import moved
 
-import jaxnorm as jn
-
-from . import run, truth
+from . import run
 from .case import Case, operands
-from .truth import Bounds
 
 Shape = tuple[int, ...]
 NAMES = "abc"
@@ -91,7 +87,7 @@ def failures(layout: Layout) -> list[str]:
     case = layout.case
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        o, _, mask, state, g, t = run._data(case)
+        o, _, mask, state, g, _ = run._data(case)
         g = {k: a[0] for k, a in g.items()}
         want = _truth(layout, o, mask, state, g)
         try:
@@ -138,11 +134,11 @@ def _on_devices(layout: Layout, o: dict, mask, state, g: dict):
     like = lambda shape: P(*(None if n == 1 else s for n, s in zip(shape, of_x, strict=True)))
     whole = layout.params == "whole" and layout.way == "jit"
     put = lambda a: P() if whole and a.shape != case.shape else like(a.shape)
-    specs = ({k: put(a) for k, a in o.items()}, None if mask is None else like(mask.shape), {k: of_x for k in g})
+    specs = ({k: put(a) for k, a in o.items()}, None if mask is None else like(mask.shape), dict.fromkeys(g, of_x))
     of_state = P(*(of_x[a] for a in case.axes))
     f = train
     if layout.way == "shard_map":
-        outs = {**{k: of_x for k in g}, **{k: of_state for k in run._as_dict(state)}}
+        outs = {**dict.fromkeys(g, of_x), **dict.fromkeys(run._as_dict(state), of_state)}
         f = jax.shard_map(train, mesh=mesh, in_specs=(*specs, of_state), out_specs=(outs, specs[0]))
     with jax.set_mesh(mesh):
         sharded = lambda tree, specs: {k: placed(mesh, (a, specs[k]))[0] for k, a in tree.items()}
@@ -224,7 +220,9 @@ def drawn(seed: int, index: int) -> Layout:
         way, named = "jit", False
     if named:
         crossed = tuple((i, shards - 1 - i) for i in range(shards // 2))
-        sync = pick("global", "local", *(k for k in (1, 2, 4, 8) if shards % k == 0), crossed if shards > 1 else "local")
+        sync = pick(
+            "global", "local", *(k for k in (1, 2, 4, 8) if shards % k == 0), crossed if shards > 1 else "local"
+        )
     if norm in ("group", "gated"):
         size, split = shape[axes[0]], math.prod(sizes[n] for n in spec[axes[0]])
         counts = [d for d in range(1, size + 1) if size % d == 0]
@@ -256,9 +254,17 @@ def shrunk(layout: Layout) -> Layout:
     changed = True
     while changed:
         changed = False
-        tried = [(k, v) for k, v in plain.items() if getattr(layout.case, k) != v and (k, layout.case.norm) != ("activation", "gated")]
+        tried = [
+            (k, v)
+            for k, v in plain.items()
+            if getattr(layout.case, k) != v and (k, layout.case.norm) != ("activation", "gated")
+        ]
         candidates = [dataclasses.replace(layout, case=dataclasses.replace(layout.case, **{k: v})) for k, v in tried]
-        candidates += [dataclasses.replace(layout, **{k: v}) for k, v in (("kind", "auto"), ("params", "like")) if getattr(layout, k) != v]
+        candidates += [
+            dataclasses.replace(layout, **{k: v})
+            for k, v in (("kind", "auto"), ("params", "like"))
+            if getattr(layout, k) != v
+        ]
         for candidate in candidates:
             case = dataclasses.replace(candidate.case, wrt=tuple(operands(candidate.case)[0]))
             candidate = dataclasses.replace(candidate, case=case)

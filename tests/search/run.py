@@ -18,7 +18,10 @@ from .case import Case, operands, simpler
 from .truth import Bounds, half_ulp
 
 MOMENTS = ("count", "mean", "m2")
-BACKENDS = {"kernels": None, "xla": "xla"}  # by default, and with `_kernels.cpu.pays` always true: kernels where there are
+BACKENDS = {
+    "kernels": None,
+    "xla": "xla",
+}  # by default, and with `_kernels.cpu.pays` always true: kernels where there are
 
 
 def check(case: Case) -> None:
@@ -199,7 +202,11 @@ def _truth(case: Case, given) -> dict:
             each = {**o, **{k: moving[k] for k in case.wrt}}
             parts.append(_of_one(case, each, mask, state, {k: a[min(i, len(a) - 1)] for k, a in g.items()}, t))
         keep = "d_" if case.transform == "vmap-vjp" else ""
-        names = [n for n in parts[0] if n.startswith("d_") == bool(keep) and n.split()[0] not in ("running", "tangent", "second")]
+        names = [
+            n
+            for n in parts[0]
+            if n.startswith("d_") == bool(keep) and n.split()[0] not in ("running", "tangent", "second")
+        ]
         return {f"mapped {n}": tuple(np.stack([p[n][j] for p in parts]) for j in (0, 1)) for n in names}
     found = _of_one(case, o, mask, state, {k: a[0] for k, a in g.items()}, t)
     starts = {"value": (), "vjp": ("d_",), "jvp": ("tangent",)}.get(case.transform)
@@ -258,7 +265,10 @@ def _of_one(case: Case, o: dict, mask, state, g: dict, t: dict) -> dict:
         out[f"d_{name}"] = true, tolerance
     moving = {k: v for k, v in moving.items() if k in o}
     slope = truth.along(lambda o: truth.forward(how, o)["y"], o, moving)
-    out["tangent of y"] = np.where(hidden, 0.0, slope), np.where(hidden, np.inf, bounds.tangent(case.out, moving, slope))
+    out["tangent of y"] = (
+        np.where(hidden, 0.0, slope),
+        np.where(hidden, np.inf, bounds.tangent(case.out, moving, slope)),
+    )
     curve = truth.along(lambda o: truth.gradients(how, o, slope_g), o, moving)
     if how.given and "weights" in o:
         curve["weights"] = np.zeros(o["weights"].shape)
@@ -285,7 +295,9 @@ def _second_size(how, bounds, g, moving, o, name):
     spread = 1.0 + top(a["xhat"])
     inner = top(rate) * spread
     h = top(each["h"] + np.abs(g) * a["s"]) * a["n"] ** 0
-    moved = top(np.abs(moving.get("scale", 0.0)) * np.abs(g) * spread + np.abs(moving.get("bias", 0.0)) * np.abs(g) + 0 * a["x"])
+    moved = top(
+        np.abs(moving.get("scale", 0.0)) * np.abs(g) * spread + np.abs(moving.get("bias", 0.0)) * np.abs(g) + 0 * a["x"]
+    )
     total_rate = inner * spread**2 + 1.0
     base = (h * (1 + a["s"]) * total_rate + moved * (1 + a["s"]) * spread) * spread
     if how.gate == "after":
@@ -315,7 +327,9 @@ def _poisoned(case: Case, how, o: dict):
     if not _spreads(case):
         sure = bad & (how.activation is None or how.gate is not None)
         return sure, (bad if how.given else group) & ~sure
-    w = np.broadcast_to(o.get("weights", 1.0), case.shape) * np.broadcast_to(True if how.mask is None else how.mask, case.shape)
+    w = np.broadcast_to(o.get("weights", 1.0), case.shape) * np.broadcast_to(
+        True if how.mask is None else how.mask, case.shape
+    )
     return group & (w != 0), group & (w == 0)
 
 
@@ -395,9 +409,13 @@ def _of_moments(case: Case, how, o, g, t, dtypes) -> dict:
     tx, tw = np.abs(t.get("x", 0.0)), np.where(bounds.t["keep"], np.abs(t.get("weights", 0.0)), 0.0)
     sums = lambda v: total(v + np.zeros(case.shape), how.labels)
     steps = dict(
-        count=sums(tw), mean=sums(a["w"] * tx + tw * near) / a["safe"], m2=sums(2 * a["w"] * tx * near + 2 * tw * near**2)
+        count=sums(tw),
+        mean=sums(a["w"] * tx + tw * near) / a["safe"],
+        m2=sums(2 * a["w"] * tx * near + 2 * tw * near**2),
     )
-    empty = (a["n"] == 0) & ("weights" in t)  # the derivatives in the directions of weights are not those of one function
+    empty = (a["n"] == 0) & (
+        "weights" in t
+    )  # the derivatives in the directions of weights are not those of one function
     for k in MOMENTS:
         out[f"tangent of {k}"] = slopes[k][dims], np.where(empty, np.inf, 2 * u * steps[k] + 1e-37)[dims]
     for k in case.wrt:
@@ -446,5 +464,7 @@ def _compared(got: dict, want: dict) -> list[str]:
         if (error > allowed).any():
             i = int(ratio.argmax())
             at, value = np.argwhere(looked_at)[i].tolist(), a[looked_at][i]
-            out.append(f"{name}{at} is {value:.9g}, should be {true[looked_at][i]:.9g}: off by {error[i]:.2g} of {allowed[i]:.2g}")
+            out.append(
+                f"{name}{at} is {value:.9g}, should be {true[looked_at][i]:.9g}: off by {error[i]:.2g} of {allowed[i]:.2g}"
+            )
     return out

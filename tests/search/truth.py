@@ -77,7 +77,9 @@ def forward(how: Setting, o: dict) -> dict:
     if how.gate != "before":
         d = np.where(poisoned, 0.0, d)
     with np.errstate(divide="ignore", invalid="ignore"):
-        r = np.where(((n.real == 0) & (not how.given)) | ((v + how.epsilon).real == 0), 0.0, 1.0 / np.sqrt(v + how.epsilon))
+        r = np.where(
+            ((n.real == 0) & (not how.given)) | ((v + how.epsilon).real == 0), 0.0, 1.0 / np.sqrt(v + how.epsilon)
+        )
     s = o["scale"] + how.offset if "scale" in o else 1.0  # an absent scale is 1 whatever the offset
     s, b = s + np.zeros(x.shape), o.get("bias", 0.0) + np.zeros(x.shape)
     xhat = d * r
@@ -96,7 +98,7 @@ def gradients(how: Setting, o: dict, g) -> dict:
 def cotangents(how: Setting, t: dict, g) -> dict:
     """The same before they are summed to the shapes of broadcast operands; with t all of `forward`."""
     f, df = F[how.activation]
-    x, gate, w, n, mu, v, r, xhat, z = (t[k] for k in ("x", "gate", "w", "safe", "mu", "v", "r", "xhat", "z"))
+    x, gate, w, n, v, r, xhat, z = (t[k] for k in ("x", "gate", "w", "safe", "v", "r", "xhat", "z"))
     out = {}
     gz = g * f(gate) if how.gate == "after" else g if how.gate else g * df(z)
     if how.gate == "after":
@@ -208,7 +210,9 @@ class Bounds:
             each["x"] = du
             if how.gate == "before":
                 each["x"] = du * f + a["du"] * df
-                each["gate"] = STEEP * du * t["x"] + a["du"] * np.where(t["poisoned"], 0.0, t["x"]) * u * (2 + t["gate"])
+                each["gate"] = STEEP * du * t["x"] + a["du"] * np.where(t["poisoned"], 0.0, t["x"]) * u * (
+                    2 + t["gate"]
+                )
         out = {}
         for name, error in each.items():
             if name in dtypes:
