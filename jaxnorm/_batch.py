@@ -21,7 +21,7 @@ from ._checks import (
     checked_axes,
     checked_dtype,
     checked_epsilon,
-    checked_flag,
+    checked_flags,
     checked_min_count,
     checked_momentum,
     checked_number,
@@ -157,13 +157,10 @@ def batch_norm(
     channels = checked_axes(norm, x.ndim, axis)
     features = tuple(x.shape[a] for a in channels)
     scale, bias = given_params(norm, params)
-    flags = dict(
-        update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
+    update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = checked_flags(
+        norm, update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
         unbiased_running_var=unbiased_running_var,
     )  # fmt: skip
-    update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = (
-        checked_flag(norm, what, flag) for what, flag in flags.items()
-    )
     old: Any = _checked_state(norm, state, channels, x, needs_count=momentum is None or zero_debias)
     checked_momentum(norm, momentum)
     min_count = checked_min_count(norm, min_count)
@@ -183,7 +180,7 @@ def batch_norm(
 
     def by_running() -> Array:
         return normalize_given(
-            x, old.mean, old.var, scale, bias, present(mask, weights), axis=channels, epsilon=epsilon,
+            seen, old.mean, old.var, scale, bias, present(mask, weights), axis=channels, epsilon=epsilon,
             scale_offset=scale_offset, activation=activation, dtype=dtype, implementation=implementation,
         )  # fmt: skip
 

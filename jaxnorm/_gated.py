@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, checked_flag, plain, shown
+from ._checks import as_float_array, checked_axes, checked_flags, plain, shown
 from ._group import checked_group_count, in_groups, spans_devices
 from ._habits import explained
 from ._rms import checked_cast
@@ -87,7 +87,7 @@ def gated_rms_norm(
     checked_cast(norm, cast)
     x = as_float_array(norm, x, rank=1, layout="the normalized axis among its own")
     (channel,) = checked_axes(norm, x.ndim, axis, most=1)
-    before = not checked_flag(norm, "norm_before_gate", norm_before_gate)
+    (norm_before_gate,) = checked_flags(norm, norm_before_gate=norm_before_gate)
     if activation is None:
         raise ValueError(f'{norm}: activation=None gates by nothing. Write activation="silu", or rms_norm(x) * gate.')
     groups = 1 if group_size is None else checked_group_count(norm, x.shape[channel], None, group_size)
@@ -110,7 +110,7 @@ def gated_rms_norm(
         epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
         implementation=implementation, centered=False, round_before_scale=cast == "before_scale",
-        gate=_aligned_gate(norm, gate, x), gate_where="before" if before else "after",
+        gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
         view=lambda a: a if one else in_groups(a, x.shape, channel, groups),
     )  # fmt: skip
 

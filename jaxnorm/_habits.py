@@ -1,7 +1,7 @@
-"""Wrong calls, explained: keywords of other libraries, missing arguments, and too many.
+"""Messages for calls that do not fit a signature: keywords of other libraries, missing arguments, too many arguments.
 
-Python refuses such a call before the function runs. `explained` replaces that bare TypeError by one that shows the line
-to write. The signature stays as it is, for `inspect`, `help` and type checkers.
+Python raises a bare TypeError for such a call before the function runs. `explained` replaces it by one that shows the
+line to write. `inspect`, `help` and type checkers still see the function's own signature.
 """
 
 from __future__ import annotations

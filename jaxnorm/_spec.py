@@ -19,7 +19,7 @@ from ._checks import (
     checked_axis_name,
     checked_dtype,
     checked_epsilon,
-    checked_flag,
+    checked_flags,
     checked_index_groups,
     checked_number,
     counted,
@@ -82,14 +82,14 @@ class Norm(Protocol):
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def spec(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass, whose constructor explains a wrong call."""
+    """Make a frozen, keyword-only dataclass whose constructor explains a wrong call."""
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     cls.__init__ = explained("spec")(cls.__init__)
     return cls
 
 
 def given_params(norm: str, params: Params) -> tuple[Any, Any]:
-    """The scale and the bias in params, be they `Affine`, a dict, or None."""
+    """Return the scale and the bias in params: an `Affine`, a dict, or None."""
     if params is None:
         return None, None
     if type(params) is Affine or (type(params) is tuple and len(params) == 2):
@@ -141,7 +141,7 @@ class Spec:
             if field.name == "param_dtype" or (field.name == "dtype" and value is not None):
                 value = as_dtype(name, value, field.name)
             elif isinstance(field.default, bool):
-                value = checked_flag(name, field.name, value)
+                (value,) = checked_flags(name, **{field.name: value})
             else:
                 value = plain(value)
             refuse_array(name, field.name, value, field.default)
@@ -183,7 +183,7 @@ class Spec:
         return axis if isinstance(axis, tuple) else (axis,)
 
     def _check_features(self, shape: tuple[int, ...]) -> None:
-        """Features have no more axes than `axis` names, and some spare ones; x.shape has."""
+        """Raise if features have more axes than `axis` names, as x.shape has. Some norms allow `_spare_axes` more."""
         axes = self._axes()
         if len(shape) > len(axes) + self._spare_axes:
             of_x = tuple(shape[a] for a in axes if -len(shape) <= a < len(shape))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._checks import checked_axis_name, checked_flag, checked_min_count, checked_momentum, shown
+from ._checks import checked_axis_name, checked_flags, checked_min_count, checked_momentum
 from ._habits import explained
 from ._kernels.xla import safe, square, widest
 from ._moments import Moments, merge, merge_across
@@ -74,7 +74,7 @@ def update_state(
     checked_momentum("update_state", momentum)
     min_count = checked_min_count("update_state", min_count)
     flags = dict(skip_nonfinite=skip_nonfinite, zero_debias=zero_debias, unbiased_running_var=unbiased_running_var)
-    skip, debias, unbiased = (checked_flag("update_state", what, flag) for what, flag in flags.items())
+    skip, debias, unbiased = checked_flags("update_state", **flags)
 
     def one(old: RunningStats, seen) -> RunningStats:
         refuse_moments("update_state", old, "jaxnorm.update_state(state, moments)")
@@ -231,7 +231,7 @@ def _one(name: str, f: Callable, node, *others):
 def _stats(name: str, node) -> RunningStats | Moments:
     if not is_stats(node):
         raise TypeError(
-            f"{name}: the tree holds {shown(node)}, which is no running statistic. Write the state alone: "
+            f"{name}: the tree holds {type(node).__name__}, which is no running statistic. Write the state alone: "
             "RunningStats, or the batch_stats of a Flax model."
         )
     return as_stats(node)
@@ -250,13 +250,13 @@ def refuse_moments(name: str, state, write: str) -> None:
 
 
 def as_stats(node) -> RunningStats | Moments:
-    """Running statistics, or moments, in whichever form they came."""
+    """Return running statistics or moments, given as NamedTuples or mappings, as NamedTuples."""
     named = {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(node)}
     return Moments(**named) if "m2" in named else RunningStats(**named)
 
 
 def as_given(node, new: RunningStats | Moments) -> Any:
-    """New statistics in the form of the old: the tree that `node` is."""
+    """Return new statistics in the form of the old: as the tree that `node` is."""
     if type(node) is type(new):
         return new
     order = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import initializers
 
 from ._install import missing_flax
@@ -63,7 +64,8 @@ class _Norm(nn.Module):
     def __post_init__(self):
         ours = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
         for option in dataclasses.fields(ours):  # pyright: ignore[reportArgumentType]
-            refuse_array(type(self).__name__, option.name, getattr(self, option.name), option.default)
+            if isinstance(value := getattr(self, option.name), (np.ndarray, jax.Array)):
+                refuse_array(type(self).__name__, option.name, value, option.default)
         super().__post_init__()
 
     @nn.nowrap

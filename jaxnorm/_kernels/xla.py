@@ -71,7 +71,10 @@ def widest(*dtypes):
 
     Floats of 8 bits and fewer, which JAX promotes to nothing, count as float32.
     """
-    dtypes = [jnp.float32 if is_narrow(d) else d for d in dtypes]
+    for d in dtypes:
+        if jnp.dtype(d).itemsize == 1:
+            dtypes = [jnp.float32 if is_narrow(t) else t for t in dtypes]
+            break
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
