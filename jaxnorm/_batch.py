@@ -22,9 +22,11 @@ from ._checks import (
     checked_dtype,
     checked_epsilon,
     checked_momentum,
+    quiet_padding,
     warn_if_single,
 )  # fmt: skip
 from ._kernels import checked_implementation
+from ._kernels.varying import sharded_like
 from ._kernels.xla import Reduction, Statistics
 from ._moments import Moments
 from ._normalize import Affine, as_affine, normalize
@@ -159,12 +161,14 @@ def batch_norm(
 
     scale = aligned_param(norm, "scale", scale, x.shape, channels)
     bias = aligned_param(norm, "bias", bias, x.shape, channels)
+    scale, bias, mask, weights = (None if a is None else sharded_like(x, a) for a in (scale, bias, mask, weights))
+    x = quiet_padding(x, mask, weights)
+    args = (x, scale, bias, mask, weights)
     out = checked_dtype(norm, dtype, x, scale, bias)
     axes = tuple(a for a in range(x.ndim) if a not in channels)
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
     how = Reduction(axes, one_pass=True)
-    args = (x, scale, bias, mask, weights)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, activation=activation)
     with bound_axes(norm, axis_name):
         y, stats = standardize_together(

@@ -9,18 +9,27 @@ import math
 import operator
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+from ._kernels.xla import present
 
 Array = jax.Array
+
+
+def as_array(x) -> Array:
+    """`jnp.asarray`, without the copy that it makes of a traced array: `jax.debug_nans` stops there at NaN padding."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def as_float_array(norm: str, x, *, rank: int = 0, layout: str = "", what: str = "x") -> Array:
     """x as a floating or complex array; integers and booleans are promoted to JAX's default float, never truncated."""
     try:
-        x = jnp.asarray(x)
+        x = as_array(x)
     except TypeError as error:
         got = type(x).__name__
         raise TypeError(f"{norm}: {what} must be an array, got {got}. Write jnp.asarray({what}).") from error
@@ -89,6 +98,33 @@ def aligned_mask(norm: str, mask, shape: tuple[int, ...], *, what: str = "mask")
     return mask.reshape(leading if trailing is None else trailing)
 
 
+def quiet_padding(x: Array, mask: Array | None, weights: Array | None = None) -> Array:
+    """x itself; under `jax.debug_nans` and `jax.debug_infs`, x with finite values where it is masked out.
+
+    The switches check the result of every operation that runs outside of jit, and a NaN in padding is no mistake of the
+    user's. Values and derivatives are those of `xla.cleaned`.
+    """
+    config: Any = jax.config
+    keep = present(mask, weights) if config.jax_debug_nans or config.jax_debug_infs else None
+    return x if keep is None else _finite_padding(x, keep)
+
+
+@jax.custom_jvp
+def _finite_padding(x: Array, keep: Array) -> Array:
+    """By comparisons, whose results are booleans, and no operation of `jnp`, which may copy x first."""
+    keep, zero = jnp.broadcast_to(keep, x.shape), lax.full_like(x, 0)
+    if jnp.iscomplexobj(x):
+        return lax.select(keep | lax.eq(x, x), x, zero)
+    most = lax.full_like(x, min(1e30, float(jnp.finfo(x.dtype).max)))
+    finite = lax.le(-most, x) & lax.le(x, most)
+    return lax.select(keep | finite, x, lax.select(lax.gt(x, most), most, lax.select(lax.lt(x, -most), -most, zero)))
+
+
+@_finite_padding.defjvp
+def _(primals, tangents):
+    return _finite_padding(*primals), tangents[0]
+
+
 def aligned_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature_axes: tuple[int, ...]) -> Array | None:
     """A scale or bias with x's rank: of the feature shape, put at the feature axes, or of one that broadcasts to x."""
     if param is None:
@@ -123,7 +159,7 @@ def checked_momentum(norm: str, momentum: float | None) -> None:
         )
 
 
-def warn_if_single(norm: str, x: Array, axes: tuple[int, ...], per: str) -> None:
+def warn_if_single(norm: str, x: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...], per: str) -> None:
     """Say so when every statistic would come from one element: its variance is 0, and the output is the bias."""
     if x.size and math.prod(x.shape[a] for a in axes) == 1:
         warnings.warn(

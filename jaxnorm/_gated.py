@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ._activation import Activation
 from ._checks import as_float_array, checked_axes
-from ._group import checked_group_count, in_groups
+from ._group import checked_group_count, in_groups, spans_devices
 from ._rms import checked_cast
 from ._spec import normalize_rows
 
@@ -100,6 +100,7 @@ def gated_rms_norm(
         implementation=implementation, centered=False, round_before_scale=cast == "before_scale",
         gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
         view=lambda a: a if one else in_groups(a, x.shape, channel, groups),
+        spans_devices=not one and spans_devices(x, channel, groups),
     )  # fmt: skip
 
 

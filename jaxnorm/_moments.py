@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._checks import aligned_mask, as_float_array, checked_axes
+from ._checks import aligned_mask, as_float_array, checked_axes, quiet_padding
 from ._kernels import xla
-from ._kernels.varying import varying_as
+from ._kernels.varying import broadcast_like, varying_as
 from ._kernels.xla import Reduction, Statistics, safe
 
 Array = jax.Array
@@ -82,6 +82,7 @@ def moments(x, axes: int | Sequence[int] | None = None, *, mask=None, weights=No
     axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     mask, weights = (aligned_mask("moments", m, x.shape, what=w) for m, w in ((mask, "mask"), (weights, "weights")))
     mask = None if mask is None else mask.astype(bool)
+    x = quiet_padding(x, mask, weights)
     return _as_moments(statistics(Reduction(axes), x, mask, weights), axes)
 
 
@@ -156,7 +157,7 @@ def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, 
     z = how.unit * ((xla.cleaned(x, mask, weights) - stats.shift) - stats.offset)
     dz = None if dx is None else how.unit * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
-    like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
+    like = lambda d, out: varying_as(out, broadcast_like(out, jnp.asarray(d, out.dtype)))
     mean = d1 / (safe(stats.count) * how.unit).astype(stats.offset.dtype) if how.centered else 0.0
     still = jnp.zeros_like(stats.shift)
     return Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
@@ -180,10 +181,10 @@ def tangent_sums(how, z, mask, weights, dz, dweights):
         dz = dz if weights is None else dz * weights.astype(z.dtype)
         sums = [total(dz), 2.0 * total((jnp.conj(z) * dz).real if jnp.iscomplexobj(z) else z * dz)]
     if dweights is not None:
-        dw = jnp.broadcast_to(dweights.astype(z.real.dtype), z.shape)
+        dw = dweights.astype(z.real.dtype)
         of_weights = [total(dw.astype(a.dtype) * a) for a in (z, xla.square(z))]
         sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
-        sums.append(total(dw))
+        sums.append(xla.count(z, mask, dw, how.axes))
     if how.axis_name is not None and sums:
         sums = sum_across(sums, how.axis_name, how.groups)
     d1, d2, dn = sums + [0.0] * (3 - len(sums))
@@ -264,12 +265,13 @@ def sum_across(parts: list, axis_name: AxisName, groups) -> list:
 def _max_across(a: Array, keep: Array, axis_name: AxisName, groups) -> Array:
     """The largest kept value over devices, 0 where there is none; of complex values the real and imaginary parts'."""
     parts = [a.real, a.imag] if jnp.iscomplexobj(a) else [a]
-    parts = [jnp.where(keep, lax.stop_gradient(p), -jnp.inf) for p in parts]
+    least = xla.lowest(parts[0].dtype)
+    parts = [jnp.where(keep, lax.stop_gradient(p), least) for p in parts]
     if groups is None:
         tops = list(lax.pmax(tuple(parts), axis_name))
     else:
-        tops = _in_groups(lambda slots: lax.pmax(slots, axis_name), parts, -jnp.inf, axis_name, groups)
-    tops = [jnp.where(jnp.isneginf(t), 0.0, t) for t in tops]
+        tops = _in_groups(lambda slots: lax.pmax(slots, axis_name), parts, least, axis_name, groups)
+    tops = [xla.zero_for_lowest(t) for t in tops]
     return lax.complex(*tops) if jnp.iscomplexobj(a) else tops[0]
 
 
@@ -285,7 +287,7 @@ def _in_groups(collective, parts, empty, axis_name, groups):
 
 
 def _slot(size: int, index: Array, ndim: int) -> Array:
-    return jnp.reshape(jnp.arange(size) == index, (size,) + (1,) * ndim)
+    return jnp.reshape(jnp.arange(size, dtype=index.dtype) == index, (size,) + (1,) * ndim)
 
 
 def checked_groups(groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:

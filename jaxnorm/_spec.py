@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._activation import checked_activation, checked_name
-from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon
+from ._checks import aligned_mask, aligned_param, checked_dtype, checked_epsilon, quiet_padding
 from ._kernels import checked_implementation
+from ._kernels.varying import sharded_like
 from ._kernels.xla import Recipe, Reduction, widest
 from ._moments import checked_groups
 from ._normalize import Affine, standardize, standardize_sum, sums_within
@@ -174,18 +175,24 @@ def normalize_stream(
     norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
     centered=True, round_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = lambda a: a,
+    spans_devices=False,
 ) -> tuple[Array, Array]:  # fmt: skip
     """The same of a residual stream with x added to it, and that stream; of x where there is no residual.
 
     Arguments are checked and brought to x's rank for `standardize`. `view` maps x, and what broadcasts against it, to
     the shape whose `axes` are the ones reduced. A `gate`, which has x's rank, multiplies what it is asked to
-    (`gate_where` is "before" or "after") by its activation.
+    (`gate_where` is "before" or "after") by its activation. `spans_devices`: the view splits an axis where types of an
+    Explicit mesh cannot follow, so that jit partitions the norm, as it does on an Auto mesh.
     """
     checked_implementation(norm, implementation)
     scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
     bias = aligned_param(norm, "bias", bias, x.shape, feature_axes)
     mask = aligned_mask(norm, mask, x.shape)
     mask = None if mask is None else mask.astype(bool)
+    if residual is not None:
+        x, residual = together(x, residual)
+    scale, bias, mask, gate = (None if a is None else sharded_like(x, a) for a in (scale, bias, mask, gate))
+    x, gate = quiet_padding(x, mask), None if gate is None else quiet_padding(gate, mask)
     out = checked_dtype(norm, dtype, x, scale, bias)
     of = (x, residual, scale, bias) if gate is None else (gate,)
     checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
@@ -195,14 +202,20 @@ def normalize_stream(
     more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
     if residual is not None:
-        x, residual = together(x, residual)
         if sums_within(recipe, x, residual, scale, bias, mask):
             return standardize_sum(norm, recipe, x, residual, scale, bias)
         x = added(x, residual)
     stream = x
-    if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
-        x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
-    x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))
-    with bound_axes(norm, axis_name):
-        y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)
-    return y.reshape(stream.shape), stream
+    if mask is not None and names is None:
+        seen = jax.eval_shape(view, jax.ShapeDtypeStruct(mask.shape, mask.dtype)).shape
+        if all(seen[a] == 1 for a in axes):
+            x, gate, mask = _kept_rows(mask, x), None if gate is None else _kept_rows(mask, gate), None
+
+    def normalized(*args) -> Array:
+        x, scale, bias, mask, gate = jax.tree.map(view, args)
+        with bound_axes(norm, axis_name):
+            y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)
+        return y.reshape(stream.shape)
+
+    run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans_devices else normalized
+    return run(x, scale, bias, mask, gate), stream

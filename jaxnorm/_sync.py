@@ -21,7 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from ._kernels.varying import entry_names
 from ._kernels.xla import Recipe, Statistics
 from ._moments import across, combine
 from ._normalize import standardize
@@ -83,7 +86,7 @@ def standardize_together(
     how = replace(recipe.how, axis_name=inner or None, groups=groups)
     y, stats = standardize(norm, replace(recipe, how=how), *args)
     if groups is not None:  # all members of a group know its statistics: the first brings them
-        first = jnp.isin(lax.axis_index(names), jnp.asarray([members[0] for members in groups]))
+        first = jnp.isin(lax.axis_index(names), jnp.asarray([members[0] for members in groups], jnp.int32))
         stats = stats._replace(count=jnp.where(first, stats.count, 0.0), m2=jnp.where(first, stats.m2, 0.0))
     return y, _merged(stats, outer, recipe) if outer and whole else stats
 
@@ -170,11 +173,22 @@ def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array
         return _split(jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)]), batch, ghosts, size)
 
     local = replace(how, axes=tuple(a + 1 for a in how.axes))
-    y, stats = standardize(norm, replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
-    y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
-    y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
-    stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
-    return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
+
+    def normalized(*args) -> tuple[Array, Statistics]:
+        y, stats = standardize(norm, replace(recipe, how=local), *map(view, args))
+        y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
+        y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
+        stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
+        return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
+
+    run: Any = normalized
+    sharding = jax.typeof(x).sharding
+    devices = math.prod(sharding.mesh.shape[name] for name in entry_names(sharding.spec[batch]))
+    if devices > 1 and (padding or ghosts % devices):  # a ghost batch on several devices, of which types have no word
+        reduced = P(*(None if a in how.axes else entry for a, entry in enumerate(sharding.spec)))
+        of_statistics = Statistics(*[NamedSharding(sharding.mesh, reduced)] * 4)
+        run = jax.sharding.auto_axes(normalized, out_sharding=(sharding, of_statistics))
+    return run(x, scale, bias, mask, weights)
 
 
 def _split(a: Array, axis: int, *sizes: int) -> Array:

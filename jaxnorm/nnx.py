@@ -31,6 +31,7 @@ from jax.nn import initializers
 
 from . import _flax
 from ._activation import Activation
+from ._checks import as_array
 from ._flax import Axes, Initializer, Layout
 from ._group import checked_group_count
 from ._spec import RunningStats
@@ -115,7 +116,7 @@ class _RowNorm(_Norm):
           ValueError: scale or bias is given to a layer that has its own.
           TypeError: x has not as many features as the layer.
         """
-        x = jnp.asarray(x)
+        x = as_array(x)
         layout = self._layout(x.shape)
         scale, bias = self._parameters(x.shape, layout.features, scale, bias)
         args = (x, scale) if isinstance(self, RMSNorm) and bias is None else (x, scale, bias)
@@ -234,7 +235,7 @@ class GatedRMSNorm(_Norm):
           ValueError: scale is given to a layer that has its own.
           TypeError: x has not as many features as the layer.
         """
-        x = jnp.asarray(x)
+        x = as_array(x)
         features = _flax.canonical(self, "axis", x.ndim, self.axis)
         scale, _ = self._parameters(x.shape, features, scale, None)
         dtype = self._output_dtype((x, scale))
@@ -408,7 +409,7 @@ class BatchNorm(_Norm):
                 "BatchNorm: use_running_average is neither the layer's nor the call's. Write model.train() or "
                 "model.eval(), nnx.view(model, use_running_average=False), or norm(x, use_running_average=False)."
             )
-        x = jnp.asarray(x)
+        x = as_array(x)
         features = _flax.batch_features(self, x)
         stored = (self.mean, self.var) if self.count is None else (self.mean, self.var, self.count)
         stats = RunningStats(*(variable[...] for variable in stored))
