@@ -27,11 +27,13 @@ from ._checks import (
     checked_number,
     counted,
     elsewhere,
+    quiet_padding,
     shown,
     warn_if_single,
 )
 from ._habits import explained
 from ._kernels import checked_implementation
+from ._kernels.varying import sharded_like
 from ._kernels.xla import Reduction, Statistics, present
 from ._moments import Moments
 from ._normalize import Affine, as_affine, normalize_given
@@ -189,12 +191,13 @@ def batch_norm(
 
     scale = aligned_param(norm, "scale", scale, x.shape, channels)
     bias = aligned_param(norm, "bias", bias, x.shape, channels)
+    scale, bias, mask, weights = (None if a is None else sharded_like(x, a) for a in (scale, bias, mask, weights))
+    args = (quiet_padding(seen, mask, weights), scale, bias, mask, weights)
     out = checked_dtype(norm, dtype, x, scale, bias)
     axes = tuple(a for a in range(x.ndim) if a not in channels)
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
     how = Reduction(axes, one_pass=True)
-    args = (seen, scale, bias, mask, weights)
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, activation=activation)
     with bound_axes(norm, axis_name):
         y, stats = standardize_together(

@@ -16,7 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
+
+from ._kernels.xla import present
 
 Array = jax.Array
 
@@ -133,12 +136,17 @@ def checked_index_groups(norm: str, what: str, groups) -> tuple[tuple[int, ...],
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
+def as_array(x) -> Array:
+    """`jnp.asarray`, without the copy that it makes of a traced array: `jax.debug_nans` stops there at NaN padding."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
 def as_float_array(norm: str, x, *, rank: int = 0, layout: str = "", what: str = "x") -> Array:
     """x as a floating or complex array; integers and booleans are promoted to JAX's default float, never truncated."""
     if hasattr(x, "_fields"):  # params or a state
         raise TypeError(f"{norm}: {what} must be an array, got {shown(x)}. Write {norm}(x, ...): x comes first.")
     try:
-        x = jnp.asarray(x)
+        x = as_array(x)
     except TypeError as error:
         got = type(x).__name__
         raise TypeError(f"{norm}: {what} must be an array, got {got}. Write jnp.asarray({what}).") from error
@@ -297,6 +305,37 @@ def elsewhere(shape: tuple[int, ...], x_shape: tuple[int, ...], axes: tuple[int,
     return next(fitting, None)
 
 
+def quiet_padding(x: Array, mask: Array | None, weights: Array | None = None) -> Array:
+    """Return x. Under `jax.debug_nans` and `jax.debug_infs`, masked-out elements of the result are finite.
+
+    The switches check the result of every operation outside of jit, and a NaN in padding is no mistake of the user's.
+    The number is one that `xla.centered` takes for padding, if x's dtype can hold it.
+    """
+    config: Any = jax.config
+    keep = present(mask, weights) if config.jax_debug_nans or config.jax_debug_infs else None
+    if keep is None:
+        return x
+    shared = tuple(a for a, n in enumerate(x.shape) if n == 1)
+    return _finite_padding(x, keep.any(shared, keepdims=True))
+
+
+@jax.custom_jvp
+def _finite_padding(x: Array, keep: Array) -> Array:
+    """By comparisons, whose results are booleans, and no operation of `jnp`, which may copy x first."""
+    keep = jnp.broadcast_to(keep, x.shape)
+    if jnp.iscomplexobj(x):
+        return lax.select(keep | lax.eq(x, x), x, lax.full_like(x, 0))
+    top = float(jnp.finfo(x.dtype).max)
+    most = lax.full_like(x, min(1e30, top))
+    usable = lax.le(lax.neg(most), x) & lax.le(x, most)
+    return lax.select(keep | usable, x, lax.full_like(x, min(2e30, top)))
+
+
+@_finite_padding.defjvp
+def _(primals, tangents):
+    return _finite_padding(*primals), tangents[0]
+
+
 def aligned_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature_axes: tuple[int, ...]) -> Array | None:
     """A scale or bias with x's rank: of the feature shape, put at the feature axes, or of one that broadcasts to x."""
     if param is None:
@@ -351,7 +390,7 @@ def checked_momentum(norm: str, momentum) -> None:
         _warned_of.add(float(momentum))
 
 
-def warn_if_single(norm: str, x: Array, axes: tuple[int, ...], per: str) -> None:
+def warn_if_single(norm: str, x: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...], per: str) -> None:
     """Say so when every statistic would come from one element: its variance is 0, and the output is the bias."""
     if x.size and math.prod(x.shape[a] for a in axes) == 1:
         warn(

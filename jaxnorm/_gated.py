@@ -5,8 +5,6 @@ Legend: C channels, G groups of them, f the activation of the gate.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -97,14 +95,6 @@ def gated_rms_norm(
             f"axis_name={shown(axis_name)} would merge them with those of others. Write axis_name=None."
         )
     one = groups == 1  # then x is seen as it is
-    if not one and spans_devices(x, channel, groups):
-        alone = lambda x, gate, scale, mask: gated_rms_norm(
-            x, gate, scale, axis=channel, group_size=group_size, norm_before_gate=norm_before_gate,
-            activation=activation, epsilon=epsilon, scale_offset=scale_offset, cast=cast, mask=mask, dtype=dtype,
-            implementation=implementation,
-        )  # fmt: skip
-        partitioned: Any = jax.sharding.auto_axes(alone, out_sharding=jax.typeof(x).sharding)
-        return partitioned(x, gate, scale, mask)
     return normalize_rows(
         norm, x, scale, None, (channel if one else channel + 1,), (channel,),
         epsilon=epsilon, scale_offset=scale_offset,
@@ -112,6 +102,7 @@ def gated_rms_norm(
         implementation=implementation, centered=False, round_before_scale=cast == "before_scale",
         gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
         view=lambda a: a if one else in_groups(a, x.shape, channel, groups),
+        spans_devices=not one and spans_devices(x, channel, groups),
     )  # fmt: skip
 
 

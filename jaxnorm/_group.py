@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from ._activation import Activation
 from ._checks import as_float_array, checked_axes, plain, refuse_a_shape, shown, warn_if_single
 from ._habits import explained
+from ._kernels.varying import entry_names
 from ._kernels.xla import known
 from ._normalize import Affine
 from ._spec import Features, RowSpec, normalize_rows, spec
@@ -91,22 +91,14 @@ def group_norm(
     # In the view the channel axis c is two: the groups at c, and the channels of a group at c + 1.
     reduced = tuple(a if a < channel else a + 1 for a in given)
 
-    view = lambda a: in_groups(a, x.shape, channel, groups)
-    if spans_devices(x, channel, groups):
-        alone = lambda x, scale, bias, mask: group_norm(
-            x, scale, bias, num_groups=groups, axis=channel, reduction_axes=given, epsilon=epsilon,
-            scale_offset=scale_offset, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups,
-            activation=activation, dtype=dtype, implementation=implementation,
-        )  # fmt: skip
-        partitioned: Any = jax.sharding.auto_axes(alone, out_sharding=jax.typeof(x).sharding)
-        return partitioned(x, scale, bias, mask)
     if axis_name is None:
-        warn_if_single("group_norm", view(x), reduced, "group")
+        shape = (*x.shape[:channel], groups, x.shape[channel] // max(groups, 1), *x.shape[channel + 1 :])
+        warn_if_single("group_norm", jax.ShapeDtypeStruct(shape, x.dtype), reduced, "group")
     return normalize_rows(
         "group_norm", x, scale, bias, reduced, (channel,), epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
         implementation=implementation,
-        view=view,
+        view=lambda a: in_groups(a, x.shape, channel, groups), spans_devices=spans_devices(x, channel, groups),
     )  # fmt: skip
 
 
@@ -117,18 +109,9 @@ def in_groups(a: Array, shape: tuple[int, ...], channel: int, groups: int) -> Ar
 
 
 def spans_devices(x: Array, channel: int, groups: int) -> bool:
-    """Whether a group of channels is on several devices of an Explicit mesh.
-
-    Its types cannot say how an axis is split into such groups. So the norm runs with `auto_axes`: jit partitions it
-    well.
-    """
+    """Whether a group of channels is on several devices of an Explicit mesh. Its types cannot express such a split."""
     sharding = jax.typeof(x).sharding
-    return bool(groups % math.prod(sharding.mesh.shape[name] for name in _names(sharding.spec[channel])))
-
-
-def _names(entry) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+    return bool(groups % math.prod(sharding.mesh.shape[name] for name in entry_names(sharding.spec[channel])))
 
 
 def checked_group_count(

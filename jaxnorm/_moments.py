@@ -23,12 +23,13 @@ from ._checks import (
     checked_axis_name,
     checked_index_groups,
     counted,
+    quiet_padding,
     shown,
 )
 from ._exported import exported
 from ._habits import explained
 from ._kernels import checked_implementation, xla
-from ._kernels.varying import varying_as
+from ._kernels.varying import broadcast_like, varying_as
 from ._kernels.xla import Reduction, Statistics, safe
 
 Array = jax.Array
@@ -98,6 +99,7 @@ def moments(
     axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     x, mask = counted("moments", x, mask)
     weights = aligned_weights("moments", weights, x.shape)
+    x = quiet_padding(x, mask, weights)
     checked_implementation("moments", implementation)
     if implementation not in (None, "xla", "lax"):
         raise ValueError(f'moments: implementation={implementation!r} has no moments. Write "xla", "lax", or None.')
@@ -188,7 +190,7 @@ def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, 
     z = how.unit * xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
     dz = None if dx is None else how.unit * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
-    like = lambda d, out: varying_as(out, jnp.broadcast_to(jnp.asarray(d, out.dtype), out.shape))
+    like = lambda d, out: varying_as(out, broadcast_like(out, jnp.asarray(d, out.dtype)))
     mean = d1 / (safe(stats.count) * how.unit).astype(stats.offset.dtype) if how.centered else 0.0
     still = jnp.zeros_like(stats.shift)
     return Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
@@ -213,9 +215,8 @@ def tangent_sums(how, z, mask, weights, dz, dweights):
         sums = [total(dz), 2.0 * total((jnp.conj(z) * dz).real if jnp.iscomplexobj(z) else z * dz)]
     if dweights is not None:
         dweights = dweights.astype(z.real.dtype)  # once, or the cotangents of its two uses would be added in its dtype
-        dw = jnp.broadcast_to(dweights, z.shape)
         z = z if mask is None else jnp.where(mask, z, 0.0)  # before it is squared, which may overflow
-        of_weights = [total(dw.astype(a.dtype) * a) for a in (z, xla.square(z))]
+        of_weights = [total(dweights.astype(a.dtype) * a) for a in (z, xla.square(z))]
         sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
         sums.append(xla.count(z, mask, dweights, how.axes))  # of the shape that the count has
     if how.axis_name is not None and sums:
@@ -298,12 +299,13 @@ def sum_across(parts: list, axis_name: AxisName, groups) -> list:
 def _max_across(a: Array, keep: Array, axis_name: AxisName, groups) -> Array:
     """The largest kept value over devices, 0 where there is none; of complex values the real and imaginary parts'."""
     parts = [a.real, a.imag] if jnp.iscomplexobj(a) else [a]
-    parts = [jnp.where(keep, lax.stop_gradient(p), -jnp.inf) for p in parts]
+    least = xla.lowest(parts[0].dtype)
+    parts = [jnp.where(keep, lax.stop_gradient(p), least) for p in parts]
     if groups is None:
         tops = list(lax.pmax(tuple(parts), axis_name))
     else:
-        tops = _in_groups(lambda slots: lax.pmax(slots, axis_name), parts, -jnp.inf, axis_name, groups)
-    tops = [jnp.where(jnp.isneginf(t), 0.0, t) for t in tops]
+        tops = _in_groups(lambda slots: lax.pmax(slots, axis_name), parts, least, axis_name, groups)
+    tops = [xla.zero_for_lowest(t) for t in tops]
     return lax.complex(*tops) if jnp.iscomplexobj(a) else tops[0]
 
 
@@ -319,7 +321,7 @@ def _in_groups(collective, parts, empty, axis_name, groups):
 
 
 def _slot(size: int, index: Array, ndim: int) -> Array:
-    return jnp.reshape(jnp.arange(size) == index, (size,) + (1,) * ndim)
+    return jnp.reshape(jnp.arange(size, dtype=index.dtype) == index, (size,) + (1,) * ndim)
 
 
 def checked_groups(groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from ._habits import explained
 from ._kernels import checked_implementation, rooms, xla
 from ._kernels.fused import Fused
 from ._kernels.partition import Across
-from ._kernels.varying import varying, varying_as
+from ._kernels.varying import broadcast_like, sharded_like, tangent_like, varying, varying_as
 from ._kernels.xla import Recipe, Statistics, safe, widest
 from ._moments import across, none_for_zero, statistics, statistics_tangent, sum_across, tangent_sums
 from ._stream import added, added_tangent, rounded
@@ -154,7 +154,7 @@ def _(recipe, primals, tangents):
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
     tangent = xla.recomputed(functools.partial(_output_tangent, recipe), recipe.how.plain)
     dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights))
-    return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+    return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
 # The same where a room of kernels may run it: one primitive forward, and one, linear, for the tangent.
@@ -213,13 +213,13 @@ def _in_room_with_tangent(recipe: Recipe, primals, tangents):
     y, stats, new = _differentiable_in_room(recipe, *primals)
     if new is None:
         dy = _fused.tangent(recipe, x, stats, scale, (dx, dscale, dbias))
-        return (y, stats, None), (x, dx), (varying_as(y, dy), None)
+        return (y, stats, None), (x, dx), (tangent_like(y, dy), None)
     dx = added_tangent(residual.dtype, dx, dresidual)
     if dx is None:
         dy, dnew = _fused.tangent(recipe, new, stats, scale, (None, dscale, dbias)), jnp.zeros_like(new)
     else:
         dy, dnew = _fused.tangent_of_sum(recipe, new, stats, scale, (dx, dscale, dbias))
-    return (y, stats, new), (new, dx), (varying_as(y, dy), varying_as(new, dnew))
+    return (y, stats, new), (new, dx), (tangent_like(y, dy), tangent_like(new, dnew))
 
 
 # --- with an activation or a gate around it, by either ----------------------------------------------------------------
@@ -258,7 +258,7 @@ def _(recipe, plain, in_room, primals, tangents):
     # As in the norm within: of what the map keeps, x and the gate alone have x's size. It makes z anew.
     tangent = xla.recomputed(functools.partial(_around_tangent, recipe, plain, in_room), recipe.how.plain)
     dy = tangent(stats, *primals, none_for_zero(tangents))
-    return (y, stats), (varying_as(y, dy), jax.tree.map(jnp.zeros_like, stats))
+    return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
 def _around_tangent(recipe, plain, in_room, stats, x, scale, bias, mask, weights, gate, tangents) -> Array:
@@ -323,8 +323,8 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
     if dbias is not None:
         plus.append(dbias.astype(wide))
     times, plus = (_summed_first(terms, x, how.plain) if terms else None for terms in (times, plus))
-    dy = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
-    return jnp.broadcast_to(dy, x.shape).astype(recipe.dtype)
+    dy: Any = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
+    return broadcast_like(x, dy).astype(recipe.dtype)
 
 
 def _summed_first(terms: list[Array], x: Array, plain: bool) -> Array:
@@ -401,6 +401,7 @@ def normalize_given(
     mean, var, scale, bias = (
         aligned_param("normalize", w, p, x.shape, axes) for w, p in zip(names, (mean, var, scale, bias), strict=True)
     )
+    mean, var, scale, bias = (None if p is None else sharded_like(x, p) for p in (mean, var, scale, bias))
     out = checked_dtype("normalize", dtype, x, mean, scale, bias)
     checked_activation("normalize", activation, x.shape, x.dtype)
     scale_offset = checked_number("normalize", "scale_offset", scale_offset, "1.0")

@@ -24,12 +24,14 @@ from ._checks import (
     checked_number,
     counted,
     plain,
+    quiet_padding,
     refuse_array,
     shown,
 )
 from ._exported import exported
 from ._habits import explained
 from ._kernels import checked_implementation
+from ._kernels.varying import sharded_like
 from ._kernels.xla import Recipe, Reduction, recomputed, widest
 from ._normalize import Affine, standardize, standardize_sum, sums_within
 from ._stream import added, together
@@ -280,18 +282,23 @@ def normalize_stream(
     norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
     centered=True, round_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = lambda a: a,
+    spans_devices=False,
 ) -> tuple[Array, Array]:  # fmt: skip
     """The same of a residual stream with x added to it, and that stream; of x where there is no residual.
 
     Arguments are checked and brought to x's rank for `standardize`. `view` maps x, and what broadcasts against it, to
     the shape whose `axes` are the ones reduced. A `gate`, which has x's rank, multiplies what it is asked to
-    (`gate_where` is "before" or "after") by its activation.
+    (`gate_where` is "before" or "after") by its activation. `spans_devices`: the view splits an axis where types of an
+    Explicit mesh cannot follow, so that jit partitions the norm, as it does on an Auto mesh.
     """
     checked_implementation(norm, implementation)
     scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
     bias = aligned_param(norm, "bias", bias, x.shape, feature_axes)
     checked_axis_name(norm, axis_name)
     scale_offset = checked_number(norm, "scale_offset", scale_offset, "1.0")
+    if residual is not None:
+        x, residual = together(x, residual)
+    scale, bias, gate = (None if a is None else sharded_like(x, a) for a in (scale, bias, gate))
     out = checked_dtype(norm, dtype, x, scale, bias)
     of = (x, residual, scale, bias) if gate is None else (gate,)
     checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
@@ -305,20 +312,28 @@ def normalize_stream(
     recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
     lax_alone = recipe.how.plain
     if residual is not None:
-        x, residual = together(x, residual)
         if sums_within(recipe, x, residual, scale, bias, mask):
             return standardize_sum(norm, recipe, x, residual, scale, bias)
         x = added(lax_alone, x, residual)
     stream = x
     x, mask = counted(norm, x, mask)
-    if mask is not None and names is None and all(view(mask).shape[a] == 1 for a in axes):
-        kept_rows = recomputed(_kept_rows, lax_alone)  # keeps the mask as it came
-        # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient that
-        # is summed in the gate's own dtype.
-        of_gate = () if gate is None else tuple(a for a, n in enumerate(gate.shape) if n == 1)
-        gate = None if gate is None else kept_rows(mask.any(of_gate, keepdims=True), gate)
-        x, mask = kept_rows(mask, x), None
-    x, scale, bias, mask, gate = jax.tree.map(view, (x, scale, bias, mask, gate))
-    with bound_axes(norm, axis_name):
-        y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)
-    return y.reshape(stream.shape), stream
+    mask = None if mask is None else sharded_like(x, mask)
+    x, gate = quiet_padding(x, mask), None if gate is None else quiet_padding(gate, mask)
+    if mask is not None and names is None:
+        seen: Any = jax.eval_shape(view, mask) if spans_devices else view(mask)
+        if all(seen.shape[a] == 1 for a in axes):
+            kept_rows = recomputed(_kept_rows, lax_alone)  # keeps the mask as it came
+            # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient
+            # that is summed in the gate's own dtype.
+            of_gate = () if gate is None else tuple(a for a, n in enumerate(gate.shape) if n == 1)
+            gate = None if gate is None else kept_rows(mask.any(of_gate, keepdims=True), gate)
+            x, mask = kept_rows(mask, x), None
+
+    def normalized(*args) -> Array:
+        x, scale, bias, mask, gate = jax.tree.map(view, args)
+        with bound_axes(norm, axis_name):
+            y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)
+        return y.reshape(stream.shape)
+
+    run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans_devices else normalized
+    return run(x, scale, bias, mask, gate), stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax import lax
 
 from ._checks import checked_axis_name, checked_flags, checked_min_count, checked_momentum
 from ._habits import explained
+from ._kernels.varying import with_sharding_of
 from ._kernels.xla import safe, square, widest
 from ._moments import Moments, merge, merge_across
 from ._spec import RunningStats, bound_axes
@@ -149,6 +151,18 @@ def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
 _NOTHING = 1e-20  # a weight beside which every count is infinite
 
 
+def _sharded_as_the_state(f: Callable) -> Callable:
+    """f(state, moments, ...) of arrays sharded as the state's mean; each result is sharded as what it replaces."""
+
+    @functools.wraps(f)
+    def run(state, moments, *options):
+        alike = lambda tree: jax.tree.map(functools.partial(with_sharding_of, state.mean), tree)
+        return jax.tree.map(with_sharding_of, state, f(alike(state), alike(moments), *options))
+
+    return run
+
+
+@_sharded_as_the_state
 def updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
     """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
     acc = widest(state.var.dtype, batch.m2.dtype)
@@ -202,6 +216,7 @@ def _debiased(part, momentum, count: Array) -> Array:
     return jnp.where((count == 1.0) | (momentum == 0.0), 1.0, jnp.where(momentum == 1.0, 1.0 / count, share))
 
 
+@_sharded_as_the_state
 def accumulated(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:
     """The moments of what was seen before and of this batch."""
     new, keep = merge(seen, batch), True

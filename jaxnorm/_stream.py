@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._kernels.varying import varying_together
+from ._kernels.varying import sharded_together, varying_together
 from ._kernels.xla import accumulator, is_narrow, widest
 from ._moments import none_for_zero
 
@@ -27,11 +27,7 @@ def rounded(y: Array, dtype) -> Array:
 
 def together(x: Array, residual: Array) -> tuple[Array, Array]:
     """Both with what the types of shard_map and of Explicit meshes say of their sum."""
-    x, residual = varying_together(x, residual)
-    if jax.typeof(x).sharding == jax.typeof(residual).sharding:
-        return x, residual
-    sharding = jax.typeof(jnp.zeros_like(x, jnp.float32) + jnp.zeros_like(residual, jnp.float32)).sharding
-    return jax.sharding.reshard(x, sharding), jax.sharding.reshard(residual, sharding)
+    return sharded_together(*varying_together(x, residual))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

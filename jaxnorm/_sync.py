@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._checks import checked_axis_name, checked_index_groups, plain, shown
+from ._kernels.varying import entry_names
 from ._kernels.xla import Recipe, Statistics
 from ._moments import across, combine
 from ._normalize import standardize
@@ -90,7 +92,7 @@ def standardize_together(
     how = replace(recipe.how, axis_name=inner or None, groups=groups)
     y, stats = standardize(norm, replace(recipe, how=how), *args)
     if groups is not None:  # all members of a group know its statistics: the first brings them
-        first = jnp.isin(lax.axis_index(names), jnp.asarray([members[0] for members in groups]))
+        first = jnp.isin(lax.axis_index(names), jnp.asarray([members[0] for members in groups], jnp.int32))
         stats = stats._replace(count=jnp.where(first, stats.count, 0.0), m2=jnp.where(first, stats.m2, 0.0))
     return y, _merged(stats, outer, recipe) if outer and whole else stats
 
@@ -158,7 +160,7 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
     return y.reshape(x.shape), stats
 
 
-def _on_auto_axes(f, recipe: Recipe, args, whole: bool) -> tuple[Array, Statistics]:
+def _on_auto_axes(f: Callable, recipe: Recipe, args, whole: bool) -> tuple[Array, Statistics]:
     """f(*args) with jit deciding how arrays are sharded inside. The outputs are sharded as x is.
 
     The types of an Explicit mesh cannot shard two axes of an array over parts of one mesh axis, and JAX cannot lower a
@@ -191,11 +193,19 @@ def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array
         return _split(jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)]), batch, ghosts, size)
 
     local = replace(how, axes=tuple(a + 1 for a in how.axes))
-    y, stats = standardize(norm, replace(recipe, how=local), *map(view, (x, scale, bias, mask, weights)))
-    y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
-    y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
-    stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
-    return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
+
+    def normalized(*args) -> tuple[Array, Statistics]:
+        y, stats = standardize(norm, replace(recipe, how=local), *map(view, args))
+        y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
+        y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
+        stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
+        return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
+
+    args, sharding = (x, scale, bias, mask, weights), jax.typeof(x).sharding
+    devices = math.prod(sharding.mesh.shape[name] for name in entry_names(sharding.spec[batch]))
+    if devices > 1 and (padding or ghosts % devices):  # a ghost batch is on several devices
+        return _on_auto_axes(normalized, recipe, args, whole=True)
+    return normalized(*args)
 
 
 def _split(a: Array, axis: int, *sizes: int) -> Array:

@@ -39,7 +39,7 @@ except ImportError as error:
 
 from . import _flax
 from ._activation import Activation
-from ._checks import refuse_array
+from ._checks import as_array, refuse_array
 from ._flax import Axes, Initializer, Layout
 from ._habits import explained
 from ._spec import RunningStats
@@ -119,7 +119,7 @@ class _RowNorm(_Norm):
         Raises:
           ValueError: scale or bias is given to a layer that has its own.
         """
-        x = jnp.asarray(x)
+        x = as_array(x)
         layout = self._layout(x.ndim)
         scale, bias = self._parameters(x.shape, layout.features, scale, bias)
         dtype = _flax.output_dtype(self, x, scale, bias)  # pyright: ignore[reportAttributeAccessIssue]
@@ -250,7 +250,7 @@ class GatedRMSNorm(_Norm):
         Raises:
           ValueError: scale is given to a layer that has its own.
         """
-        x = jnp.asarray(x)
+        x = as_array(x)
         features = _flax.canonical(self, "axis", x.ndim, self.axis)
         scale, _ = self._parameters(x.shape, features, scale, None)
         dtype = _flax.output_dtype(self, x, scale)
@@ -420,7 +420,7 @@ class BatchNorm(_Norm):
         if not (self.frozen and unsaid):
             use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         train = False if self.frozen else _flax.training(use_running_average)
-        x = jnp.asarray(x)
+        x = as_array(x)
         features = _flax.batch_features(self, x)
         shape = tuple(x.shape[a] for a in features)
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype

@@ -39,7 +39,7 @@ except ImportError as error:
 
 from . import _flax
 from ._activation import Activation
-from ._checks import plain, refuse_array, shown
+from ._checks import as_array, plain, refuse_array, shown
 from ._flax import Axes, Initializer, Layout
 from ._group import checked_group_count
 from ._habits import explained
@@ -135,7 +135,7 @@ class _RowNorm(_Norm):
           ValueError: scale or bias is given to a layer that has its own.
           TypeError: x has not as many features as the layer.
         """
-        x = jnp.asarray(x)
+        x = as_array(x)
         layout = self._layout(x.shape)
         scale, bias = self._parameters(x.shape, layout.features, scale, bias)
         args = (x, scale) if isinstance(self, RMSNorm) and bias is None else (x, scale, bias)
@@ -258,7 +258,7 @@ class GatedRMSNorm(_Norm):
           ValueError: scale is given to a layer that has its own.
           TypeError: x has not as many features as the layer.
         """
-        x = jnp.asarray(x)
+        x = as_array(x)
         features = _flax.canonical(self, "axis", x.ndim, self.axis)
         scale, _ = self._parameters(x.shape, features, scale, None)
         dtype = self._output_dtype((x, scale))
@@ -442,7 +442,7 @@ class BatchNorm(_Norm):
                 "BatchNorm: use_running_average is neither the layer's nor the call's. Write model.train() or "
                 "model.eval(), nnx.view(model, use_running_average=False), or norm(x, use_running_average=False)."
             )
-        x = jnp.asarray(x)
+        x = as_array(x)
         features = _flax.batch_features(self, x)
         stored = (self.mean, self.var) if self.count is None else (self.mean, self.var, self.count)
         stats = RunningStats(*(variable[...] for variable in stored))

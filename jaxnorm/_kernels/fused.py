@@ -24,6 +24,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
@@ -32,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, TANGENT, Call, packed
 from .partition import Across
 from .rooms import by_devices, check_platform, register
-from .varying import varying_as, varying_together
+from .varying import is_explicit, sharded_like, varying_as, varying_together, with_leading_axis
 from .xla import Recipe, Statistics, accumulator
 
 Array = jax.Array
@@ -92,10 +93,10 @@ class Fused:
         """The transpose of the tangent, by JAX; with that of a stream added to it before it is rounded."""
         x, *stats, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
         stats = Statistics(_count(call.recipe, x), *stats)
-        zeros = lambda shape: None if shape is None else varying_as(x, jnp.zeros(shape, accumulator(x)))
+        zero = lambda shape: varying_as(x, sharded_like(x, jnp.zeros(shape, accumulator(x))))
         along = lambda *tangents: self._tangent(call.recipe, x, stats, scale, tangents)
         still = jnp.zeros_like(x, None if g_stream is None else accumulator(x))
-        dx, *gradients = jax.vjp(along, still, *map(zeros, call.wanted))[1](g)
+        dx, *gradients = jax.vjp(along, still, *(None if s is None else zero(s) for s in call.wanted))[1](g)
         dx = dx if g_stream is None else (dx + g_stream.astype(dx.dtype)).astype(x.dtype)
         return dx, *(d for d in gradients if d is not None)
 
@@ -104,8 +105,7 @@ class Fused:
     def _primitive(self, name: str, formula: Callable, types: Callable, kernel: str | None = None) -> Primitive:
         primitive = Primitive(name)
         primitive.multiple_results = True
-        compiled = functools.cache(lambda call: jax.jit(functools.partial(primitive.bind, call=call)))
-        primitive.def_impl(lambda *operands, call: compiled(call)(*operands))
+        primitive.def_impl(_compiled(primitive, formula))
         primitive.def_abstract_eval(types)
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
         mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(formula, multiple_results=True)))
@@ -144,6 +144,28 @@ class Fused:
         return self._backward(recipe, wanted, *primals), jax.jvp(formula, at, along)[1]
 
 
+def _compiled(primitive: Primitive, formula: Callable) -> Callable:
+    """What a primitive does outside of jit: a program of its own for each `Call`, compiled also under `disable_jit`."""
+
+    @functools.cache
+    def program(call: Call) -> Callable:
+        def run(*operands):
+            # JAX itself calls this function on arrays to find the operation that made a NaN, under `debug_nans`. The
+            # formula has operations; the primitive would come back here.
+            traced = any(isinstance(a, Tracer) for a in operands)
+            return primitive.bind(*operands, call=call) if traced else formula(*operands, call=call)
+
+        return jax.jit(run)
+
+    def implementation(*operands, call: Call):
+        if not jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+            return program(call)(*operands)
+        with jax.disable_jit(False):
+            return program(call)(*operands)
+
+    return implementation
+
+
 def _bind(primitive: Primitive, recipe: Recipe, order, *operands, **static) -> list[Array]:
     names, there = packed(order, operands)
     return primitive.bind(*varying_together(*there), call=Call(recipe, names, **static))
@@ -153,11 +175,14 @@ def _batched(primitive: Primitive, operands, dims, *, call: Call):
     """A new axis of x is more examples: it goes to the front, and the axes reduced move on."""
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
     each = any(s is not None for s in call.wanted)  # then there is a gradient for each of the new axis
+    entries = [jax.typeof(a).sharding.spec[d] for a, d in zip(operands, dims, strict=True) if d is not None]
+    entry = next((e for e in entries if e is not None), None)  # how the new axis is sharded, on an Explicit mesh
 
     def in_front(i: int, a: Array, d: int | None) -> Array:
         if d is not None:
             return jnp.moveaxis(a, d, 0)
-        return jnp.broadcast_to(a, (1 if call.is_parameter(i) and not each else size, *a.shape))
+        one = call.is_parameter(i) and not each
+        return with_leading_axis(a, 1 if one else size, None if one else entry)
 
     operands = [in_front(i, a, d) for i, (a, d) in enumerate(zip(operands, dims, strict=True))]
     out = primitive.bind(*varying_together(*operands), call=call.batched(size))
@@ -181,11 +206,13 @@ def _count(recipe: Recipe, x) -> Array:
 
 
 def _like(gradient: Array, aval) -> Array:
-    """A gradient in the dtype and, on an Explicit mesh, with the sharding that its operand has."""
+    """A gradient in the dtype and, on an Explicit mesh, with the sharding that its operand has.
+
+    There it is resharded also from that very sharding, by which XLA knows it. XLA chooses the shardings of the kernel's
+    results otherwise: by what becomes of the gradient of scale, it may compute dx in parts that it has to gather.
+    """
     gradient = gradient.astype(aval.dtype)
-    if jax.typeof(gradient).sharding != aval.sharding and not aval.sharding.mesh.empty:
-        gradient = jax.sharding.reshard(gradient, aval.sharding)
-    return gradient
+    return jax.sharding.reshard(gradient, aval.sharding) if is_explicit(aval.sharding.mesh) else gradient
 
 
 # --- types ------------------------------------------------------------------------------------------------------------

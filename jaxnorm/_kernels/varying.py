@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
@@ -13,6 +14,11 @@ Array = jax.Array
 def varying_as(like: Array, a: Array) -> Array:
     """a, marked to vary over the manual mesh axes that `like` varies over, as shard_map wants of a tangent."""
     return _varying_over(varying(like), a)
+
+
+def tangent_like(out: Array, t: Array) -> Array:
+    """A tangent with what the type of its primal says besides the shape and the dtype."""
+    return varying_as(out, with_sharding_of(out, t))
 
 
 def varying_together(*arrays: Array) -> tuple[Array, ...]:
@@ -25,6 +31,70 @@ def varying(a: Array) -> frozenset:
     """The manual axes that a varies over; the type says so under another name in newer versions of JAX."""
     kind = jax.typeof(a)
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
+
+
+def sharded_like(x: Array, a: Array) -> Array:
+    """a, whose axes have x's sizes or size 1, sharded as x is along the former; only types of Explicit meshes say how.
+
+    Parameters, masks and gates come to x in this way. JAX resharding is linear: a gradient goes back to where a was.
+    """
+    sharding = jax.typeof(x).sharding
+    spec = [None if n == 1 else entry for n, entry in zip(a.shape, sharding.spec, strict=True)]
+    return resharded(a, sharding.mesh, spec)
+
+
+def with_sharding_of(like: Array, a: Array) -> Array:
+    """a with the sharding of an array of its rank."""
+    return resharded(a, jax.typeof(like).sharding.mesh, jax.typeof(like).sharding.spec)
+
+
+def broadcast_like(x: Array, a: Array) -> Array:
+    """a broadcast to x's shape and sharded as x is, in one operation: the gradient is summed where it is."""
+    if a.shape == x.shape:
+        return with_sharding_of(x, a)
+    return _broadcast(a, x.shape, jax.typeof(x).sharding)
+
+
+def with_leading_axis(a: Array, size: int, entry) -> Array:
+    """a, repeated along a new axis in front, which is sharded over the mesh axes of this entry."""
+    sharding = jax.typeof(a).sharding
+    return _broadcast(a, (size, *a.shape), NamedSharding(sharding.mesh, P(entry, *sharding.spec)))
+
+
+def _broadcast(a: Array, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
+    where: dict = {} if all(entry is None for entry in sharding.spec) else {"out_sharding": sharding}
+    return jnp.broadcast_to(a, shape, **where)
+
+
+def sharded_together(x: Array, y: Array) -> tuple[Array, Array]:
+    """Two arrays of one shape with the sharding of their sum; as y, where JAX has no rule for the sum."""
+    first, second = jax.typeof(x).sharding, jax.typeof(y).sharding
+    if first == second:
+        return x, y
+    each = list(zip(first.spec, second.spec, strict=True))
+    spec = [b if a is None else a for a, b in each]
+    names = [name for entry in spec for name in entry_names(entry)]
+    if any(a != b and None not in (a, b) for a, b in each) or len(names) != len(set(names)):
+        spec = second.spec
+    mesh = first.mesh if second.mesh.empty else second.mesh
+    return resharded(x, mesh, spec), resharded(y, mesh, spec)
+
+
+def resharded(a: Array, mesh, spec) -> Array:
+    """a with this sharding in its type."""
+    if mesh.empty or tuple(jax.typeof(a).sharding.spec) == tuple(spec):
+        return a
+    return jax.sharding.reshard(a, NamedSharding(mesh, P(*spec)))
+
+
+def is_explicit(mesh) -> bool:
+    """Whether the types of arrays on this mesh hold how they are sharded."""
+    return any(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def entry_names(entry) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def unvarying(kind):

@@ -357,10 +357,19 @@ def largest(x: Array, keep: Array, axes: tuple[int, ...]) -> Array:
     """The largest present value over `axes`, kept as size 1; 0 where there is none. Of complex values, by part."""
 
     def real(a):
-        top = jnp.max(a, axes, keepdims=True, where=keep, initial=-jnp.inf)
-        return jnp.where(jnp.isneginf(top), 0.0, top)
+        return zero_for_lowest(jnp.where(keep, a, lowest(a.dtype)).max(axes, keepdims=True))
 
     return lax.complex(real(x.real), real(x.imag)) if jnp.iscomplexobj(x) else real(x)
+
+
+def lowest(dtype) -> Any:
+    """What stands for "no value" under a maximum. It is finite, since `jax.debug_infs` stops at any infinity."""
+    return jnp.finfo(dtype).min
+
+
+def zero_for_lowest(top: Array) -> Array:
+    """A maximum, and 0 where it is of no value at all."""
+    return jnp.where(top <= lowest(top.dtype), 0.0, top)
 
 
 def _reduced_shape(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
