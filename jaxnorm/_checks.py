@@ -373,21 +373,23 @@ _warned_of: set[float] = set()
 
 def checked_momentum(norm: str, momentum) -> None:
     """A number, or a scalar array, whose value is checked where it is known: a schedule computes it in the program."""
-    if isinstance(momentum, jax.Array) and momentum.shape == () and jnp.issubdtype(momentum.dtype, jnp.floating):
-        if known(momentum) is None:
+    given = momentum
+    if isinstance(given, (jax.Array, np.ndarray)) and given.shape == () and jnp.issubdtype(given.dtype, jnp.floating):
+        if known(given) is None:
             return
-        momentum = float(momentum)
+        momentum = float(given)
     if momentum is not None and (not isinstance(momentum, (int, float, np.number)) or not 0 <= momentum <= 1):
         raise ValueError(
             f"{norm}: momentum is the weight of the old statistics, from 0 to 1, or None for the cumulative average; "
             f"got {shown(momentum)}. Write momentum=0.9 where torch has momentum=0.1."
         )
-    if isinstance(momentum, (float, np.floating)) and 0 < momentum <= _TORCH_LIKE and momentum not in _warned_of:
+    # An array follows a schedule, which may pass through small values.
+    if isinstance(given, (float, np.floating)) and 0 < given <= _TORCH_LIKE and given not in _warned_of:
         warn(
-            f"{norm}: momentum={momentum:g} keeps {100 * momentum:g} % of the old running statistics at each update: "
-            f"it is their weight, as in Flax. Write momentum={1 - momentum:g} where torch has momentum={momentum:g}."
+            f"{norm}: momentum={given:g} keeps {100 * given:g} % of the old running statistics at each update: it is "
+            f"their weight, as in Flax. Write momentum={1 - given:g} where torch has momentum={given:g}."
         )
-        _warned_of.add(float(momentum))
+        _warned_of.add(float(given))
 
 
 def warn_if_single(norm: str, x: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...], per: str) -> None:

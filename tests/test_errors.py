@@ -244,6 +244,7 @@ def test_torch_s_momentum_warns_once_at_the_line_that_gives_it():
             batch(momentum=0.03125)
     for quiet in (0.0, 0.25, 0.99, None):
         jn.BatchNorm(momentum=quiet)
+    jn.update_state(state, jn.moments(x, (0, 1)), momentum=jnp.array(0.015625))  # a schedule may pass through it
 
 
 # --- what messages do not print ---------------------------------------------------------------------------------------
