@@ -357,7 +357,8 @@ def largest(x: Array, keep: Array, axes: tuple[int, ...]) -> Array:
     """The largest present value over `axes`, kept as size 1; 0 where there is none. Of complex values, by part."""
 
     def real(a):
-        return zero_for_lowest(jnp.where(keep, a, lowest(a.dtype)).max(axes, keepdims=True))
+        none = lowest(a.dtype)
+        return zero_for_lowest(jnp.where(keep, a, none).max(axes, keepdims=True, initial=none))
 
     return lax.complex(real(x.real), real(x.imag)) if jnp.iscomplexobj(x) else real(x)
 
