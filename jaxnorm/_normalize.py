@@ -312,7 +312,8 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         dn, d1, d2 = tangent_sums(how, xhat, mask, weights, dx, dweights)
         if dweights is not None:
             in_unit = r.real / how.unit
-            d2 = d2 - dn * (((stats.m2 / n) * in_unit) * in_unit)  # var / (var + epsilon), in range
+            share = ((stats.m2 / n) * in_unit) * in_unit  # var / (var + epsilon), with derivatives that stay in range
+            d2 = d2 - dn * share
         times.append(-s * (d2 / (2.0 * n)).astype(wide))
         if how.centered:
             plus.append(-s * (d1 / n.astype(xhat.dtype)).astype(wide))

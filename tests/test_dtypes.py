@@ -183,8 +183,8 @@ def test_a_float64_x_keeps_its_precision_beside_float32_operands(rng):
         for number, f in enumerate(functions):
             y = f(x, **narrow)
             assert y.dtype == np.float64
-            wide = f(x, **jax.tree.map(np.float64, narrow))
-            np.testing.assert_allclose(y, wide, rtol=1e-12, atol=1e-13, err_msg=str(number))
+            want = f(x, **jax.tree.map(np.float64, narrow))
+            np.testing.assert_allclose(y, want, rtol=1e-12, atol=1e-13, err_msg=str(number))
 
 
 SPREAD = {  # operands that broadcast, over 4096 elements each
@@ -235,8 +235,7 @@ def test_rounding_before_the_scale_is_where_the_derivative_is_taken(gated, kerne
         return lambda x: jn.rms_norm(x, s, activation="sigmoid", implementation=implementation, **how)
 
     for implementation in (None, "xla"):
-        chosen = norm(implementation)
-        pull = lambda x, g, chosen=chosen: jax.vjp(chosen, x)[1](g)[0]
+        pull = lambda x, g, implementation=implementation: jax.vjp(norm(implementation), x)[1](g)[0]
         for run in (pull, jax.jit(pull)):
             dx = run(x, g)
             # Few elements round the other way, since float32 and float64 differ; none of the rest may.

@@ -3,6 +3,6 @@
     python -m tests.search --cases 5000 --seed 0        native kernels and XLA against the float64 truth
     python -m tests.search --devices --cases 200        layouts and `sync` over eight host devices, likewise
 
-A failure is printed as a line of Python that reproduces it, after simpler values of each dimension were tried. `case.py`
-says what is drawn, `truth.py` what is right and how far a result may be from it, `run.py` what is run.
+A failure is printed as a line of Python that reproduces it, after simpler values of each dimension were tried. What is
+drawn is in `case.py`, what is run in `run.py`, what is right and how far from it a result may be in `truth.py`.
 """

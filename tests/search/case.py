@@ -13,12 +13,13 @@ import numpy as np
 from .truth import Setting
 
 Shape = tuple[int, ...]
+MOMENTS = ("count", "mean", "m2")
 PARTS = ("x", "residual", "scale", "bias", "gate", "weights", "mean", "var")  # differentiable operands
 
 
 @dataclass(frozen=True)
 class Case:
-    """A norm and its options; shapes are in x's rank, with 1 where an operand broadcasts. None: there is no such one."""
+    """A norm and its options. Shapes have x's rank, with 1 where an operand broadcasts; None is an absent operand."""
 
     norm: str
     shape: Shape
@@ -142,8 +143,7 @@ def operands(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     for name, draw in draws.items():
         if (shape := case.shape_of(name)) is not None:
             o[name] = draw(shape)
-    o = {k: np.asarray(jnp.asarray(v.astype(np.float32 if case.dtype_of(k) != "float64" else v.dtype)).astype(case.dtype_of(k)))
-         if case.dtype_of(k) != "float64" else v for k, v in o.items()}  # fmt: skip
+    o = {k: v.astype(jnp.dtype(case.dtype_of(k))) for k, v in o.items()}
     if case.poison is not None:
         counts = np.broadcast_to(True if mask is None else mask, case.shape)
         if "weights" in o:

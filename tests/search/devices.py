@@ -20,6 +20,7 @@ from test_layouts import moved
 
 from . import run
 from .case import Case, operands
+from .expected import of_one
 
 Shape = tuple[int, ...]
 NAMES = "abc"
@@ -102,7 +103,7 @@ def _truth(layout: Layout, o, mask, state, g) -> dict:
     case = dataclasses.replace(layout.case, transform="vjp")
     shared = _Shared(**{f.name: getattr(case, f.name) for f in dataclasses.fields(Case)})
     object.__setattr__(shared, "shared", layout.labels())
-    return {k: v for k, v in run._of_one(shared, o, mask, state, g, {}).items() if not k.startswith(("tang", "sec"))}
+    return {k: v for k, v in of_one(shared, o, mask, state, g, {}).items() if not k.startswith(("tang", "sec"))}
 
 
 class _Shared(Case):
@@ -239,8 +240,9 @@ def drawn(seed: int, index: int) -> Layout:
     if norm == "batch":
         more["state"] = pick((("momentum", 0.9),), (("momentum", None),), (("unbiased_running_var", True),))
     case = Case(
-        norm, shape, axes, scale=pick(along, along, None, spread(shape)), bias=None if norm == "gated" else pick(along, None),
-        mask=mask, transform="vjp", mean=pick(0.0, 1.0, 30.0), seed=int(rng.integers(1 << 30)), density=pick(0.7, 0.3), **more,
+        norm, shape, axes, scale=pick(along, along, None, spread(shape)), mask=mask, transform="vjp",
+        bias=None if norm == "gated" else pick(along, None),
+        mean=pick(0.0, 1.0, 30.0), seed=int(rng.integers(1 << 30)), density=pick(0.7, 0.3), **more,
     )  # fmt: skip
     case = dataclasses.replace(case, wrt=tuple(operands(case)[0]))
     return Layout(

@@ -4,8 +4,9 @@ The values use labels and `np.bincount`, as tests/oracle.py does. The gradients 
 analytic in every operand, so a derivative of it in a direction t is Im f(x + i h t) / h, exact to rounding ("complex
 step"): that is the truth of jvp, and of second derivatives. `test_search.py` holds the formulas to it as well.
 
-The tolerances are all in `Bounds`. An operation in the accumulator's dtype has a relative error of u (2**-24, or 2**-53);
-a result may be `SLACK` times what the errors of its terms add up to, and half a unit in the last place of its own dtype.
+The tolerances are all in `Bounds`. An operation in the accumulator's dtype has a relative error of u (2**-24, or
+2**-53). A result may be off by `SLACK` times what the errors of its terms add up to, and by half a unit in the last
+place of its own dtype.
 """
 
 from __future__ import annotations
