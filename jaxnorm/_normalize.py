@@ -308,7 +308,7 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
     s, times, plus, direct = s.astype(wide), [], [], 0.0
     if dx is not None or dweights is not None:
-        dx = None if dx is None else r * dx.astype(xhat.dtype)
+        dx = None if dx is None else r * xla.still(x, xla.present(mask, weights), dx.astype(xhat.dtype))
         dn, d1, d2 = tangent_sums(how, xhat, mask, weights, dx, dweights)
         if dweights is not None:
             in_unit = r.real / how.unit

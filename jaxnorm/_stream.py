@@ -21,8 +21,23 @@ def rounded(y: Array, dtype) -> Array:
         return y
     if is_narrow(dtype):  # some of these have a range that their numbers of bits do not tell
         return lax.optimization_barrier(y.astype(dtype)).astype(y.dtype)
+    return _rounded(y, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(y: Array, dtype) -> Array:
     info = jnp.finfo(dtype)
-    return lax.reduce_precision(y, info.nexp, info.nmant)
+    normal = lax.reduce_precision(y, info.nexp, info.nmant)
+    if info.minexp == jnp.finfo(y.dtype).minexp:
+        return normal
+    # reduce_precision flushes what is subnormal in `dtype`. Such values are multiples of the smallest one.
+    smallest = 2.0 ** (info.minexp - info.nmant)
+    return jnp.where(jnp.abs(y) < 2.0**info.minexp, jnp.round(y / smallest) * smallest, normal)
+
+
+@_rounded.defjvp
+def _(dtype, primals, tangents):
+    return _rounded(*primals, dtype), tangents[0]
 
 
 def together(x: Array, residual: Array) -> tuple[Array, Array]:

@@ -67,7 +67,7 @@ def test_found_before(case):
 _pair = Case(
     "batch", (4, 2), (1,), scale=(1, 2), mask=(4, 2), transform="vjp", wrt=("x", "scale"), mean=30.0, density=0.97
 )
-_gated = Case("gated", (24, 40), (1,), gate=(24, 40), groups=10, activation="silu", transform="vjp", wrt=("x", "gate"))
+_gated = Case("gated", (24, 40), (1,), gate=(24, 40), groups=4, activation="silu", transform="vjp", wrt=("x", "gate"))
 FOUND_OVER_DEVICES = {
     "one example and one channel a device": Layout(_pair, (2, 4), (("b",), ("a",)), "explicit", sync=2, named=True),
     "the same on an Auto mesh": Layout(_pair, (2, 4), (("b",), ("a",)), "auto", sync=2, named=True),

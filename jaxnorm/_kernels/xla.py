@@ -129,6 +129,11 @@ def centered(x: Array, keep: Array | None, *mean: Array) -> Array:
     return d if keep is None else jnp.where(_usable(x, keep), d, 0.0)
 
 
+def still(x: Array, keep: Array | None, dx: Array) -> Array:
+    """dx, with 0 for such padding: what `centered` and `cleaned` make of it does not depend on it."""
+    return dx if keep is None else jnp.where(_usable(x, keep), dx, 0.0)
+
+
 def _usable(x: Array, keep: Array) -> Array:
     return keep | (jnp.abs(x) <= 1e30)
 

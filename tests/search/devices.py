@@ -38,6 +38,7 @@ class Layout:
     sync: Any = "global"  # batch norm
     named: bool = False  # axis_name is given
     params: str = "like"  # sharded as x is along the same axes; "whole"
+    backend: str | None = None
 
     @property
     def names(self) -> str:
@@ -126,7 +127,7 @@ def _on_devices(layout: Layout, o: dict, mask, state, g: dict):
         case = dataclasses.replace(case, groups=case.groups // layout.shards(case.channel))
 
     def train(o, mask, g, state=state):
-        y, pull, new = jax.vjp(lambda o: _norm(case, name, layout.sync, o, mask, state), o, has_aux=True)
+        y, pull, new = jax.vjp(lambda o: _norm(case, name, layout, o, mask, state), o, has_aux=True)
         return {**y, **run._as_dict(new)}, pull(g)[0]
 
     if layout.way in ("vmap", "pmap"):
@@ -150,10 +151,9 @@ def _on_devices(layout: Layout, o: dict, mask, state, g: dict):
     return {**results, **{f"d_{k}": a for k, a in gradients.items()}}, compiled.as_text()
 
 
-def _norm(case: Case, name, sync, o, mask, state):
-    if case.norm != "batch":
-        return run._norm(case, None, o, mask, state, axis_name=name)
-    return run._norm(case, None, o, mask, state, axis_name=name, **({} if name is None else dict(sync=sync)))
+def _norm(case: Case, name, layout: Layout, o, mask, state):
+    sync = dict(sync=layout.sync) if case.norm == "batch" and name is not None else {}
+    return run._norm(case, layout.backend, o, mask, state, axis_name=name, **sync)
 
 
 def _mapped(layout: Layout, train, o, mask, g):
@@ -172,10 +172,12 @@ def _mapped(layout: Layout, train, o, mask, g):
 
 
 def _gathered(layout: Layout, text: str, o: dict) -> list[str]:
-    """Collectives other than sums that move as much as a device's part of x, and more than all parameters have."""
-    part = math.prod(n // layout.shards(a) for a, n in enumerate(layout.case.shape))
-    small = sum(a.size for k, a in o.items() if a.shape != layout.case.shape) + 4 * len(np.unique(layout.labels()))
-    return [f"{name} moves {n} elements" for name, n in moved(text) if name != "all-reduce" and n >= part and n > small]
+    """Collectives other than sums that move a device's part of x: more than all parameters and its statistics have."""
+    local = tuple(n // layout.shards(a) for a, n in enumerate(layout.case.shape))
+    statistics = len(np.unique(layout.labels()[tuple(map(slice, local))]))
+    small = sum(a.size for a in o.values() if a.shape != layout.case.shape) + 4 * statistics
+    most = max(math.prod(local) - 1, small)
+    return [f"{name} moves {n} elements" for name, n in moved(text) if name != "all-reduce" and n > most]
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def drawn(seed: int, index: int) -> Layout:
         )
     if norm in ("group", "gated"):
         size, split = shape[axes[0]], math.prod(sizes[n] for n in spec[axes[0]])
-        counts = [d for d in range(1, size + 1) if size % d == 0]
+        counts = [d for d in range(1, size + 1) if size % d == 0 and (d % split == 0 or split % d == 0)]
         if way == "shard_map":
             counts = [d for d in counts if d % split == 0] or [size]
         more["groups"] = pick(*counts)
@@ -247,6 +249,7 @@ def drawn(seed: int, index: int) -> Layout:
     case = dataclasses.replace(case, wrt=tuple(operands(case)[0]))
     return Layout(
         case, mesh, tuple(spec), pick("auto", "explicit"), way, sync, named, pick("like", "whole"),
+        pick(None, "xla"),
     )  # fmt: skip
 
 

@@ -99,6 +99,7 @@ def gradients(how: Setting, o: dict, g) -> dict:
 def cotangents(how: Setting, t: dict, g) -> dict:
     """The same before they are summed to the shapes of broadcast operands; with t all of `forward`."""
     f, df = F[how.activation]
+    still = lambda a: np.where(t["poisoned"], 0.0, a)
     x, gate, w, n, v, r, xhat, z = (t[k] for k in ("x", "gate", "w", "safe", "v", "r", "xhat", "z"))
     out = {}
     gz = g * f(gate) if how.gate == "after" else g if how.gate else g * df(z)
@@ -107,14 +108,13 @@ def cotangents(how: Setting, t: dict, g) -> dict:
     h = gz * t["s"]
     out |= {"scale": gz * xhat, "bias": gz, "gz": gz, "h": h}
     if how.given:
-        return {**out, "x": h * r, "mean": -h * r, "var": -0.5 * h * xhat * r**2}
+        return {**out, "x": still(h * r), "mean": -h * r, "var": -0.5 * h * xhat * r**2}
     of_h, of_hx = total(h, how.labels) * how.centered, total(h * xhat, how.labels)
-    du = r * (h - w / n * (of_h + xhat * of_hx))
+    du = still(r * (h - w / n * (of_h + xhat * of_hx)))
     dw = -(of_h * xhat + 0.5 * of_hx * (xhat**2 - v * r**2)) / n
     out["weights"] = np.where(t["keep"], dw, 0.0)
     if how.gate == "before":
-        usable = np.where(t["poisoned"], 0.0, x)
-        return {**out, "x": du * f(gate), "gate": du * usable * df(gate), "du": du}
+        return {**out, "x": du * f(gate), "gate": du * still(x) * df(gate), "du": du}
     return {**out, "x": du, "du": du}
 
 
