@@ -120,13 +120,17 @@ def cleaned(x: Array, keep: Array | None) -> Array:
 
 
 def centered(x: Array, keep: Array | None, *mean: Array) -> Array:
-    """x minus the parts of its mean in the accumulator's dtype, with 0 for such padding.
+    """x minus the parts of its mean in the accumulator's dtype, with such padding as a constant that equals the mean.
 
     Padding then gives the bias: nothing overflows in a loss that multiplies by the mask after it squares the output.
     """
     x = x.astype(accumulator(x))
-    d = functools.reduce(lambda a, b: a - b, mean, x)
-    return d if keep is None else jnp.where(_usable(x, keep), d, 0.0)
+    minus = lambda a, *parts: functools.reduce(lambda a, b: a - b, parts, a)
+    if keep is None:
+        return minus(x, *mean)
+    values = [lax.stop_gradient(part) for part in mean]
+    d = jnp.where(_usable(x, keep), minus(x, *values), 0.0)
+    return minus(d, *(part - value for part, value in zip(mean, values, strict=True)))  # zeros, with the derivatives
 
 
 def still(x: Array, keep: Array | None, dx: Array) -> Array:

@@ -76,7 +76,7 @@ def forward(how: Setting, o: dict) -> dict:
         v = total(usable * d**2, how.labels) / safe
         v = v - np.where(v.real <= 1e-26 * np.abs(mu) ** 2, v.real, 0.0)  # of a constant: rounding alone
     if how.gate != "before":
-        d = np.where(poisoned, 0.0, d)
+        d = np.where(poisoned, mu.real - mu, d)  # a constant that equals the mean
     with np.errstate(divide="ignore", invalid="ignore"):
         r = np.where(
             ((n.real == 0) & (not how.given)) | ((v + how.epsilon).real == 0), 0.0, 1.0 / np.sqrt(v + how.epsilon)
