@@ -139,7 +139,7 @@ def still(x: Array, keep: Array | None, dx: Array) -> Array:
 
 
 def _usable(x: Array, keep: Array) -> Array:
-    return keep | (jnp.abs(x) <= 1e30)
+    return keep | (jnp.abs(x.astype(accumulator(x))) <= 1e30)
 
 
 def count(x: Array, mask: Array | None, weights: Array | None, axes: tuple[int, ...]) -> Array:

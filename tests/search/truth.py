@@ -170,7 +170,7 @@ class Bounds:
         self.xhat = self.u * (1.0 + t["xhat"]) + rounding * t["xhat"]
         self.z = t["s"] * self.xhat + self.u * (t["s"] * t["xhat"] + t["b"]) + rounding * t["z"]
         gate = 0.0 if how.gate is None else np.abs(F[how.activation][0](self.t["gate"]))
-        self.of_gate = (gate, self.u * (1.0 + gate)) if how.gate else (0.0, 0.0)
+        self.of_gate = (gate, self.u * (1.0 + t["gate"])) if how.gate else (0.0, 0.0)
 
     def y(self, dtype):
         f, df = self.of_gate
