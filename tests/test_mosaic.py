@@ -79,7 +79,7 @@ def test_kernels_equal_the_oracle(kernels, rows, columns, dtype, centered, affin
     check(kernels, rng, rows, columns, dtype, centered, affine, stream, lambda shape: rng.normal(1, 2, shape))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_kernels_equal_the_oracle_over_random_shapes(seed):
     rng = np.random.default_rng(seed)
     kernels = SimpleNamespace(
@@ -87,7 +87,7 @@ def test_kernels_equal_the_oracle_over_random_shapes(seed):
         backward=functools.partial(mosaic_tpu.backward, interpret=True),
         races=lambda: False,
     )
-    rows, columns = int(rng.integers(1, 700)), 128 * int(rng.integers(1, 17))
+    rows, columns = int(rng.integers(1, 500)), 128 * int(rng.integers(1, 13))
     dtype = (jnp.float32, jnp.bfloat16)[rng.integers(2)]
     mean = 10.0 ** rng.integers(-2, 3)
     stream = (None, jnp.float32, jnp.bfloat16)[rng.integers(3)]

@@ -161,7 +161,7 @@ def test_every_pair_of_dtypes(of_x, of_y, rng):
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 129])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(SIZES, min_size=1, max_size=5), st.data())
 def test_any_shape_reduced_over_any_axes(shape, data):
     """The view is right or there is none: against the XLA room, which knows no views."""
@@ -178,11 +178,17 @@ def test_any_shape_reduced_over_any_axes(shape, data):
         return
     assert np.prod(view.sizes) == np.prod(shape)
 
-    def run(room):
-        y, vjp = jax.vjp(lambda x, s: jn.layer_norm(x, s, s, axis=axes, epsilon=0.01, implementation=room), x, scale)
-        return y, vjp(jnp.asarray(g))
+    @jax.jit
+    def run(x, scale, g):
+        def of(room):
+            norm = lambda x, s: jn.layer_norm(x, s, s, axis=axes, epsilon=0.01, implementation=room)
+            y, vjp = jax.vjp(norm, x, scale)
+            return y, vjp(g)
 
-    for a, b in zip(jax.tree.leaves(run("native")), jax.tree.leaves(run("xla")), strict=True):
+        return of("native"), of("xla")
+
+    ours, want = jax.tree.map(np.asarray, run(x, scale, g))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * max(1.0, float(np.abs(b).max(initial=0))))
 
 
@@ -312,17 +318,18 @@ def run_python(code: str, **env) -> str:
 @pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set_computes_the_same(name):
     code = """
-import jax, jax.numpy as jnp, jaxnorm as jn
+import jax, jax.numpy as jnp, jaxnorm as jn, numpy as np
 set_in_use = jn.backends()["native"].reason.split()[-1]
 worst = 0.0
 for shape, axis in (((40, 37), 1), ((40, 64), 1), ((9, 5, 5, 33), (0, 1, 2)), ((9, 33, 70), (0, 2))):
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         x, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in (0, 1))
-        def both(room):
+        def both(room, x, g):
             y, vjp = jax.vjp(lambda x: jn.layer_norm(x, axis=axis, implementation=room), x)
             return jnp.stack([y, vjp(g)[0]]).astype(jnp.float32)
         unit = float(jnp.finfo(dtype).eps)
-        error = jnp.abs(both("native") - both("xla")) / (unit * (1 + jnp.abs(both("xla"))))
+        ours, want = (np.asarray(jax.jit(both, static_argnums=0)(room, x, g)) for room in ("native", "xla"))
+        error = np.abs(ours - want) / (unit * (1 + np.abs(want)))
         worst = max(worst, float(error.max()) * (1 if unit > 1e-5 else 0.1))
 print(set_in_use, worst)
 """

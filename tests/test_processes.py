@@ -62,25 +62,15 @@ def run(command, env, status=0, limit=240) -> str:
     return printed
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """train(checkpoints, form, processes, ...) -> what was printed. All runs of this file share compiled programs."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-    def started(checkpoints: Path, form: str, processes: int, *further: str, devices: int = 1, status: int = 0) -> str:
-        how = ["--form", form, "--processes", str(processes), "--devices", str(devices)]
-        given = ["-m", "jaxnorm.demo.processes", *OPTIONS, *how, "--checkpoints", str(checkpoints), *further]
-        return run(given, cache, status)
-
-    return started
+def train(checkpoints: Path, form: str, processes: int, *further: str, devices: int = 1, status: int = 0) -> str:
+    """What was printed."""
+    how = ["--form", form, "--processes", str(processes), "--devices", str(devices)]
+    given = ["-m", "jaxnorm.demo.processes", *OPTIONS, *how, "--checkpoints", str(checkpoints), *further]
+    return run(given, {}, status)
 
 
 @pytest.fixture(scope="module")
-def through(train, tmp_path_factory):
+def through(tmp_path_factory):
     """through(form, processes) -> (what was printed, the checkpoints) of a training that nothing disturbed.
 
     Each is run once, whichever of pytest-xdist's workers asks first; another that asks meanwhile waits for it.
@@ -159,8 +149,7 @@ REAL = {  # what each process says of its images
 COLLECTIVES = {"shard_map": 1 + 2 * len(_train.STRIDES), "jit": 1 + 3 * len(_train.STRIDES)}
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("form", ["shard_map", "jit"])
+@pytest.mark.parametrize(("form", "processes"), [("shard_map", 2), ("shard_map", 4), ("jit", 2)])
 def test_processes_train_as_one_does(form, processes, through, one):
     printed, folder = through(form, processes)
     for i, images in enumerate(REAL[processes]):
@@ -183,7 +172,7 @@ def others_ended_by_themselves(printed: str, processes: int, victim: int) -> Non
 
 
 @pytest.mark.parametrize(("form", "processes", "victim"), [("shard_map", 4, 2), ("jit", 2, 0)])
-def test_a_death_ends_all_and_a_restart_changes_no_bit(form, processes, victim, train, through, tmp_path):
+def test_a_death_ends_all_and_a_restart_changes_no_bit(form, processes, victim, through, tmp_path):
     """Process 0 is the coordinator. The death is before step 5, the last checkpoint of step 3."""
     printed = train(tmp_path, form, processes, "--kill", f"{victim}:5", "--restarts", "1")
     others_ended_by_themselves(printed, processes, victim)
@@ -192,7 +181,7 @@ def test_a_death_ends_all_and_a_restart_changes_no_bit(form, processes, victim, 
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path), saved(folder))
 
 
-def test_a_process_that_falls_silent_ends_all(train, tmp_path):
+def test_a_process_that_falls_silent_ends_all(tmp_path):
     """Its connections stay open, and only the heartbeats tell: JAX ends the others, `launch` what is left."""
     printed = train(tmp_path, "shard_map", 2, "--kill", "1:5:STOP", "--heartbeat", "6", status=1)
     assert "stopped sending heartbeats" in printed
@@ -205,8 +194,8 @@ def test_a_process_that_falls_silent_ends_all(train, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("form", "processes", "devices"), [("shard_map", 4, 1), ("shard_map", 1, 8), ("jit", 2, 2)])
-def test_a_checkpoint_fits_other_processes_and_devices(form, processes, devices, train, through, one, tmp_path):
+@pytest.mark.parametrize(("form", "processes", "devices"), [("shard_map", 1, 8), ("jit", 2, 2)])
+def test_a_checkpoint_fits_other_processes_and_devices(form, processes, devices, through, one, tmp_path):
     _, folder = through("shard_map", 2)
     shutil.copytree(folder / "3", tmp_path / "3")
     printed = train(tmp_path, form, processes, devices=devices)

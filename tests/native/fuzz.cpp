@@ -44,7 +44,7 @@ namespace jaxnorm {
   extern const Table<double> double_table;  \
   }
 JN_TABLES(baseline)
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BASELINE_ALONE)
 JN_TABLES(avx2)
 JN_TABLES(avx512)
 JN_TABLES(avx512bf16)
@@ -63,7 +63,7 @@ struct InstructionSet {
 
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets{{"baseline", baseline::float_table, baseline::double_table}};
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(BASELINE_ALONE)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
