@@ -43,6 +43,7 @@ from ._spec import (
     RunningStats,
     Spec,
     bound_axes,
+    bound_names,
     given_params,
     recipe_for,
     refuse_params_as_state,
@@ -87,7 +88,7 @@ def batch_norm(
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
 
     In training mean and var are those of the batch over every axis but the channels', and
-    `running = momentum * running + (1 - momentum) * batch`. At inference they are the running ones.
+    `running = running + (1 - momentum) * (batch - running)`. At inference they are the running ones.
 
     Args:
       x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
@@ -95,8 +96,8 @@ def batch_norm(
         None; None for neither. A dict {"scale", "bias"} does as well, a missing one being None.
       state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in. A
         dict {"mean", "var"}, with or without "count", does as well, and comes back as a dict.
-        A variance below 1e-13 may be recorded as 0. In training also `Moments`, which the batch's are merged into, for
-        one `update_state` after many micro-batches.
+        A variance that is nothing beside epsilon may be recorded as 0. In training also `Moments`, which the batch's are
+        merged into, for one `update_state` after many micro-batches.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       axis: the channel axis, or axes, at any position.
       momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
@@ -198,14 +199,15 @@ def batch_norm(
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
     how = Reduction(axes, one_pass=True)
-    recipe = recipe_for(epsilon, scale_offset, out, how, implementation, activation=activation)
+    names = bound_names(axis_name)
+    recipe = recipe_for(x, names, epsilon, scale_offset, out, how, implementation, activation=activation)
     with bound_axes(norm, axis_name):
         y, stats = standardize_together(
             norm, recipe, args, axis_name, sync, virtual_batch_size, whole=update_stats
         )
     new = old
     if update_stats:
-        batch = _as_batch_moments(stats, features, recipe.how.unit)
+        batch = _as_batch_moments(stats, features, recipe.how)
         if isinstance(old, Moments):
             new = accumulated(old, batch, skip_nonfinite)
         else:
@@ -216,10 +218,11 @@ def batch_norm(
     return y, as_given(state, new)
 
 
-def _as_batch_moments(stats: Statistics, features, unit: float) -> Moments:
+def _as_batch_moments(stats: Statistics, features, how: Reduction) -> Moments:
     """In x's own units and of the feature shape; the count takes part in the sharding of the others."""
+    m2 = stats.m2 / how.unit / how.unit if how.large is None else jnp.square(stats.m2)
     count = stats.count + jnp.zeros_like(stats.m2)
-    moments = Moments(count, stats.shift + stats.offset, stats.m2 / unit / unit)
+    moments = Moments(count, stats.shift + stats.offset, m2)
     return Moments(*(a.reshape(features) for a in moments))
 
 

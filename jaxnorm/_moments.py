@@ -36,6 +36,8 @@ Array = jax.Array
 AxisName = str | tuple[str, ...]
 Groups = Sequence[Sequence[int]]
 
+_PLAIN = Reduction(())  # how `Moments` are kept: in one unit, which is 1
+
 _SLOT_BYTES = 1 << 20  # up to here every device gets its own slot in one all-reduce; beyond, two smaller ones
 
 
@@ -125,7 +127,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     """
     a, b = _checked_moments("merge", a), _checked_moments("merge", b)
     stacked = (jnp.stack(jnp.broadcast_arrays(jnp.asarray(p), jnp.asarray(q))) for p, q in zip(a, b, strict=True))
-    return _as_moments(combine(_as_statistics(Moments(*stacked)), 1.0))
+    return _as_moments(combine(_as_statistics(Moments(*stacked)), _PLAIN))
 
 
 @explained("function")
@@ -152,7 +154,7 @@ def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | No
     """
     m = _checked_moments("merge_across", m)
     checked_axis_name("merge_across", axis_name)
-    return _as_moments(across(_as_statistics(m), axis_name, checked_groups(axis_index_groups), 1.0))
+    return _as_moments(across(_as_statistics(m), axis_name, checked_groups(axis_index_groups), _PLAIN))
 
 
 def _checked_moments(name: str, m: Moments) -> Moments:
@@ -174,7 +176,7 @@ def statistics(how: Reduction, x: Array, mask: Array | None, weights: Array | No
         local = _merged_parts(how, x)
     else:
         local = xla.statistics(x, mask, weights, how)
-    return local if how.axis_name is None else across(local, how.axis_name, how.groups, how.unit)
+    return local if how.axis_name is None else across(local, how.axis_name, how.groups, how)
 
 
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
@@ -186,12 +188,17 @@ def _(how, primals, tangents):
 
 
 def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
-    """The tangent of the statistics. d(mean) is given to the offset: the shift is a constant, whichever it is."""
-    z = how.unit * xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
-    dz = None if dx is None else how.unit * dx.astype(z.dtype)
+    """The tangent of the statistics. d(mean) is given to the offset: the shift is a constant, whichever it is.
+
+    Where `stats.m2` is a root, its tangent is still that of the sum of squares, which unlike the root's is finite where x
+    is constant. `rsqrt_of_root` is the one to take it, and knows.
+    """
+    unit = how.unit if how.large is None else 1.0
+    z = unit * xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
+    dz = None if dx is None else unit * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
     like = lambda d, out: varying_as(out, broadcast_like(out, jnp.asarray(d, out.dtype)))
-    mean = d1 / (safe(stats.count) * how.unit).astype(stats.offset.dtype) if how.centered else 0.0
+    mean = d1 / (safe(stats.count) * unit).astype(stats.offset.dtype) if how.centered else 0.0
     still = jnp.zeros_like(stats.shift)
     return Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
 
@@ -239,18 +246,24 @@ def _as_statistics(m: Moments) -> Statistics:
     return Statistics(count, mean, jnp.zeros_like(mean), m2)
 
 
-def combine(s: Statistics, unit: float) -> Statistics:
+def combine(s: Statistics, how: Reduction) -> Statistics:
     """Merge along the leading axis: about the largest of the shifts, first the mean, then the spread about it."""
     n, shift, offset, m2 = s
     shift = lax.stop_gradient(xla.largest(s.shift, jnp.broadcast_to(n > 0, s.shift.shape), (0,)))
     gap = jnp.where(n > 0, (s.shift - shift) + offset, 0.0)
     total = n.sum(0, keepdims=True)
     offset = xla.mean(gap, n, total, (0,))
-    m2 = jnp.where(n > 0, m2, 0.0) + n * xla.square((gap - offset) * unit)
-    return Statistics(total[0], shift[0], offset[0], m2.sum(0))
+    between = lambda unit: n * xla.scaled_square(gap - offset, unit)
+    if how.large is None:
+        m2 = (jnp.where(n > 0, m2, 0.0) + between(how.unit)).sum(0)
+    else:
+        squares = lambda unit: jnp.where(n > 0, xla.scaled_square(m2, unit) + between(unit), 0.0).sum(0)
+        m2, unit = xla.in_one_unit(how, squares(how.unit), squares(how.large))
+        m2 = jnp.sqrt(m2) / unit
+    return Statistics(total[0], shift[0], offset[0], m2)
 
 
-def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistics:
+def across(s: Statistics, axis_name: AxisName, groups, how: Reduction) -> Statistics:
     """Merge over the devices of axis_name, in their groups."""
     size = lax.axis_size(axis_name)
     index = lax.axis_index(axis_name)
@@ -262,13 +275,22 @@ def across(s: Statistics, axis_name: AxisName, groups, unit: float) -> Statistic
             group = jnp.asarray(_group_of(groups, size))
             here = jnp.reshape(group == group[index], (size,) + (1,) * s.count.ndim)
             slots = slots._replace(count=jnp.where(here, slots.count, 0.0))
-        return combine(slots, unit)
+        return combine(slots, how)
     shift = lax.stop_gradient(_max_across(s.shift, s.count > 0, axis_name, groups))
     gap = jnp.where(s.count > 0, (s.shift - shift) + s.offset, 0.0)
-    parts = [s.count, s.count.astype(gap.dtype) * gap, s.m2 + s.count * xla.square(gap * unit)]
-    n, first, second = sum_across(parts, axis_name, groups)
+    parts = [s.count, s.count.astype(gap.dtype) * gap]
+    if how.large is None:
+        parts.append(s.m2 + s.count * xla.scaled_square(gap, how.unit))
+    else:
+        square = xla.scaled_square
+        parts += [square(s.m2, unit) + s.count * square(gap, unit) for unit in (how.unit, how.large)]
+    n, first, *second = sum_across(parts, axis_name, groups)
     offset = first / safe(n).astype(first.dtype)
-    return Statistics(n, shift, offset, jnp.maximum(second - n * xla.square(offset * unit), 0.0))
+    corrections = lambda unit: n * xla.scaled_square(offset, unit)
+    if how.large is None:
+        return Statistics(n, shift, offset, jnp.maximum(second[0] - corrections(how.unit), 0.0))
+    m2, unit = xla.in_one_unit(how, *second)
+    return Statistics(n, shift, offset, jnp.sqrt(jnp.maximum(m2 - corrections(unit), 0.0)) / unit)
 
 
 def _merged_parts(how: Reduction, x: Array) -> Statistics:
@@ -286,7 +308,7 @@ def _merged_parts(how: Reduction, x: Array) -> Statistics:
     own = jnp.reshape(jnp.eye(how.parts, dtype=bool), (how.parts, how.parts) + (1,) * (stats.ndim - 1))
     slots = jnp.where(own, stats[None], jnp.zeros((), stats.dtype)).sum(1)
     count = jnp.broadcast_to(count, slots[:, 0].shape)
-    return combine(Statistics(count, *(slots[:, i] for i in range(3))), how.unit)
+    return combine(Statistics(count, *(slots[:, i] for i in range(3))), how)
 
 
 def sum_across(parts: list, axis_name: AxisName, groups) -> list:

@@ -64,7 +64,40 @@ def _(primals, tangents):
     (v,), (dv,) = primals, tangents
     s = lax.stop_gradient(lax.rsqrt(v))
     r = s * lax.rsqrt((v * s) * s)
-    return lax.rsqrt(v), -0.5 * r * ((dv * s) * s) / ((v * s) * s)
+    return _rsqrt(v), -0.5 * r * ((dv * s) * s) / ((v * s) * s)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rsqrt_of_root(root: Array, n: Array, epsilon: float) -> Array:
+    """The same from the root of m2, in x's own units. The tangent that comes for `root` is that of m2 itself."""
+    spread, least, void = root / jnp.sqrt(safe(n)), math.sqrt(epsilon), n == 0
+    larger = jnp.maximum(spread, least)
+    if least < jnp.finfo(root.dtype).tiny:  # as above
+        void |= larger == 0
+        larger = safe(larger)
+    larger = xla.nan_if_infinite(larger)
+    r = lax.rsqrt(1.0 + jnp.square(jnp.minimum(spread, least) / larger)) / larger
+    return jnp.where(void, 0.0, r)
+
+
+@rsqrt_of_root.defjvp
+def _(epsilon, primals, tangents):
+    (root, n), (dm2, dn) = primals, tangents
+    r = rsqrt_of_root(root, n, epsilon)
+    return r, -0.5 * (r / safe(n)) * (r * (r * dm2) - share_of_root(root, n, epsilon) * dn)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def share_of_root(root: Array, n: Array, epsilon: float) -> Array:
+    """var / (var + epsilon), which is 1 - epsilon r**2, from the same."""
+    return jnp.square(root / jnp.sqrt(safe(n)) * rsqrt_of_root(root, n, epsilon))
+
+
+@share_of_root.defjvp
+def _(epsilon, primals, tangents):
+    r, dr = jax.jvp(functools.partial(rsqrt_of_root, epsilon=epsilon), primals, tangents)
+    least = math.sqrt(epsilon)
+    return share_of_root(*primals, epsilon), -2.0 * (least * r) * (least * dr)
 
 
 def affine(xhat, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
@@ -174,7 +207,7 @@ _fused = Fused(
     ),
     added=functools.partial(added, False),
     across=Across(
-        merged=lambda stats, names, unit: across(stats, names, None, unit),
+        merged=lambda stats, names, how: across(stats, names, None, how),
         summed=lambda parts, names: sum_across(parts, names, None),
     ),
 )
@@ -287,9 +320,19 @@ def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) ->
 
 
 def _xhat_and_r(recipe: Recipe, x, mask, weights, stats: Statistics) -> tuple[Array, Array]:
-    d = xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
-    r = rsqrt(stats.m2, stats.count, recipe.how.unit, recipe.epsilon).astype(d.dtype)
-    return d * r, r
+    how, keep = recipe.how, xla.present(mask, weights)
+    d = xla.centered(x, keep, stats.shift, stats.offset)
+    if how.large is None:
+        # A sum that overflowed makes NaN. But for rows of RMS norm, where XLA would cut its kernel for a GPU in three.
+        bare = not how.centered and xla.are_last(x, how.axes)
+        m2 = stats.m2 if bare else xla.nan_if_infinite(stats.m2)
+        r = rsqrt(m2, stats.count, how.unit, recipe.epsilon).astype(d.dtype)
+    else:
+        r = rsqrt_of_root(stats.m2, stats.count, recipe.epsilon).astype(d.dtype)
+    xhat = d * r
+    if how.large is not None and keep is not None and not jnp.iscomplexobj(xhat):
+        xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
+    return xhat, r
 
 
 def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
@@ -311,8 +354,11 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         dx = None if dx is None else r * xla.still(x, xla.present(mask, weights), dx.astype(xhat.dtype))
         dn, d1, d2 = tangent_sums(how, xhat, mask, weights, dx, dweights)
         if dweights is not None:
-            in_unit = r.real / how.unit
-            share = ((stats.m2 / n) * in_unit) * in_unit  # var / (var + epsilon), with derivatives that stay in range
+            if how.large is None:
+                in_unit = r.real / how.unit
+                share = ((stats.m2 / n) * in_unit) * in_unit  # var / (var + epsilon), with derivatives in range
+            else:
+                share = share_of_root(stats.m2, stats.count, recipe.epsilon)
             d2 = d2 - dn * share
         times.append(-s * (d2 / (2.0 * n)).astype(wide))
         if how.centered:
@@ -420,7 +466,7 @@ def _normalize_given(plain: bool, static, *arrays):
 def _given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias, keep):
     acc = widest(xla.accumulator(x), mean.dtype, var.dtype)
     x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
-    r = rsqrt(var, jnp.ones((), var.dtype), 1.0, epsilon)
+    r = rsqrt(xla.nan_if_infinite(var), jnp.ones((), var.dtype), 1.0, epsilon)
     xhat = xla.centered(x, keep, mean) * r.astype(acc)
     if activation is None:
         return affine(xhat, scale, bias, scale_offset, dtype)
@@ -445,6 +491,6 @@ def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_
     scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
     wide = widest(jnp.float32, *(a.dtype for a in (mean, var, scale, bias) if a is not None))
     mean, var = mean.astype(wide), var.astype(jnp.finfo(wide).dtype)
-    r = rsqrt(var, jnp.ones_like(var), 1.0, checked_epsilon("as_affine", epsilon))
+    r = rsqrt(xla.nan_if_infinite(var), jnp.ones_like(var), 1.0, checked_epsilon("as_affine", epsilon))
     s = effective_scale(scale, checked_number("as_affine", "scale_offset", scale_offset, "1.0"), wide) * r.astype(wide)
     return Affine(s, -mean * s if bias is None else bias.astype(wide) - mean * s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
@@ -32,7 +33,7 @@ from ._exported import exported
 from ._habits import explained
 from ._kernels import checked_implementation
 from ._kernels.varying import sharded_like
-from ._kernels.xla import Recipe, Reduction, recomputed, widest
+from ._kernels.xla import Recipe, Reduction, accumulator, recomputed, units, widest
 from ._normalize import Affine, standardize, standardize_sum, sums_within
 from ._stream import added, together
 
@@ -226,13 +227,11 @@ class RowSpec(Spec):
         raise NotImplementedError
 
 
-def recipe_for(epsilon, scale_offset, dtype, how: Reduction, implementation, **more) -> Recipe:
-    """The static part of a call, with the unit of its squares chosen.
-
-    The unit leaves values of 1e30 in range of float32; what underflows for it is far below epsilon's own rounding.
-    """
-    unit = 2.0**-40 if epsilon >= 1e-8 else 2.0**-16
-    how = dataclasses.replace(how, unit=unit, plain=implementation == "lax")
+def recipe_for(x, names, epsilon, scale_offset, dtype, how: Reduction, implementation, **more) -> Recipe:
+    """The static part of a call on x, with the unit of its squares; `names` are mapped axes to merge over."""
+    n = math.prod(x.shape[a] for a in how.axes) * math.prod(lax.axis_size(name) for name in names if _is_bound(name))
+    unit, large = units(epsilon, n, accumulator(x))
+    how = dataclasses.replace(how, unit=unit, large=large, plain=implementation == "lax")
     return Recipe(how, epsilon, float(scale_offset), dtype, room=implementation, **more)
 
 
@@ -244,15 +243,16 @@ def bound_names(axis_name, whole: bool = True) -> tuple[str, ...]:
     names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     mesh = jax.sharding.get_abstract_mesh()
     jits = () if mesh.empty or not whole else {n for n in mesh.axis_names if n not in mesh.manual_axes}
+    return tuple(name for name in names if name not in jits or _is_bound(name))
 
-    def mapped(name) -> bool:  # by vmap, whatever the mesh
-        try:
-            lax.axis_size(name)
-        except NameError:
-            return False
-        return True
 
-    return tuple(name for name in names if name not in jits or mapped(name))
+def _is_bound(name) -> bool:
+    """Whether a mapped axis has this name: also by vmap, whatever the mesh."""
+    try:
+        lax.axis_size(name)
+    except NameError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -278,10 +278,14 @@ def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **optio
     return normalize_stream(norm, x, None, scale, bias, axes, feature_axes, **options)[0]
 
 
+def _as_it_is(a: Array) -> Array:
+    return a
+
+
 def normalize_stream(
     norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
-    centered=True, round_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = lambda a: a,
+    centered=True, round_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = _as_it_is,
     spans_devices=False,
 ) -> tuple[Array, Array]:  # fmt: skip
     """The same of a residual stream with x added to it, and that stream; of x where there is no residual.
@@ -309,7 +313,8 @@ def normalize_stream(
     how = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
     epsilon = checked_epsilon(norm, epsilon)
     more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
-    recipe = recipe_for(epsilon, scale_offset, out, how, implementation, **more)
+    viewed = x if view is _as_it_is else jax.eval_shape(view, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    recipe = recipe_for(viewed, names or (), epsilon, scale_offset, out, how, implementation, **more)
     lax_alone = recipe.how.plain
     if residual is not None:
         if sums_within(recipe, x, residual, scale, bias, mask):

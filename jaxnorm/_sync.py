@@ -121,7 +121,7 @@ def _divided(norm: str, sync, names: tuple[str, ...]):
 
 def _merged(stats: Statistics, names, recipe: Recipe) -> Statistics:
     """Over devices, for the running statistics: nothing flows back."""
-    return across(Statistics(*map(lax.stop_gradient, stats)), names, None, recipe.how.unit)
+    return across(Statistics(*map(lax.stop_gradient, stats)), names, None, recipe.how)
 
 
 def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array, Statistics]:
@@ -199,7 +199,7 @@ def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array
         y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
         y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
         stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
-        return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how.unit)
+        return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how)
 
     args, sharding = (x, scale, bias, mask, weights), jax.typeof(x).sharding
     devices = math.prod(sharding.mesh.shape[name] for name in entry_names(sharding.spec[batch]))

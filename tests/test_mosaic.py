@@ -19,6 +19,7 @@ import jaxnorm as jn
 from benchmarks import compiled
 from jaxnorm._kernels import mosaic_gpu, mosaic_tpu
 from jaxnorm._kernels.rows import Rows, rows_of
+from jaxnorm._kernels.xla import units
 
 UNIT = 2.0**-40
 
@@ -119,25 +120,36 @@ def as_array(p):
     return None if p is None else jnp.asarray(p)
 
 
-def test_extremes(kernels):
-    """1e20 does not overflow, a constant row is the bias, and a mean of 1e4 costs what float32 of it costs."""
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("epsilon", [1e-6, 0.0])
+def test_extremes(kernels, epsilon, centered):
+    """1e30 does not overflow, 1e-30 is not lost, a constant row is the bias, and a mean of 1e4 costs what it costs."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, 128))
-    x[0] *= 1e20
+    x = rng.normal(size=(6, 128))
+    x[0] *= 1e30
     x[1] = 12345.678
     x[2] += 1e4
     x[3] = 0.0
+    x[4] *= 1e-30
     x = jnp.asarray(x, jnp.float32)
-    how = Rows(128, 1e-6, UNIT, True)
+    unit, large = units(epsilon, 128, jnp.float32)
+    assert (large is None) == (epsilon > 0)
+    how = Rows(128, epsilon, unit, centered, large=large)
     bias = jnp.full(128, 0.5)
     y, *statistics = kernels.forward(how, jnp.float32, x, None, bias)
     want = truth(how, x, None, np.full(128, 0.5), x)[0]
-    assert np.abs(np.asarray(y, np.float64) - want).max() < 2e-6 + 1e-7 * 1e4
-    np.testing.assert_array_equal(y[1], bias)
+    error = np.abs(np.asarray(y, np.float64) - want)[[0, 2, 3, 4, 5]]
+    assert error.max() < 2e-6 + 1e-7 * 1e4
+    assert error[[0, 3, 4]].max() < 2e-6
+    np.testing.assert_array_equal(y[1] if centered else y[3], bias)
     np.testing.assert_array_equal(y[3], bias)
-    dx, *sums = kernels.backward(how, (False, True), x, *statistics, None, jnp.ones_like(x))
+    g = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    dx, *sums = kernels.backward(how, (False, True), x, *statistics, None, g)
     assert np.isfinite(dx).all()
     assert len(sums) == 1
+    for row in (0, 4, 5):
+        true = truth(how, x, None, None, g)[1][row]
+        np.testing.assert_allclose(dx[row] / np.abs(true).max(), true / np.abs(true).max(), atol=4e-6)
     assert not kernels.races()
 
 

@@ -96,7 +96,8 @@ def _static(call: Call, operands) -> tuple[Rows, tuple[int, int]]:
     recipe, how = call.recipe, call.recipe.how
     shape = rows_of(operands[0].shape, how.axes, call.varying(operands))
     assert shape is not None  # a part of x is of rows as x is
-    return Rows(shape[1], recipe.epsilon, how.unit, how.centered, recipe.round_before_scale), shape
+    rows = Rows(shape[1], recipe.epsilon, how.unit, how.centered, recipe.round_before_scale, how.large)
+    return rows, shape
 
 
 def _along(x: Array, axes, p: Array | None) -> Array | None:

@@ -172,13 +172,14 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
             if how.centered:
                 shift = team.sum(0, i, [x(c) for c in team.chunks]) * (1.0 / columns)
                 offset = team.sum(1, i, [x(c) - shift for c in team.chunks]) * (1.0 / columns)
-                correction = columns * jnp.square(offset * how.unit)
             else:
-                shift = offset = correction = jnp.float32(0.0)
-            m2 = team.sum(2, i, [jnp.square((x(c) - shift) * how.unit) for c in team.chunks]) - correction
+                shift = offset = jnp.float32(0.0)
+            squares = [
+                team.sum(2 + k, i, [jnp.square((x(c) - shift) * unit) for c in team.chunks])
+                for k, unit in enumerate(how.units)
+            ]
             team.fetch_after(i)
-            if how.centered:
-                shift, offset, m2 = settled(shift, offset, m2, correction)
+            shift, offset, m2 = settled(how, shift, offset, squares)
             r = rsqrt(how, m2)
             for k, c in enumerate(team.chunks):
                 y = xhat_of(x(c), shift, offset, r)
@@ -196,7 +197,7 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
     shape = _quartered(x).shape
     results = [unvarying_result(shape, dtype), *[unvarying_result((rows,), jnp.float32)] * 3]
     results += [unvarying_result(shape, a.dtype) for a in arriving[1:]]
-    run = _kernel(kernel, plan, arriving, 3, interpret, results)
+    run = _kernel(kernel, plan, arriving, 2 + len(how.units), interpret, results)
     y, shift, offset, m2, *new = run(*map(_quartered, arriving), *map(_quartered, given))
     return y.reshape(x.shape), shift, offset, m2, *(a.reshape(x.shape) for a in new)
 

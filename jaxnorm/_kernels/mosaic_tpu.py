@@ -121,12 +121,10 @@ def _statistics(how: Rows, x: Array) -> tuple[Array, Array, Array]:
     over = lambda a: jnp.sum(a, axis=1, keepdims=True)
     if not how.centered:
         zero = jnp.zeros((x.shape[0], 1), jnp.float32)
-        return zero, zero, over(jnp.square(x * how.unit))
+        return settled(how, zero, zero, [over(jnp.square(x * unit)) for unit in how.units])
     shift = over(x) * (1.0 / how.columns)
     offset = over(x - shift) * (1.0 / how.columns)
-    correction = how.columns * jnp.square(offset * how.unit)
-    m2 = over(jnp.square((x - shift) * how.unit)) - correction
-    return settled(shift, offset, m2, correction)
+    return settled(how, shift, offset, [over(jnp.square((x - shift) * unit)) for unit in how.units])
 
 
 def backward(

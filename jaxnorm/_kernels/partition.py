@@ -36,7 +36,7 @@ _TARGET = "jaxnorm_partitioned"
 class Across(NamedTuple):
     """How the parts of several devices come together; `names` are mesh axes."""
 
-    merged: Callable  # (Statistics, names, unit) -> Statistics
+    merged: Callable  # (Statistics, names, Reduction) -> Statistics
     summed: Callable  # (arrays, names) -> arrays
 
 

@@ -20,6 +20,7 @@ from jax import lax
 Array = jax.Array
 
 _LONGEST_ROW = 1 << 14  # elements of a row up to which XLA makes one kernel for a GPU; measured by its compiler
+_LONG_SUM = 1 << 13  # elements from which a sum is taken about a rough mean
 _ENOUGH_SUMS = 1 << 14  # sums at once from which on XLA keeps their summands out of a GPU's memory; likewise
 
 
@@ -30,7 +31,8 @@ class Reduction:
     axes: tuple[int, ...]  # axes of x that the statistics run over, non-negative
     centered: bool = True  # False: the mean is taken as zero (RMS norm)
     one_pass: bool = False  # True: read x once, about a pilot: for columns, where passes are dear
-    unit: float = 1.0  # squares are sums of (unit * x)**2; a power of two, so exact, that keeps 1e20**2 in range
+    unit: float = 1.0  # squares are those of unit * x; a power of two, so exact, that keeps their sum in range
+    large: float | None = None  # if one unit is not enough: the unit for values too large for `unit`; see `units`
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
     parts: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
@@ -58,7 +60,29 @@ class Statistics(NamedTuple):
     count: Array  # float32, broadcasts against shift: how many elements, or the sum of their weights
     shift: Array  # mean == shift + offset, |offset| small beside the spread of x
     offset: Array
-    m2: Array  # real: the sum of |unit * (x - mean)|**2
+    m2: Array  # real: the sum of |unit * (x - mean)|**2; with two units the square root of the sum of |x - mean|**2
+
+
+def units(epsilon: float, n: int, dtype) -> tuple[float, float | None]:
+    """The unit for the sum of n squares in float32, or two, for small and for large values, if no single one will do.
+
+    |x| may be up to 1e30, so that |x - shift| is up to 2**100.66, and epsilon anything. The sum stays finite if
+    n (unit 2**100.66)**2 < 2**128. A square below 2**-126 is flushed to zero: 1 / sqrt(var + epsilon) is then off by less
+    than 2e-6 of itself if epsilon unit**2 >= 2**-108. One unit meets both for the default epsilons up to some 10**4 or
+    10**5 elements. Otherwise squares are summed in two units. Where the sum for small values overflows, the one for large
+    values is used, and by then what was flushed there is below 2**-22 of it.
+    """
+    if jnp.finfo(dtype).bits == 64:
+        return 2.0**-40, None
+    half = math.log2(max(n, 16)) / 2 if isinstance(n, int) else 14.0  # a symbolic size counts as a large one
+    down = math.ceil(36.66 + half)
+    if epsilon * 4.0**-down >= 2.0**-108:
+        return 2.0**-down, None
+    beside_epsilon = math.ceil(-54 - math.log2(epsilon) / 2) if epsilon else 62
+    return 2.0 ** min(62, math.floor(115.5 - half - down), beside_epsilon), 2.0**-down
+
+
+FULL = 2.0**127  # a sum of squares up to here has not overflowed
 
 
 def known(*sizes) -> bool:
@@ -104,6 +128,13 @@ def accumulator(x: Array):
 def square(z: Array) -> Array:
     """|z|**2, real."""
     return lax.square(z.real) + lax.square(z.imag) if jnp.iscomplexobj(z) else lax.square(z)
+
+
+def scaled_square(a: Array, unit: float | Array) -> Array:
+    """|unit * a|**2 of a few numbers. Without the maximum XLA would square a single one before it scales it."""
+    if jnp.iscomplexobj(a) or (isinstance(unit, float) and unit == 1.0):
+        return square(_times(a, unit))
+    return lax.square(jnp.maximum(jnp.abs(_times(a, unit)), 0.0))
 
 
 def present(mask: Array | None, weights: Array | None) -> Array | None:
@@ -161,8 +192,11 @@ def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reducti
     args = (x, keep, weights, n)
     if not how.centered:
         zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
-        m2 = (_weight(weights, n) * square(_difference(x, keep, zero) * how.unit)).sum(how.axes, keepdims=True)
-        return Statistics(n, zero, zero, m2)
+        squares = lambda unit: _total(_weight(weights, n) * square(_difference(x, keep, zero) * unit), how.axes)
+        if how.large is None:
+            return Statistics(n, zero, zero, squares(how.unit))
+        m2, unit = in_range(how, squares)
+        return Statistics(n, zero, zero, jnp.sqrt(m2) / unit)
     if 0 in x.shape:
         zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
@@ -173,19 +207,22 @@ def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reducti
         on_gpu = by(in_one_pass_by_parts)
         return Statistics(n, *by_platform(how, *args, cuda=on_gpu, rocm=on_gpu, default=by(in_one_pass)))
     if how.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
-        return Statistics(n, *two_pass(*args, how))
-    on_gpu = by(welford if _last(x, how.axes) else in_one_pass_by_parts)
+        if not _is_long(x, how.axes):
+            return Statistics(n, *two_pass(*args, how))
+        return Statistics(n, *by_platform(how, *args, cpu=by(two_pass_on_cpu), default=by(two_pass)))
+    on_gpu = by(welford if are_last(x, how.axes) else in_one_pass_by_parts)
     return Statistics(
-        n, *by_platform(how, *args, cpu=by(two_pass), cuda=on_gpu, rocm=on_gpu, default=by(welford))
+        n, *by_platform(how, *args, cpu=by(two_pass_on_cpu), cuda=on_gpu, rocm=on_gpu, default=by(welford))
     )
 
 
 def in_one_pass(x, keep, weights, n, how: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
     """`about` the mean of a sample, where x has one that will do; else in two passes."""
-    pilot = _pilot(x, how.axes)
-    if pilot is None:
+    sample = _sample(x, how.axes)
+    if sample is None:
         return two_pass(x, keep, weights, n, how)
-    return about(x, keep, weights, n, pilot, how, total)
+    size = None if how.large is None else jnp.max(jnp.abs(sample), how.axes, keepdims=True)
+    return about(x, keep, weights, n, sample.mean(how.axes, keepdims=True), how, total, size)
 
 
 def in_one_pass_by_parts(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
@@ -218,37 +255,100 @@ def _total(a: Array, axes: tuple[int, ...]) -> Array:
     return a.sum(axes, keepdims=True)
 
 
-def about(x, keep, weights, n, shift, how: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
+def about(
+    x, keep, weights, n, shift, how: Reduction, total: Callable | None = None, size: Array | None = None
+) -> tuple[Array, Array, Array]:
     """In one pass about a `shift` near the mean: the mean as shift + offset, and the second moment.
 
     offset = sum(w (x - shift)) / n;   m2 = sum(w |x - shift|**2) - n |offset|**2
 
     An m2 below the rounding noise of its own two terms is that of a constant x: then the mean is that constant, to the
-    bit, and m2 is 0.
+    bit, and m2 is 0. With two units its root is returned; `size` is then that of some elements of x.
     """
     d = _difference(x, keep, shift)
     w = _weight(weights, n)
     total = total or _total
     offset = mean(d, w, n, how.axes, total)
-    correction = n * square(offset * how.unit)
+    corrections = lambda unit: n * scaled_square(offset, unit)
     # The unit taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
-    squares = square(_difference(x, keep, shift, how.unit))
-    m2 = total(w * squares, how.axes) - correction
+    squares = lambda unit: total(w * square(_difference(x, keep, shift, unit)), how.axes)
+    m2, unit = (squares(how.unit), how.unit) if how.large is None else in_range(how, squares, size)
+    correction = corrections(unit)
+    m2 = m2 - correction
     constant = m2 <= 2.0**-18 * correction
+    m2 = jnp.where(constant, 0.0, m2)
     return (
         jnp.where(constant, shift + offset, shift),
         jnp.where(constant, 0.0, offset),
-        jnp.where(constant, 0.0, m2),
+        m2 if how.large is None else jnp.sqrt(m2) / unit,
     )
 
 
-def two_pass(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+def in_range(how: Reduction, squares: Callable, size: Array | None = None) -> tuple[Array, Array]:
+    """`squares(unit)` in the one of two units that holds them, and that unit.
+
+    A TPU sums in both units in one pass over x. On CPU each sum is a pass: the second one is skipped unless a sum in the
+    first unit has overflowed. A GPU makes a pass of a third sum: unless epsilon is as good as 0, the unit there is taken
+    from the `size` of some elements; if they misled, the sum overflows and y is NaN. Values below 1e28 / sqrt(n) never do.
+    """
+
+    def on_cpu(*size):
+        small = squares(how.unit)
+        return in_one_unit(how, small, lax.cond(jnp.all(small <= FULL), lambda: small, lambda: squares(how.large)))
+
+    def on_gpu(size):
+        unit = jnp.minimum(how.unit, lax.reduce_precision(2.0**-20 / size, 8, 0))
+        return squares(unit), unit
+
+    both = lambda *size: in_one_unit(how, squares(how.unit), squares(how.large))
+    if size is None or how.unit > 2.0**-30:
+        return by_platform(how, cpu=on_cpu, default=both)
+    return by_platform(how, size, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=both)
+
+
+def in_one_unit(how: Reduction, small: Array, large: Array) -> tuple[Array, Array]:
+    """The same of sums of squares in the small and in the large unit."""
+    fits = small <= FULL  # False also for NaN
+    return jnp.where(fits, small, large), jnp.where(fits, how.unit, how.large)
+
+
+def two_pass(x, keep, weights, n, how: Reduction, rough: Array | None = None) -> tuple[Array, Array, Array]:
     """The corrected two-pass algorithm: the mean, then everything about it, the rounding error of that mean included.
 
-    Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7.
+    Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7. The first sum is about a
+    `rough` mean, if there is one.
     """
-    shift = mean(_difference(x, keep, None), _weight(weights, n), n, how.axes)
-    return about(x, keep, weights, n, shift, how)
+    shift = mean(_difference(x, keep, rough), _weight(weights, n), n, how.axes)
+    if keep is not None or weights is not None:
+        # XLA makes a product of the division by n. Compilers contract that with the subtraction in x - shift, which then
+        # is of another shift, not rounded, than the one returned. This rounding they keep.
+        shift = _rounded(shift)
+    shift = shift if rough is None else rough + shift
+    size = None
+    if how.large is not None:
+        first = _first(x, how.axes) if keep is None else jnp.where(_first(keep, how.axes), _first(x, how.axes), 0.0)
+        size = jnp.maximum(jnp.abs(shift), jnp.abs(first))
+    return about(x, keep, weights, n, shift, how, size=size)
+
+
+def two_pass_on_cpu(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+    """`two_pass`, long sums about a rough mean: XLA for CPU may add them up in one chain.
+
+    At a mean of many deviations that would drift by many of them.
+    """
+    return two_pass(x, keep, weights, n, how, _rough_mean(x, keep, how.axes) if _is_long(x, how.axes) else None)
+
+
+def _is_long(x: Array, axes: tuple[int, ...]) -> bool:
+    size = math.prod(x.shape[a] for a in axes)
+    return isinstance(size, int) and size >= _LONG_SUM
+
+
+def _rounded(a: Array) -> Array:
+    """a with three bits fewer."""
+    kind = jnp.finfo(a.dtype)
+    shorter = lambda a: lax.reduce_precision(a, kind.nexp, kind.nmant - 3)
+    return lax.complex(shorter(a.real), shorter(a.imag)) if jnp.iscomplexobj(a) else shorter(a)
 
 
 def mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Callable | None = None) -> Array:
@@ -263,24 +363,40 @@ def safe(n: Array) -> Array:
 
 def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     """One read of x: a reduction over (count, mean, m2) by the pairwise update, about the first element of each row."""
-    first = x
-    for a in how.axes:
-        first = lax.slice_in_dim(first, 0, 1, axis=a)
-    first = first.astype(accumulator(x))
-    z = _difference(x, keep, first, how.unit)  # not in `combine`, where XLA would square before it scales
+    first = _first(x, how.axes).astype(accumulator(x))
+    units = [how.unit] if how.large is None else [how.unit, how.large]
+    z = [_difference(x, keep, first, unit) for unit in units]  # not in `combine`: XLA would square before it scales
     w = jnp.broadcast_to(_weight(weights, n), x.shape)
 
     def combine(a, b):
-        (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
+        (n_a, *a), (n_b, *b) = a, b
         total = n_a + n_b
         # No jnp.where in here: it is lowered to a call, and an unused reduction with calls crashes XLA's GPU compiler.
-        part, gap = n_b / lax.select(total == 0, jnp.ones_like(total), total), mean_b - mean_a
-        return total, mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap) * (n_a * part)
+        part = n_b / lax.select(total == 0, jnp.ones_like(total), total)
+        out = [total]
+        for mean_a, m2_a, mean_b, m2_b in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):  # in each unit
+            gap = mean_b - mean_a
+            out += [mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap) * (n_a * part)]
+        return tuple(out)
 
     zero = np.zeros((), n.dtype)
-    _, offset, m2 = lax.reduce((w, z, jnp.zeros_like(w)), (zero, np.zeros((), z.dtype), zero), combine, how.axes)
-    kept = lambda a: lax.expand_dims(a, how.axes)
-    return first, kept(offset) / how.unit, kept(m2)
+    operands = [(w, zero)]
+    for a in z:
+        operands += [(a, np.zeros((), a.dtype)), (jnp.zeros_like(w), zero)]
+    _, *sums = lax.reduce(*zip(*operands, strict=True), combine, how.axes)
+    offset, m2, *of_large = (lax.expand_dims(a, how.axes) for a in sums)
+    if how.large is None:
+        return first, offset / how.unit, m2
+    offset = jnp.where(m2 <= FULL, offset, of_large[0])
+    m2, unit = in_one_unit(how, m2, of_large[1])
+    return first, offset / unit.astype(offset.dtype), jnp.sqrt(m2) / unit
+
+
+def _first(x: Array, axes: tuple[int, ...]) -> Array:
+    """The first element along `axes`."""
+    for a in axes:
+        x = lax.slice_in_dim(x, 0, 1, axis=a)
+    return x
 
 
 def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, how: Reduction):
@@ -289,7 +405,7 @@ def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, st
     There `in_kernel` lets XLA make one kernel of them and y, which reads x once: 2 passes at inference, not 3. Where
     statistics are kept as well, those two sets would cost a pass more than one for both.
     """
-    if weights is not None or mask is not None or not _is_row(x, how):
+    if weights is not None or mask is not None or not _is_row(x, how) or not (how.centered or how.large):
         return stats
     alone = lambda x, n, *stats: in_kernel(x, n, how)
     kept = lambda x, n, *stats: stats
@@ -299,12 +415,12 @@ def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, st
 def _is_row(x: Array, how: Reduction) -> bool:
     """Whether XLA's GPU compiler may hold the reduced axes in one block of threads: they are the last, and not long."""
     size = math.prod(x.shape[a] for a in how.axes)
-    mine = how.centered and how.axis_name is None and not how.one_pass and not _sharded_axes(x)
-    mine = mine and _last(x, how.axes) and not jnp.iscomplexobj(x)
+    mine = how.axis_name is None and not how.one_pass and not _sharded_axes(x)
+    mine = mine and are_last(x, how.axes) and not jnp.iscomplexobj(x)
     return mine and known(size) and 0 < size <= _LONGEST_ROW and 0 not in x.shape
 
 
-def _last(x: Array, axes: tuple[int, ...]) -> bool:
+def are_last(x: Array, axes: tuple[int, ...]) -> bool:
     return axes == tuple(range(x.ndim - len(axes), x.ndim))
 
 
@@ -315,29 +431,54 @@ def in_kernel(x, n, how: Reduction) -> tuple[Array, Array, Array]:
     """
     x = x.astype(accumulator(x))
     over = lambda a: a.sum(how.axes, keepdims=True)
-    shift = over(x) / n
+    shift = over(x) / n if how.centered else over(x) * 0.0  # if no sum comes before the two others, XLA makes 3 kernels
     d = x - shift
+    if not how.centered:
+        assert how.large is not None  # `statistics_of_output`
+        small, large = over(square(d * how.unit)), over(square(d * how.large))
+        root = jnp.maximum(jnp.sqrt(jnp.minimum(small, FULL)) / how.unit, jnp.sqrt(large) / how.large)
+        return shift, jnp.zeros_like(shift), root
     offset = over(d) / n
-    correction = n * square(offset * how.unit)
-    m2 = over(square(d * how.unit)) - correction
-    constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
-    return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
+    terms = lambda unit: (over(square(d * unit)), n * scaled_square(offset, unit))
+    if how.large is None:
+        squares, correction = terms(how.unit)
+        m2 = squares - correction
+        constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
+        return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
+    # In both units, the small one's terms held below overflow. Then the larger root of the two is the right one, and x
+    # is constant if neither unit finds otherwise: a unit in which the terms are out of range does not.
+    small, large = ([jnp.minimum(a, FULL) for a in terms(how.unit)], terms(how.large))
+    root, constant = 0.0, 1.0
+    for unit, (squares, correction) in ((how.unit, small), (how.large, large)):
+        m2 = squares - correction
+        constant *= jnp.minimum(jnp.maximum(2.0**-18 * correction - m2 + 2.0**-126, 0.0) * 2.0**126, 1.0)
+        root = jnp.maximum(jnp.sqrt(jnp.maximum(m2, 0.0)) / unit, root)
+    return shift, offset, root + constant * 2.0**126
+
+
+def nan_if_infinite(a: Array) -> Array:
+    """a, with NaN for infinity: of a sum that overflowed, or a variance, so that y is not a plausible 0."""
+    return a + 0.0 * a
 
 
 def _weight(weights: Array | None, n: Array) -> Array:
     return jnp.ones((1,) * n.ndim, n.dtype) if weights is None else weights.astype(n.dtype)
 
 
-def _difference(x: Array, keep: Array | None, shift: Array | None, unit: float = 1.0) -> Array:
+def _difference(x: Array, keep: Array | None, shift: Array | None, unit: float | Array = 1.0) -> Array:
     """unit * (x - shift) in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
-    scaled = lambda a: a if unit == 1.0 else a * unit
+    scaled = lambda a: a if isinstance(unit, float) and unit == 1.0 else _times(a, unit)
     x = scaled(x.astype(accumulator(x)))
     d = x if shift is None else x - scaled(shift)
     return d if keep is None else jnp.where(keep, d, 0.0)
 
 
-def _pilot(x: Array, axes: tuple[int, ...]) -> Array | None:
-    """The mean of some 64 elements of each column, evenly spaced: the differences to it lose nothing when squared.
+def _times(a: Array, unit: float | Array) -> Array:
+    return a * (unit if isinstance(unit, float) else unit.astype(a.dtype))
+
+
+def _sample(x: Array, axes: tuple[int, ...]) -> Array | None:
+    """Some 64 elements of each column, evenly spaced: the differences to their mean lose nothing when squared.
 
     Taken by splitting axes, not by slicing them, so that of a sharded axis every device samples its own part. None
     where sizes without divisors leave so few elements that a single outlier among them could spoil the sums, and where
@@ -354,7 +495,18 @@ def _pilot(x: Array, axes: tuple[int, ...]) -> Array | None:
         block, taken = lax.index_in_dim(split, 0, a + 1, keepdims=False), taken * part
     if taken < min(16, math.prod(x.shape[a] for a in axes)):
         return None
-    return block.astype(accumulator(x)).mean(axes, keepdims=True)
+    return block.astype(accumulator(x))
+
+
+def _rough_mean(x: Array, keep: Array | None, axes: tuple[int, ...]) -> Array | None:
+    """The mean of the sample's present elements, 0 where there are none; None where there is no sample."""
+    sharded = _sharded_axes(x) or (keep is not None and _sharded_axes(keep))  # their samples might not agree
+    sample = None if sharded else _sample(x, axes)
+    if sample is None or keep is None:
+        return None if sample is None else sample.mean(axes, keepdims=True)
+    kept = _sample(jnp.broadcast_to(keep, x.shape), axes)
+    assert kept is not None
+    return mean(jnp.where(kept > 0, sample, 0.0), kept, kept.sum(axes, keepdims=True), axes)
 
 
 def _sharded_axes(x: Array) -> list[int]:

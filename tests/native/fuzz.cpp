@@ -348,9 +348,10 @@ Case random_case(Random& random) {
   std::tie(c.x_type, c.y_type) = pairs[random.below(8)];
   c.a_type = c.x_type == Type::f64 ? Type::f64 : Type::f32;
   c.centered = !random.one_in(3), c.round_first = random.one_in(3), c.stream = random.coin(), c.flush = random.coin();
-  c.epsilon = random.coin() ? 1e-6 : 0;
+  c.epsilon = random.of({1e-6, 1e-6, 1e-12, 1e-30, 0.0, 0.0});
   const bool whole = random.one_in(4);  // the unit is 1, and squares of large values overflow
-  c.unit = whole ? 1 : c.epsilon ? 0x1p-40 : 0x1p-16, c.devices = random.of({1.0, 3.0});
+  const bool root = c.epsilon < 1e-6 || random.one_in(4);  // m2 is a root, and no squares of floats do
+  c.unit = whole ? 1 : root ? 0 : 0x1p-40, c.devices = random.of({1.0, 3.0});
   c.outliers = random.one_in(6);
 
   struct Values { double mean, deviation; };
@@ -358,6 +359,8 @@ Case random_case(Random& random) {
   if (c.x_type == Type::f16) menu.insert(menu.end(), {{1e3, 1}, {0, 1e-6}, {0, 1e4}, {-3e4, 0}});
   else menu.insert(menu.end(), {{1e4, 1}, {1e4, 1e-3}, {0, 1e-30}, {-1e4, 0}});
   if (c.x_type != Type::f16 && !whole) menu.insert(menu.end(), {{0, 1e20}, {1e20, 1e18}, {-1e20, 0}});
+  if (c.x_type != Type::f16 && c.unit == 0)
+    menu.insert(menu.end(), {{0, 1e-30}, {1e-30, 1e-32}, {0, 1e-20}, {1e30, 1e28}, {0, 1e30}, {-1e30, 0}, {1e-30, 0}});
   const View& v = c.view;
   const bool alike = random.coin();  // else each statistic has values of its own magnitude
   std::vector<Values> of(v.statistics(), random.of(menu));
@@ -371,16 +374,17 @@ Case random_case(Random& random) {
   c.scale = Buffer(c.a_type, random.coin() ? v.parameters() : 0, Buffer::any(random));
   c.bias = Buffer(c.a_type, random.coin() ? v.parameters() : 0, Buffer::any(random));
   std::vector<int> seen(v.statistics());
+  c.spoilt.resize(v.statistics());
   for (int64_t i = 0; i < v.size(); ++i) {
     const int64_t s = c.statistic(i);
     const bool outlier = c.outliers && of[s].deviation < 1e10 && seen[s]++ < 5;  // where shifts are taken from
     const double far = outlier ? 1000 * of[s].deviation : 0;
     c.x.set(i, of[s].mean + of[s].deviation * random.normal() + far), c.g.set(i, random.normal());
+    if (!std::isfinite(c.x[i])) c.spoilt[s] = true;  // an outlier that float16 does not hold
   }
   for (int64_t i = 0; i < c.scale.count(); ++i) c.scale.set(i, random.one_in(20) ? 0 : 1 + random.normal() / 2);
   for (int64_t i = 0; i < c.bias.count(); ++i) c.bias.set(i, random.normal());
 
-  c.spoilt.resize(v.statistics());
   if (v.size() && random.one_in(6)) {
     text << " with";
     for (int64_t left = 1 + random.below(3); left > 0; --left) {
@@ -443,9 +447,9 @@ std::vector<Buffer> results(const Case& c, const Kernels<A>& kernels, const Thre
     one.out = out[into].data(), one.shift = s.data(), one.offset = o.data(), one.m2 = m.data();
     return one;
   };
-  const auto many = [&](const Buffer& a) {  // the sum over as many devices that have the same
+  const auto many = [&](const Buffer& a, bool root = false) {  // the sum over as many devices that have the same
     Buffer sum(a.type(), a.count(), Buffer::any(random));
-    for (int64_t i = 0; i < a.count(); ++i) sum.set(i, a[i] * c.devices);
+    for (int64_t i = 0; i < a.count(); ++i) sum.set(i, a[i] * (root ? std::sqrt(c.devices) : c.devices));
     return sum;
   };
   const Flush flushed(c.flush);
@@ -453,7 +457,7 @@ std::vector<Buffer> results(const Case& c, const Kernels<A>& kernels, const Thre
   Job alone = with(y, out[shift_alone], out[offset_alone], out[m2_alone]);
   alone.out = nullptr;
   Norm<A>(alone, kernels, threads).moments();
-  const Buffer all_m2 = many(out[m2_alone]);
+  const Buffer all_m2 = many(out[m2_alone], c.unit == 0);
   Job given = with(y_given, out[shift_alone], out[offset_alone], all_m2);
   given.count *= c.devices;
   Norm<A>(given, kernels, threads).normalize();
@@ -511,21 +515,26 @@ Truth truth(const Case& c) {
   Truth t{Bounds(v.size()), Bounds(v.size()), Bounds(groups), Bounds(groups), Bounds(groups), Bounds(groups),
           Bounds(columns), Bounds(columns), mean};
   // Where the squares, in their unit, are no longer normal numbers beside epsilon, only NaN is wrong.
-  std::vector<bool> lost(groups);
+  std::vector<bool> lost(groups), spoilt = c.spoilt;
   for (int64_t s = 0; s < groups; ++s) {
-    const Real unit = c.unit * c.unit, total = var[s] + c.epsilon;
+    const Real unit = c.unit == 0 ? 1 : c.unit * c.unit, total = var[s] + c.epsilon;
     r[s] = n && total > 0 ? 1 / std::sqrt(total) : 0;
+    if (r[s] > largest(c.a_type) / 2) spoilt[s] = true;  // infinite, as it may be for denormals alone
     // Squares of few different values, or all about a shift that the outliers took far away.
     const bool alike = format(c.x_type).size == 2 || c.outliers || fourth[s] < 1.0001L * var[s] * var[s] ||
                        std::sqrt(var[s]) < 256 * roundoff(c.x_type) * std::fabs(mean[s]);
-    error[s] = rounding(c.a_type, Real(n), alike) + (total > 0 ? tiny / (total * unit) : 0);
-    lost[s] = error[s] > 1e-2 || c.spoilt[s];
-    if (c.spoilt[s]) t.rest.free(s), t.m2.free(s);
+    // What is flushed to 0: squares in the unit; or, where any unit will do, differences.
+    const Real flushed = c.unit == 0 ? 4 * tiny / std::sqrt(total) : tiny / (total * unit);
+    error[s] = rounding(c.a_type, Real(n), alike) + (total > 0 ? flushed : 0);
+    lost[s] = error[s] > 1e-2 || spoilt[s];
+    if (spoilt[s]) t.rest.free(s), t.m2.free(s);
     else if (lost[s]) t.rest.some(s), t.m2.some(s);
     else {
       t.rest.set(s, rest[s], r[s] > 0 ? error[s] / r[s] + tiny : 4 * roundoff(c.a_type) * std::fabs(mean[s]) + tiny);
       // A difference of terms that may be five times as large.
-      t.m2.set(s, n * var[s] * unit, 4 * n * unit * error[s] * total + n * tiny);
+      const Real wrong = 4 * n * unit * error[s] * total + (c.unit == 0 ? 0 : n * tiny), value = n * var[s] * unit;
+      if (c.unit != 0) t.m2.set(s, value, wrong);
+      else t.m2.low[s] = double(std::sqrt(std::max(value - wrong, Real(0)))), t.m2.high[s] = double(std::sqrt(value + wrong));
     }
   }
 
@@ -543,14 +552,14 @@ Truth truth(const Case& c) {
     h[s].add(gs, gs), hx[s].add(gs * xhat, gs * (1 + std::fabs(xhat)));
     ds[k].add(g * xhat, g * (1 + std::fabs(xhat))), db[k].add(g, g);
     column_error[k] = std::max(column_error[k], error[s]);
-    if (c.spoilt[s]) bad[k] = 1;
+    if (spoilt[s]) bad[k] = 1;
     if (lost[s]) unsure[k] = 1;
   }
   const Real part = v.N * v.S * v.P;
   for (int64_t s = 0; s < groups; ++s) {
     t.h.set(s, h[s].value, error[s] * h[s].size + n * tiny);
     t.hx.set(s, hx[s].value, error[s] * hx[s].size + n * tiny * (1 + r[s]));
-    if (c.spoilt[s]) t.h.free(s), t.hx.free(s);
+    if (spoilt[s]) t.h.free(s), t.hx.free(s);
     else if (lost[s]) t.hx.some(s);
   }
   for (int64_t k = 0; k < columns; ++k) {
@@ -568,7 +577,7 @@ Truth truth(const Case& c) {
   };
   for (int64_t i = 0; i < v.size(); ++i) {
     const int64_t s = c.statistic(i), k = c.parameter(i);
-    if (c.spoilt[s]) t.y.free(i), t.dx.free(i);
+    if (spoilt[s]) t.y.free(i), t.dx.free(i);
     else if (lost[s]) t.y.some(i), t.dx.some(i);
     if (lost[s]) continue;
     const Real xhat = difference(i) * r[s], size = 1 + std::fabs(xhat), of_scale = scale(k);

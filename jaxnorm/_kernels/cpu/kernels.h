@@ -64,14 +64,15 @@ template <class T, class A = typename accumulator<T>::type> A sample(const T* x,
 // In one pass about a shift near the mean; `settled` says when that was near enough, and what the sums come to.
 template <class T, class A = typename accumulator<T>::type>
 Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
-  const A unit = A(job.unit);
   Statistic<A> s{0, 0, 0};
   if (n == 0) return s;
   if (job.centered) s.shift = sample(x, n);
   for (bool again = false;; again = true) {
     Pair<double> sums = row_sums<T, false, A>(x, n, s.shift, A(1));
-    if (in_range(sums.second)) sums.second *= job.unit * job.unit;
-    else sums = row_sums<T, true, A>(x, n, s.shift, unit);
+    if (const double unit = unit_for<A>(job, sums.second, double(n)); unit != 1) {
+      sums = row_sums<T, true, A>(x, n, s.shift, A(unit));
+      sums.second /= unit * unit;
+    }
     if (settled(job, sums.first, sums.second, again, s)) return s;
   }
 }
@@ -115,26 +116,34 @@ void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, in
   });
 }
 
-// Sums of g scale and g scale (x - shift) over a run ...
-template <class T, class U, class Param, class A = typename accumulator<T>::type>
-Pair<A> run_gradient_sums(const T* x, const U* g, int64_t n, A shift, Param scale) {
+// Sums of g scale and g scale (x - shift) over a run, the latter times r if `scaled` ...
+template <class T, class U, bool scaled, class Param, class A = typename accumulator<T>::type>
+Pair<A> run_gradient_sums(const T* x, const U* g, int64_t n, A shift, A r, Param scale) {
   V<A> h[4]{}, hx[4]{};
-  const V<A> from = all(shift);
+  const V<A> from = all(shift), by = all(r);
   over<A, 4>(n, JN_BODY(i, at, u) {
-    const V<A> gs = at.load(g + i) * scale.at(i, at);
+    const V<A> gs = at.load(g + i) * scale.at(i, at), d = at.load(x + i) - from;
     h[u] += gs;
-    hx[u] += at.kept(gs * (at.load(x + i) - from));
+    hx[u] += at.kept(gs * (scaled ? d * by : d));
   });
   return {sum<A>((h[0] + h[1]) + (h[2] + h[3])), sum<A>((hx[0] + hx[1]) + (hx[2] + hx[3]))};
 }
 
-// ... and of g scale and g scale xhat over a row: the rest of the mean, and r, are taken in at the end.
+// ... and of g scale and g scale xhat over a row. The rest of the mean is taken in at the end; so is r, unless x is so
+// large or small that its products with g might leave A's range.
 template <class T, class U, class Param, class A = typename accumulator<T>::type>
 Pair<A> row_gradient_sums(const T* x, const U* g, int64_t n, Statistic<A> s, A r, Param scale) {
-  const Pair<double> sums = in_pieces(n, [&](int64_t i, int64_t size) {
-    return run_gradient_sums<T, U>(x + i, g + i, size, s.shift, scale.after(i));
-  });
-  return {A(sums.first), A((sums.second - double(s.offset) * sums.first) * double(r))};
+  const auto sums = [&](auto scaled) {
+    return in_pieces(n, [&](int64_t i, int64_t size) {
+      return run_gradient_sums<T, U, scaled.value>(x + i, g + i, size, s.shift, r, scale.after(i));
+    });
+  };
+  if (r < A(0x1p-40) || r > A(0x1p40)) {
+    const Pair<double> of = sums(std::true_type{});
+    return {A(of.first), A(of.second - double(s.offset) * double(r) * of.first)};
+  }
+  const Pair<double> of = sums(std::false_type{});
+  return {A(of.first), A((of.second - double(s.offset) * of.first) * double(r))};
 }
 
 // Whether stores past the cache may be used from here on in steps of `step` elements: every vector must be aligned.
@@ -330,8 +339,8 @@ void slab_sums_in(const Job& job, const Block& b, int64_t run, A unit, const A* 
   const int64_t stride = b.step * job.view.line();
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
-      const auto [s, q] = run_sums<T, scaled, A>(x + at, run, shift[k], unit);
-      total[k] += s, square[k] += q;
+      const auto [s, q] = row_sums<T, scaled, A>(x + at, run, shift[k], unit);
+      total[k] += A(s), square[k] += A(q);
     });
     return;
   }

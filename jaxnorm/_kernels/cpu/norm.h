@@ -1,12 +1,11 @@
 // A whole norm: how its work is cut into tasks, and what is done between the passes. For every instruction set alike.
 //
 // The cuts depend on shapes alone, never on the number of threads or on which thread was first, and partial sums are
-// joined in the order of the cuts: equal inputs give equal bits.
+// joined in the order of the cuts, in double: equal inputs give equal bits, and long columns lose nothing.
 #pragma once
 
 #include <algorithm>
 #include <new>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -29,6 +28,7 @@ template <class A> struct Aligned {
 
 template <class A> class Norm {
   using Vector = std::vector<A, Aligned<A>>;
+  using Doubles = std::vector<double>;
 
  public:
   Norm(Job job, const Kernels<A>& kernels, const Threads& threads)
@@ -65,10 +65,16 @@ template <class A> class Norm {
   // dx, and the sums (B, G, D) of g xhat and of g.
   void backward(A* dscale, A* dbias) {
     if (view_.S == 1)
-      return with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads&, A* ds, A* db) {
-        kernels_.rows_backward(job_, first * view_.G, last * view_.G, ds, db);
+      return with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads&, double* ds, double* db) {
+        const int64_t width = padded(view_.columns());
+        Vector part(2 * width);
+        for (int64_t i = first; i < last; i += longest) {
+          std::fill(part.begin(), part.end(), A(0));
+          kernels_.rows_backward(job_, i * view_.G, std::min(last, i + longest) * view_.G, &part[0], &part[width]);
+          for (int64_t k = 0; k < view_.columns(); ++k) ds[k] += part[k], db[k] += part[width + k];
+        }
       });
-    with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, A* ds, A* db) {
+    with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, double* ds, double* db) {
       Vector h(view_.G), hx(view_.G);
       for (int64_t slab = first; slab < last; ++slab) {
         Tables t = tables(slab);
@@ -82,7 +88,7 @@ template <class A> class Norm {
   // such sums, which may be over more devices than this one.
   void gradient_sums(A* h, A* hx, A* dscale, A* dbias) {
     std::fill_n(h, view_.statistics(), A(0)), std::fill_n(hx, view_.statistics(), A(0));
-    with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, A* ds, A* db) {
+    with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, double* ds, double* db) {
       for (int64_t slab = first; slab < last; ++slab)
         gradient_sums(slab, threads, tables(slab), h + slab * view_.G, hx + slab * view_.G, ds, db);
     });
@@ -136,16 +142,17 @@ template <class A> class Norm {
     if (view_.size() == 0) return;
     const bool cut_slabs = view_.S > 1 && !slabs_in_parallel();  // then the threads are inside a slab
     const int64_t examples = cut_slabs ? view_.N : per_task(view_.slab()), cuts = parts(view_.N, examples);
-    const int64_t width = padded(view_.columns());
-    Vector partial(view_.B * cuts * 2 * width);
+    const int64_t width = view_.columns();
+    Doubles partial(view_.B * cuts * 2 * width);
     (cut_slabs ? alone_ : threads_).each(view_.B * cuts, [&](int64_t i) {
       const int64_t b = i / cuts, first = b * view_.N + i % cuts * examples;
-      A* sums = partial.data() + i * 2 * width;
+      double* sums = partial.data() + i * 2 * width;
       run(first, std::min((b + 1) * view_.N, first + examples), cut_slabs ? threads_ : alone_, sums, sums + width);
     });
     for (int64_t b = 0; b < view_.B; ++b) {
-      join(partial.data() + b * cuts * 2 * width, cuts, 2 * width, dscale + b * view_.columns());
-      join(partial.data() + b * cuts * 2 * width + width, cuts, 2 * width, dbias + b * view_.columns());
+      const double* first = partial.data() + b * cuts * 2 * width;
+      const Doubles ds = join(first, cuts, 2 * width), db = join(first + width, cuts, 2 * width);
+      std::copy(ds.begin(), ds.end(), dscale + b * width), std::copy(db.begin(), db.end(), dbias + b * width);
     }
   }
 
@@ -170,30 +177,28 @@ template <class A> class Norm {
   }
 
   // Two sums for each column, over all blocks of a slab, in the order of the blocks.
-  template <class Run> std::pair<Vector, Vector> sums(int64_t slab, const Threads& threads, Run run) {
+  template <class Run> std::pair<Doubles, Doubles> sums(int64_t slab, const Threads& threads, Run run) {
     const Blocks cuts = blocks();
-    const int64_t k = view_.columns(), width = padded(k);
+    const int64_t width = padded(view_.columns());
     Vector partial(cuts.down * 2 * width);
     threads.each(cuts.count(), [&](int64_t i) {
       A* first = &partial[i / cuts.across * 2 * width];
       run(cuts(view_, slab, i), first, first + width);
     });
-    std::pair<Vector, Vector> total{Vector(k), Vector(k)};
-    join(partial.data(), cuts.down, 2 * width, total.first.data());
-    join(partial.data() + width, cuts.down, 2 * width, total.second.data());
+    return {join(partial.data(), cuts.down, 2 * width), join(partial.data() + width, cuts.down, 2 * width)};
+  }
+
+  // For each column the sum of the cuts' partial sums, in their order.
+  template <class Sum> Doubles join(const Sum* partial, int64_t cuts, int64_t stride) const {
+    Doubles total(view_.columns());
+    for (int64_t i = 0; i < cuts; ++i)
+      for (int64_t k = 0; k < view_.columns(); ++k) total[k] += double(partial[i * stride + k]);
     return total;
   }
 
-  // total[k] = the sum of the cuts' partial sums, in their order.
-  void join(const A* partial, int64_t cuts, int64_t stride, A* total) const {
-    for (int64_t k = 0; k < view_.columns(); ++k) total[k] = A(0);
-    for (int64_t i = 0; i < cuts; ++i)
-      for (int64_t k = 0; k < view_.columns(); ++k) total[k] += partial[i * stride + k];
-  }
-
   // The sums of each group's D columns, of values `weight` times as large where a weight is given.
-  std::vector<double> by_group(const Vector& columns, const A* weight = nullptr) const {
-    std::vector<double> total(view_.G);
+  template <class Columns> Doubles by_group(const Columns& columns, const A* weight = nullptr) const {
+    Doubles total(view_.G);
     for (int64_t g = 0; g < view_.G; ++g)
       for (int64_t d = 0; d < view_.D; ++d)
         total[g] += double(columns[g * view_.D + d]) * (weight ? double(weight[g * view_.D + d]) : 1.0);
@@ -217,14 +222,18 @@ template <class A> class Norm {
         });
       };
       auto [total, square] = in_unit(A(1));
-      double rescale = job_.unit * job_.unit;
-      if (!std::all_of(square.begin(), square.end(), in_range<A>))
-        std::tie(total, square) = in_unit(A(job_.unit)), rescale = 1;
-      const std::vector<double> s = by_group(total), q = by_group(square);
+      for (const double unit : {small_unit, large_unit}) {
+        const auto needs = [&, n = double(view_.S * view_.P)](double q) { return unit_for<A>(job_, q, n) == unit; };
+        if (std::none_of(square.begin(), square.end(), needs)) continue;
+        const Doubles scaled = in_unit(A(unit)).second;
+        for (size_t k = 0; k < square.size(); ++k)
+          if (needs(square[k])) square[k] = scaled[k] / (unit * unit);
+      }
+      const Doubles s = by_group(total), q = by_group(square);
       done = true;
       for (int64_t g = 0; g < view_.G; ++g) {
         Statistic<A> one{shift[g], offset[g], m2[g]};
-        if (!settled(job_, s[g], q[g] * rescale, again, one)) done = false;
+        if (!settled(job_, s[g], q[g], again, one)) done = false;
         shift[g] = one.shift, offset[g] = one.offset, m2[g] = one.m2;
       }
     }
@@ -238,7 +247,7 @@ template <class A> class Norm {
     Vector total(view_.columns()), square(view_.columns());
     const Block some{slab, 0, step, lines, 0, view_.columns(), 0};
     kernels_.sums(job_, some, run, A(1), zero.data(), total.data(), square.data());
-    const std::vector<double> s = by_group(total);
+    const Doubles s = by_group(total);
     for (int64_t g = 0; g < view_.G; ++g) shift[g] = A(s[g] / double(lines * run * view_.D));
   }
 
@@ -280,12 +289,13 @@ template <class A> class Norm {
     each_block(slab, threads, [&](const Block& b) { kernels_.normalize(job_, b, t.columns); });
   }
 
-  void gradient_sums(int64_t slab, const Threads& threads, const Tables& t, A* h, A* hx, A* dscale, A* dbias) {
+  void gradient_sums(int64_t slab, const Threads& threads, const Tables& t, A* h, A* hx, double* dscale,
+                     double* dbias) {
     const auto [gx, g] = sums(slab, threads, [&](const Block& b, A* of_gx, A* of_g) {
       kernels_.gradient_sums(job_, b, t.columns, of_gx, of_g);
     });
     for (int64_t k = 0; k < view_.columns(); ++k) dscale[k] += gx[k], dbias[k] += g[k];
-    const std::vector<double> of_h = by_group(g, t.columns.scale), of_hx = by_group(gx, t.columns.scale);
+    const Doubles of_h = by_group(g, t.columns.scale), of_hx = by_group(gx, t.columns.scale);
     for (int64_t i = 0; i < view_.G; ++i) h[i] = A(of_h[i]), hx[i] = A(of_hx[i]);
   }
 

@@ -26,7 +26,8 @@ def _static(call: Call, operands, names) -> cpu.Static:
     view = cpu.view_of(operands[0].shape, how.axes, call.varying(operands))
     assert view is not None  # a part of x has the view that x has
     count = view.elements * (lax.axis_size(names) if names else 1)
-    return cpu.Static(view, count, recipe.epsilon, how.unit, how.centered, recipe.round_before_scale)
+    unit = how.unit if how.large is None else 0.0  # for kernels, too, m2 is then its root
+    return cpu.Static(view, count, recipe.epsilon, unit, how.centered, recipe.round_before_scale)
 
 
 def forward(call: Call, names, across: Across, *operands) -> tuple[Array, ...]:
@@ -36,7 +37,7 @@ def forward(call: Call, names, across: Across, *operands) -> tuple[Array, ...]:
     if not names:
         return cpu.forward(static, recipe.how.axes, recipe.dtype, x, scale, bias)
     stats = Statistics(cpu.count(static, x), *cpu.moments(static, recipe.how.axes, x))
-    _, shift, offset, m2 = across.merged(stats, names, recipe.how.unit)
+    _, shift, offset, m2 = across.merged(stats, names, recipe.how)
     return cpu.normalize(static, recipe.dtype, x, shift, offset, m2, scale, bias), shift, offset, m2
 
 

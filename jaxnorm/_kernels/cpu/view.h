@@ -38,7 +38,8 @@ template <> struct accumulator<double> { using type = double; };
 
 enum class Type { f32, bf16, f16, f64 };
 
-// A statistic as the library keeps it: mean == shift + offset, and m2 the sum of (unit (x - mean))^2.
+// A statistic as the library keeps it: mean == shift + offset, and m2 the sum of (unit (x - mean))^2. A unit of 0 says
+// that no unit keeps all squares in A's range: then m2 is the root of the sum of (x - mean)^2.
 template <class A> struct Statistic { A shift, offset, m2; };
 
 // One value for each column of a slab, and what a kernel needs of the statistics there.
@@ -55,24 +56,33 @@ struct Job {
   bool stream = false;                                           // the output is too large to stay in the cache
 };
 
-// r = 1 / sqrt(var + epsilon); 0 where that is 1 / 0, and where nothing was counted.
+// r = 1 / sqrt(var + epsilon); 0 where that is 1 / 0, and where nothing was counted; NaN where m2 overflowed.
 template <class A> inline A rstd(const Job& job, A m2) {
-  const double v = job.count == 0 ? 0.0 : double(m2) / job.count + job.epsilon * job.unit * job.unit;
-  return v == 0 ? A(0) : A(job.unit / __builtin_sqrt(v));
+  if (!__builtin_isfinite(m2)) return A(__builtin_nan(""));
+  const double unit = job.unit == 0 ? 1.0 : job.unit, square = job.unit == 0 ? double(m2) * double(m2) : double(m2);
+  const double v = job.count == 0 ? 0.0 : square / job.count + job.epsilon * unit * unit;
+  return v == 0 ? A(0) : A(unit / __builtin_sqrt(v));
 }
 
-// Whether a sum of squares can be trusted: where it overflowed it is taken again in a smaller unit.
-template <class A> inline bool in_range(A square) { return square < A(1e37); }
+// Sums of n squares are made in x's own units, or else in this one. One that overflowed, or nearly so, needs a small
+// unit. One whose terms were flushed to zero needs a large one, unless it is nothing beside epsilon.
+constexpr double small_unit = 0x1p-64, large_unit = 0x1p64;
+template <class A> inline double unit_for(const Job& job, double square, double n) {
+  if (sizeof(A) == 8) return 1;
+  if (!(square < 1e37)) return small_unit;
+  return job.unit == 0 && job.epsilon < 0x1p-80 && square < n * 0x1p-102 ? large_unit : 1;
+}
 
-// From sums about s.shift, of x - shift and of (unit (x - shift))^2, to the statistic: the formula, and the rule for
-// constants, are those of `about` in xla.py. False where the shift was so far from the mean that the two terms of m2
-// cancel: then the shift is brought to the mean, for the caller to sum again.
+// From sums about s.shift, of x - shift and of (x - shift)^2, to the statistic: the formula, and the rule for constants,
+// are those of `about` in xla.py. False where the shift was so far from the mean that the two terms of m2 cancel: then
+// the shift is brought to the mean, for the caller to sum again.
 template <class A> inline bool settled(const Job& job, double sum, double square, bool again, Statistic<A>& s) {
   const double n = double(job.view.count()), offset = job.centered ? sum / n : 0.0;
-  const double correction = n * (offset * job.unit) * (offset * job.unit), m2 = square - correction;
+  const double correction = n * offset * offset, m2 = square - correction;
   const bool constant = m2 <= 0x1p-18 * correction, far = !again && correction > 4 * m2;
   if (constant || far) s.shift += A(offset);
-  s.offset = constant ? A(0) : A(offset), s.m2 = constant ? A(0) : A(m2);
+  s.offset = constant ? A(0) : A(offset);
+  s.m2 = constant ? A(0) : A(job.unit == 0 ? __builtin_sqrt(m2) : m2 * job.unit * job.unit);
   return !far;
 }
 
