@@ -120,7 +120,7 @@ def test_any_magnitude_merged_over_devices(how, rng, monkeypatch):
         np.testing.assert_allclose(y, true, rtol=1e-6, atol=2e-6, err_msg=str(magnitudes))
     if how == "ghosts":  # the running variance is that of the whole batch
         x = draw(rng, (32, 5)) * np.float32(1e-15)
-        var = norm.apply(params, state, x, train=True, momentum=0.0)[1].var
+        var = replace(norm, momentum=0.0).apply(params, state, x, train=True)[1].var
         np.testing.assert_allclose(var, x.var(0, dtype=np.float64), rtol=1e-6)
 
 
