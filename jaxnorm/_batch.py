@@ -96,8 +96,8 @@ def batch_norm(
         None; None for neither. A dict {"scale", "bias"} does as well, a missing one being None.
       state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in. A
         dict {"mean", "var"}, with or without "count", does as well, and comes back as a dict.
-        A variance that is nothing beside epsilon may be recorded as 0. In training also `Moments`, which the batch's are
-        merged into, for one `update_state` after many micro-batches.
+        A variance that is nothing beside epsilon may be recorded as 0. In training also `Moments`, which those of the
+        batch are merged into, for one `update_state` after many micro-batches.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       axis: the channel axis, or axes, at any position.
       momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a

@@ -190,8 +190,8 @@ def _(how, primals, tangents):
 def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
     """The tangent of the statistics. d(mean) is given to the offset: the shift is a constant, whichever it is.
 
-    Where `stats.m2` is a root, its tangent is still that of the sum of squares, which unlike the root's is finite where x
-    is constant. `rsqrt_of_root` is the one to take it, and knows.
+    Where `stats.m2` is a root, its tangent is still that of the sum of squares, which unlike the root's is finite where
+    x is constant. `rsqrt_of_root` takes it as such.
     """
     unit = how.unit if how.large is None else 1.0
     z = unit * xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)

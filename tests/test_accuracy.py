@@ -89,12 +89,12 @@ def check_magnitudes(row, dtype, rng):
         x = (draw(rng, row.shape, 1.0) * np.float32(magnitude)).astype(dtype)
         y, (dscale, _), dx = both(params, x, g)
         true = row.gradients(params, x, g)
-        wide = lambda a: np.asarray(a, np.float64)
         message = f"magnitude {magnitude}"
-        np.testing.assert_allclose(wide(y), row.truth(params, x).y, rtol=one_rounding, atol=2e-6, err_msg=message)
+        np.testing.assert_allclose(np.float64(y), row.truth(params, x).y, rtol=one_rounding, atol=2e-6, err_msg=message)
         for got, want, rounding in ((dx, true[0], one_rounding), (dscale, true[1], 1e-6)):
-            scaled = lambda a, size=np.abs(want).max(): np.reshape(wide(a), np.shape(want)) / size
-            np.testing.assert_allclose(scaled(got), scaled(want), rtol=rounding, atol=4e-6, err_msg=message)
+            got, want = np.reshape(np.float64(got), np.shape(want)), np.float64(want)
+            size = np.abs(want).max()
+            np.testing.assert_allclose(got / size, want / size, rtol=rounding, atol=4e-6, err_msg=message)
 
 
 @pytest.mark.parametrize("how", ["slots", "two sums", "jit", "ghosts"])

@@ -67,10 +67,10 @@ def units(epsilon: float, n: int, dtype) -> tuple[float, float | None]:
     """The unit for the sum of n squares in float32, or two, for small and for large values, if no single one will do.
 
     |x| may be up to 1e30, so that |x - shift| is up to 2**100.66, and epsilon anything. The sum stays finite if
-    n (unit 2**100.66)**2 < 2**128. A square below 2**-126 is flushed to zero: 1 / sqrt(var + epsilon) is then off by less
-    than 2e-6 of itself if epsilon unit**2 >= 2**-108. One unit meets both for the default epsilons up to some 10**4 or
-    10**5 elements. Otherwise squares are summed in two units. Where the sum for small values overflows, the one for large
-    values is used, and by then what was flushed there is below 2**-22 of it.
+    n (unit 2**100.66)**2 < 2**128. A square below 2**-126 is flushed to zero. That changes 1 / sqrt(var + epsilon) by
+    less than 2e-6 of itself if epsilon unit**2 >= 2**-108. One unit meets both for the default epsilons up to some
+    10**4 or 10**5 elements. Otherwise squares are summed in two units. Where the sum for small values overflows, the
+    one for large values is used. What was flushed there is then below 2**-22 of it.
     """
     if jnp.finfo(dtype).bits == 64:
         return 2.0**-40, None
@@ -287,9 +287,10 @@ def about(
 def in_range(how: Reduction, squares: Callable, size: Array | None = None) -> tuple[Array, Array]:
     """`squares(unit)` in the one of two units that holds them, and that unit.
 
-    A TPU sums in both units in one pass over x. On CPU each sum is a pass: the second one is skipped unless a sum in the
-    first unit has overflowed. A GPU makes a pass of a third sum: unless epsilon is as good as 0, the unit there is taken
-    from the `size` of some elements; if they misled, the sum overflows and y is NaN. Values below 1e28 / sqrt(n) never do.
+    A TPU sums in both units in one pass over x. On CPU each sum is a pass: the second one is skipped unless a sum in
+    the first unit has overflowed. On a GPU a third sum costs a pass. Unless epsilon is close to 0, the unit there is
+    taken from the `size` of some elements. If they mislead, the sum overflows and y is NaN, which values below
+    1e28 / sqrt(n) never do.
     """
 
     def on_cpu(*size):
@@ -308,6 +309,7 @@ def in_range(how: Reduction, squares: Callable, size: Array | None = None) -> tu
 
 def in_one_unit(how: Reduction, small: Array, large: Array) -> tuple[Array, Array]:
     """The same of sums of squares in the small and in the large unit."""
+    assert how.large is not None
     fits = small <= FULL  # False also for NaN
     return jnp.where(fits, small, large), jnp.where(fits, how.unit, how.large)
 
@@ -320,13 +322,13 @@ def two_pass(x, keep, weights, n, how: Reduction, rough: Array | None = None) ->
     """
     shift = mean(_difference(x, keep, rough), _weight(weights, n), n, how.axes)
     if keep is not None or weights is not None:
-        # XLA makes a product of the division by n. Compilers contract that with the subtraction in x - shift, which then
-        # is of another shift, not rounded, than the one returned. This rounding they keep.
+        # XLA makes a product of the division by n, and contracts it with the subtraction in x - shift. That shift is
+        # not rounded, so it is not the one returned. XLA keeps this rounding.
         shift = _rounded(shift)
     shift = shift if rough is None else rough + shift
     size = None
     if how.large is not None:
-        first = _first(x, how.axes) if keep is None else jnp.where(_first(keep, how.axes), _first(x, how.axes), 0.0)
+        first = _first(_difference(x, keep, None), how.axes)
         size = jnp.maximum(jnp.abs(shift), jnp.abs(first))
     return about(x, keep, weights, n, shift, how, size=size)
 
@@ -380,10 +382,11 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
         return tuple(out)
 
     zero = np.zeros((), n.dtype)
-    operands = [(w, zero)]
+    operands, start = [w], [zero]
     for a in z:
-        operands += [(a, np.zeros((), a.dtype)), (jnp.zeros_like(w), zero)]
-    _, *sums = lax.reduce(*zip(*operands, strict=True), combine, how.axes)
+        operands += [a, jnp.zeros_like(w)]
+        start += [np.zeros((), a.dtype), zero]
+    _, *sums = lax.reduce(tuple(operands), tuple(start), combine, how.axes)
     offset, m2, *of_large = (lax.expand_dims(a, how.axes) for a in sums)
     if how.large is None:
         return first, offset / how.unit, m2
@@ -474,7 +477,7 @@ def _difference(x: Array, keep: Array | None, shift: Array | None, unit: float |
 
 
 def _times(a: Array, unit: float | Array) -> Array:
-    return a * (unit if isinstance(unit, float) else unit.astype(a.dtype))
+    return a * (unit.astype(a.dtype) if isinstance(unit, jax.Array) else unit)
 
 
 def _sample(x: Array, axes: tuple[int, ...]) -> Array | None:
