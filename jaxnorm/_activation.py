@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from ._checks import shown
-from ._kernels.xla import Recipe, accumulator, cleaned, widest
-from ._stream import rounded
+from ._kernels.xla import Plan, accumulator, finite_where_masked, widest
+from ._stream import round_to
 
 Array = jax.Array
 Activation = str | Callable[[Array], Array]
@@ -34,9 +34,9 @@ NAMED: dict[str, Callable[[Array], Array]] = {
 _CALM = 1e4  # what is absent takes part in no derivative of f but where it is below this: f may overflow beyond
 
 
-def checked_activation(norm: str, activation: Activation | None, shape: tuple[int, ...], dtype) -> None:
+def check_activation(norm: str, activation: Activation | None, shape: tuple[int, ...], dtype) -> None:
     """A name from the list, or a function that keeps shapes and holds no traced values of its own."""
-    checked_name(norm, activation)
+    check_activation_name(norm, activation)
     if activation is None:
         return
     if isinstance(activation, str):
@@ -61,7 +61,7 @@ def checked_activation(norm: str, activation: Activation | None, shape: tuple[in
         )
 
 
-def checked_name(norm: str, activation: Activation | None) -> None:
+def check_activation_name(norm: str, activation: Activation | None) -> None:
     """All that can be said of an activation before there is an x."""
     if activation is None or callable(activation) or (isinstance(activation, str) and activation in NAMED):
         return
@@ -79,35 +79,35 @@ def activate(activation: Activation, z: Array) -> Array:
     return (NAMED[activation] if isinstance(activation, str) else activation)(z)
 
 
-def before(recipe: Recipe, x: Array, gate: Array | None, keep: Array | None) -> Array:
+def prologue(plan: Plan, x: Array, gate: Array | None, keep: Array | None) -> Array:
     """What the norm is taken of."""
-    if recipe.gate != "before":
+    if plan.gate != "before":
         return x
     assert gate is not None
-    x = cleaned(x.astype(widest(accumulator(x), accumulator(gate))), keep)
-    return x * _of_gate(recipe, gate, keep, x.dtype)
+    x = finite_where_masked(x.astype(widest(accumulator(x), accumulator(gate))), keep)
+    return x * _of_gate(plan, gate, keep, x.dtype)
 
 
-def widened(recipe: Recipe, z: Array) -> Array:
+def widened(plan: Plan, z: Array) -> Array:
     """What the norm gives, as `after` takes it: in float32 or wider, with the precision that z was rounded to.
 
     The value and the derivative of f are then those at one and the same z.
     """
-    return z if recipe.gate == "before" else rounded(z.astype(accumulator(z)), z.dtype)
+    return z if plan.gate == "before" else round_to(z.astype(accumulator(z)), z.dtype)
 
 
-def after(recipe: Recipe, z: Array, gate: Array | None, keep: Array | None) -> Array:
+def epilogue(plan: Plan, z: Array, gate: Array | None, keep: Array | None) -> Array:
     """The output, rounded to its dtype."""
-    if recipe.gate == "before":
-        return z.astype(recipe.dtype)
-    if recipe.gate is None:
-        return of_output(recipe.activation, z, keep).astype(recipe.dtype)
+    if plan.gate == "before":
+        return z.astype(plan.dtype)
+    if plan.gate is None:
+        return activate_output(plan.activation, z, keep).astype(plan.dtype)
     assert gate is not None
     z = z.astype(widest(z.dtype, accumulator(gate)))
-    return (z * _of_gate(recipe, gate, keep, z.dtype)).astype(recipe.dtype)
+    return (z * _of_gate(plan, gate, keep, z.dtype)).astype(plan.dtype)
 
 
-def of_output(activation: Activation, z: Array, keep: Array | None) -> Array:
+def activate_output(activation: Activation, z: Array, keep: Array | None) -> Array:
     """f(z). A z that is huge where an element is absent counts as 0.
 
     One that is NaN there stays so: not padding made it, which gives the bias, but its statistics or a parameter.
@@ -115,18 +115,18 @@ def of_output(activation: Activation, z: Array, keep: Array | None) -> Array:
     return activate(activation, z if keep is None else _zero_unless(keep | ~(jnp.abs(z) >= _CALM), z))
 
 
-def _of_gate(recipe: Recipe, gate: Array, keep: Array | None, dtype) -> Array:
+def _of_gate(plan: Plan, gate: Array, keep: Array | None, dtype) -> Array:
     """f(gate), computed in this dtype. A gate that is NaN, infinite or huge where an element is absent counts as 0."""
     gate = gate.astype(dtype if jnp.iscomplexobj(gate) else jnp.finfo(dtype).dtype)
     gate = gate if keep is None else _zero_unless(keep | (jnp.abs(gate) < _CALM), gate)
-    return activate(recipe.activation, gate).astype(dtype)
+    return activate(plan.activation, gate).astype(dtype)
 
 
 def _zero_unless(keep: Array, z: Array) -> Array:
     return jnp.where(keep, z, jnp.zeros((), z.dtype))
 
 
-def pushed(f: Callable[..., Array], primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+def jvp_or_none(f: Callable[..., Array], primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     """f and its tangent, where None is a tangent of zero."""
     moving = [i for i, t in enumerate(tangents) if t is not None]
     if not moving:

@@ -13,28 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._activation import Activation, checked_activation
+from ._activation import Activation, check_activation
 from ._checks import (
-    aligned_param,
-    aligned_weights,
+    align_boolean_mask,
+    align_param,
+    align_weights,
     as_float_array,
-    checked_axes,
-    checked_dtype,
-    checked_epsilon,
-    checked_flags,
-    checked_min_count,
-    checked_momentum,
-    checked_number,
-    counted,
-    elsewhere,
-    quiet_padding,
+    axis_that_fits,
+    canonicalize_axes,
+    canonicalize_dtype,
+    canonicalize_epsilon,
+    canonicalize_flags,
+    canonicalize_min_count,
+    canonicalize_number,
+    check_momentum,
+    finite_padding,
     shown,
     warn_if_single,
 )
 from ._habits import explained
-from ._kernels import checked_implementation
-from ._kernels.varying import sharded_like
-from ._kernels.xla import Reduction, Statistics, present
+from ._kernels import check_implementation
+from ._kernels.varying import shard_like
+from ._kernels.xla import Reduction, Statistics, valid_mask
 from ._moments import Moments
 from ._normalize import Affine, as_affine, normalize_given
 from ._spec import (
@@ -42,15 +42,15 @@ from ._spec import (
     Params,
     RunningStats,
     Spec,
-    bound_axes,
-    bound_names,
-    given_params,
-    recipe_for,
+    active_axis_names,
+    explain_unbound_axis,
+    make_plan,
     refuse_params_as_state,
+    scale_and_bias,
     spec,
 )
-from ._state import accumulated, as_given, as_stats, is_stats, update_state, updated
-from ._sync import checked_sync, standardize_together
+from ._state import accumulate, as_given, as_stats, is_stats, update, update_state
+from ._sync import canonicalize_sync, standardize_shared
 
 Array = jax.Array
 State = TypeVar("State", bound=RunningStats | Moments | Mapping[str, Any])
@@ -130,14 +130,14 @@ def batch_norm(
         with nothing of the initial values (needs `state.count`).
       unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a room of `jaxnorm.backends()`; None is the best one. Inference is one elementwise pass, which is
-        XLA's in every room, since it fuses it with what follows.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one. Inference is one elementwise pass, which
+        XLA runs for every backend, since it fuses it with what follows.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
 
     Raises:
-      ValueError: a bad axis, momentum, epsilon, room, sync or virtual_batch_size; params, state or mask that fit x
+      ValueError: a bad axis, momentum, epsilon, backend, sync or virtual_batch_size; params, state or mask that fit x
         nowhere.
       TypeError: a dtype that cannot hold the result; a train that is no bool.
       NameError: axis_name is not bound here.
@@ -157,24 +157,24 @@ def batch_norm(
     """
     norm = "batch_norm"
     x = as_float_array(norm, x, rank=1, layout="(batch, ..., channels)")
-    channels = checked_axes(norm, x.ndim, axis)
+    channels = canonicalize_axes(norm, x.ndim, axis)
     features = tuple(x.shape[a] for a in channels)
-    scale, bias = given_params(norm, params)
-    update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = checked_flags(
+    scale, bias = scale_and_bias(norm, params)
+    update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = canonicalize_flags(
         norm, update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
         unbiased_running_var=unbiased_running_var,
     )  # fmt: skip
     old: Any = _checked_state(norm, state, channels, x, needs_count=momentum is None or zero_debias)
-    checked_momentum(norm, momentum)
-    min_count = checked_min_count(norm, min_count)
-    checked_implementation(norm, implementation)
-    epsilon = checked_epsilon(norm, epsilon)
-    scale_offset = checked_number(norm, "scale_offset", scale_offset, "1.0")
+    check_momentum(norm, momentum)
+    min_count = canonicalize_min_count(norm, min_count)
+    check_implementation(norm, implementation)
+    epsilon = canonicalize_epsilon(norm, epsilon)
+    scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
     train = False if frozen and train is None else _checked_flag(norm, train)
-    checked_activation(norm, activation, x.shape, x.dtype)
-    seen, mask = counted(norm, x, mask)
-    weights = aligned_weights(norm, weights, x.shape)
-    sync = checked_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
+    check_activation(norm, activation, x.shape, x.dtype)
+    seen, mask = align_boolean_mask(norm, x, mask)
+    weights = align_weights(norm, weights, x.shape)
+    sync = canonicalize_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
     if isinstance(old, Moments) and (frozen or train is not True):
         raise TypeError(
             f"{norm}: there are no running statistics in the Moments given as a state: they gather what training sees. "
@@ -183,46 +183,46 @@ def batch_norm(
 
     def by_running() -> Array:
         return normalize_given(
-            seen, old.mean, old.var, scale, bias, present(mask, weights), axis=channels, epsilon=epsilon,
+            seen, old.mean, old.var, scale, bias, valid_mask(mask, weights), axis=channels, epsilon=epsilon,
             scale_offset=scale_offset, activation=activation, dtype=dtype, implementation=implementation,
         )  # fmt: skip
 
     if frozen or train is False:
         return by_running(), as_given(state, old)
 
-    scale = aligned_param(norm, "scale", scale, x.shape, channels)
-    bias = aligned_param(norm, "bias", bias, x.shape, channels)
-    scale, bias, mask, weights = (None if a is None else sharded_like(x, a) for a in (scale, bias, mask, weights))
-    args = (quiet_padding(seen, mask, weights), scale, bias, mask, weights)
-    out = checked_dtype(norm, dtype, x, scale, bias)
+    scale = align_param(norm, "scale", scale, x.shape, channels)
+    bias = align_param(norm, "bias", bias, x.shape, channels)
+    scale, bias, mask, weights = (None if a is None else shard_like(x, a) for a in (scale, bias, mask, weights))
+    args = (finite_padding(seen, mask, weights), scale, bias, mask, weights)
+    out = canonicalize_dtype(norm, dtype, x, scale, bias)
     axes = tuple(a for a in range(x.ndim) if a not in channels)
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
-    how = Reduction(axes, one_pass=True)
-    names = bound_names(axis_name)
-    recipe = recipe_for(x, names, epsilon, scale_offset, out, how, implementation, activation=activation)
-    with bound_axes(norm, axis_name):
-        y, stats = standardize_together(
-            norm, recipe, args, axis_name, sync, virtual_batch_size, whole=update_stats
-        )
+    reduction = Reduction(axes, one_pass=True)
+    names = active_axis_names(axis_name)
+    plan = make_plan(x, names, epsilon, scale_offset, out, reduction, implementation, activation=activation)
+    with explain_unbound_axis(norm, axis_name):
+        y, stats = standardize_shared(norm, plan, args, axis_name, sync, virtual_batch_size, whole=update_stats)
     new = old
     if update_stats:
-        batch = _as_batch_moments(stats, features, recipe.how)
+        batch = _as_batch_moments(stats, features, plan.reduction)
         if isinstance(old, Moments):
-            new = accumulated(old, batch, skip_nonfinite)
+            new = accumulate(old, batch, skip_nonfinite)
         else:
-            new = updated(old, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+            new = update(old, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
     if train is not True:
         y = jnp.where(train, y, by_running())
         new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, old)
     return y, as_given(state, new)
 
 
-def _as_batch_moments(stats: Statistics, features, how: Reduction) -> Moments:
+def _as_batch_moments(stats: Statistics, features, reduction: Reduction) -> Moments:
     """In x's own units and of the feature shape; the count takes part in the sharding of the others."""
-    m2 = stats.m2 / how.unit / how.unit if how.large is None else jnp.square(stats.m2)
+    m2 = (
+        stats.m2 / reduction.prescale / reduction.prescale if reduction.large_prescale is None else jnp.square(stats.m2)
+    )
     count = stats.count + jnp.zeros_like(stats.m2)
-    moments = Moments(count, stats.shift + stats.offset, m2)
+    moments = Moments(count, stats.mean_hi + stats.mean_lo, m2)
     return Moments(*(a.reshape(features) for a in moments))
 
 
@@ -252,7 +252,7 @@ def _checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_
     state = jax.tree.map(jnp.asarray, state)
     for what, a in state._asdict().items():
         if a is not None and a.shape != features:
-            axis = elsewhere(a.shape, x.shape, channels)
+            axis = axis_that_fits(a.shape, x.shape, channels)
             write = f"jaxnorm.BatchNorm(...).init({features}), or set axis= to the channel axis"
             write = write if axis is None else f"axis={axis}, where x has {x.shape[axis]}"
             raise ValueError(
@@ -300,9 +300,9 @@ class BatchNorm(Spec):
 
     def __post_init__(self):
         super().__post_init__()
-        checked_momentum("BatchNorm", self.momentum)
-        checked_min_count("BatchNorm", self.min_count)
-        checked_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
+        check_momentum("BatchNorm", self.momentum)
+        canonicalize_min_count("BatchNorm", self.min_count)
+        canonicalize_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
 
     @explained("init")
     def init(self, features: Features) -> tuple[Affine, RunningStats]:
@@ -323,7 +323,7 @@ class BatchNorm(Spec):
     ) -> tuple[Array, State]:  # fmt: skip
         """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
         refuse_params_as_state("BatchNorm.apply", state)
-        scale, bias = given_params("BatchNorm.apply", params)
+        scale, bias = scale_and_bias("BatchNorm.apply", params)
         call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
         return batch_norm(x, Affine(scale, bias), state, **call, **self.options())
 
@@ -335,8 +335,10 @@ class BatchNorm(Spec):
         >>> norm.update_state(norm.init(1)[1], jn.moments([[2.], [6.]], axes=0)).mean.tolist()
         [2.0]
         """
-        how = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
-        return state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in how})
+        reduction = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
+        return (
+            state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in reduction})
+        )
 
     def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
         """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.
@@ -346,12 +348,10 @@ class BatchNorm(Spec):
         >>> norm.as_affine(*norm.init(1)).scale.tolist()
         [1.0]
         """
-        scale, bias = given_params("BatchNorm.as_affine", params)
+        scale, bias = scale_and_bias("BatchNorm.as_affine", params)
         if not is_stats(state) or "var" not in (stats := as_stats(state))._fields:
             raise TypeError(
                 f"BatchNorm.as_affine: state must be a jaxnorm.RunningStats, got {shown(state)}. Write "
                 "norm.as_affine(params, state)."
             )
-        return as_affine(
-            stats.mean, stats.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset
-        )
+        return as_affine(stats.mean, stats.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset)

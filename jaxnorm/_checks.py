@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from ._kernels.xla import present
+from ._kernels.xla import valid_mask
 
 Array = jax.Array
 
@@ -63,7 +63,7 @@ def warn(message: str) -> None:
 # --- static options ---------------------------------------------------------------------------------------------------
 
 
-def plain(value) -> Any:
+def to_python(value) -> Any:
     """Convert a static option to Python's types.
 
     NumPy scalars and 0-d arrays become numbers. Integer arrays and lists become tuples.
@@ -75,44 +75,44 @@ def plain(value) -> Any:
         return value.item()
     if isinstance(value, (np.ndarray, jax.Array)):
         kinds = (jnp.number, jnp.bool_) if value.ndim == 0 else (jnp.integer,)
-        known = not isinstance(value, Tracer) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-        return plain(np.asarray(value).tolist()) if known else value
+        concrete_value = not isinstance(value, Tracer) and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        return to_python(np.asarray(value).tolist()) if concrete_value else value
     if isinstance(value, (tuple, list, range)):
-        return tuple(plain(v) for v in value)
+        return tuple(to_python(v) for v in value)
     return value
 
 
 def refuse_array(norm: str, what: str, value, default) -> None:
     """Raise if an option is an array. Only momentum may be one, because it may follow a schedule."""
-    if what != "momentum" and isinstance(value, (np.ndarray, jax.Array)) and plain(value) is value:
+    if what != "momentum" and isinstance(value, (np.ndarray, jax.Array)) and to_python(value) is value:
         write = f"{what}={getattr(default, '__name__', default)}"
         raise TypeError(f"{norm}: {what} is static and cannot be {shown(value)}. Write {write}.")
 
 
-def checked_flags(norm: str, **flags) -> tuple[bool, ...]:
+def canonicalize_flags(norm: str, **flags) -> tuple[bool, ...]:
     """Return each flag as a bool. NumPy bools, 0 and 1 are accepted."""
     for what, given in flags.items():
         if given is True or given is False:
             continue
-        flag = plain(given)
+        flag = to_python(given)
         if not isinstance(flag, int) or flag not in (0, 1):
             raise TypeError(f"{norm}: {what} must be a bool and not traced, got {shown(given)}. Write {what}=True.")
         flags[what] = bool(flag)
     return tuple(flags.values())
 
 
-def checked_number(norm: str, what: str, value, write: str, least: float = -math.inf) -> float:
+def canonicalize_number(norm: str, what: str, value, write: str, least: float = -math.inf) -> float:
     """Return a static, finite, real number as a float. Raise if it is below `least`."""
     if type(value) is float and least <= value < math.inf:
         return value
-    number = plain(value)
+    number = to_python(value)
     if not isinstance(number, (int, float)) or not least <= number < math.inf or number == -math.inf:
         needs = "a finite number" if least == -math.inf else f"a number >= {least:g}"
         raise ValueError(f"{norm}: {what} must be {needs}, got {shown(value)}. It is static. Write {what}={write}.")
     return float(number)
 
 
-def checked_axis_name(norm: str, axis_name) -> None:
+def check_axis_name(norm: str, axis_name) -> None:
     if axis_name is None or isinstance(axis_name, str):
         return
     names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
@@ -122,10 +122,10 @@ def checked_axis_name(norm: str, axis_name) -> None:
         )
 
 
-def checked_index_groups(norm: str, what: str, groups) -> tuple[tuple[int, ...], ...]:
+def canonicalize_index_groups(norm: str, what: str, groups) -> tuple[tuple[int, ...], ...]:
     """Return groups of indices along an axis name as tuples of ints."""
     try:
-        return tuple(tuple(operator.index(i) for i in group) for group in plain(groups))
+        return tuple(tuple(operator.index(i) for i in group) for group in to_python(groups))
     except TypeError:
         raise TypeError(
             f"{norm}: {what} must be lists of indices along axis_name, got {shown(groups)}. "
@@ -170,7 +170,7 @@ def as_dtype(norm: str, dtype, what: str = "dtype"):
         raise TypeError(f"{norm}: {what} must be a dtype, got {shown(dtype)}. Write {what}=jnp.float32.") from None
 
 
-def checked_dtype(norm: str, dtype, x: Array, *others: Array | None):
+def canonicalize_dtype(norm: str, dtype, x: Array, *others: Array | None):
     """The dtype of the output: what was asked for, else x's own."""
     out = x.dtype if dtype is None else as_dtype(norm, dtype)
     if not jnp.issubdtype(out, jnp.inexact):
@@ -180,12 +180,12 @@ def checked_dtype(norm: str, dtype, x: Array, *others: Array | None):
     return out
 
 
-def checked_axes(
+def canonicalize_axes(
     norm: str, ndim: int, axes: int | Sequence[int], *, what: str = "axis", most: int | None = None
 ) -> tuple[int, ...]:
     """Axes as sorted non-negative ints; an int is one axis. With `most=1` there must be one."""
     try:
-        several = axes if type(axes) is int else plain(axes)
+        several = axes if type(axes) is int else to_python(axes)
         given = several if isinstance(several, (tuple, set, frozenset)) else (several,)
         given = tuple(operator.index(a) for a in given)
     except TypeError:
@@ -208,7 +208,7 @@ def checked_axes(
     return tuple(positive)
 
 
-def aligned_mask(norm: str, mask, shape: tuple[int, ...], *, what: str = "mask") -> Array:
+def align_mask(norm: str, mask, shape: tuple[int, ...], *, what: str = "mask") -> Array:
     """One rule for every norm: a mask (or weights) broadcasts to x, or covers x's leading axes. Rank becomes x's."""
     mask = jnp.asarray(mask)
     rest = len(shape) - mask.ndim
@@ -230,7 +230,7 @@ def aligned_mask(norm: str, mask, shape: tuple[int, ...], *, what: str = "mask")
     return mask.reshape(leading if trailing is None else trailing)
 
 
-def counted(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
+def align_boolean_mask(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
     """Return x and the mask, as bools of x's rank.
 
     A float mask holds 1 where an element counts and 0 elsewhere. An additive mask (0 where an element counts, negative
@@ -239,10 +239,10 @@ def counted(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
     """
     if mask is None:
         return x, None
-    given, mask = mask, aligned_mask(norm, mask, x.shape)
+    given, mask = mask, align_mask(norm, mask, x.shape)
     if not jnp.issubdtype(mask.dtype, jnp.floating):
         return x, mask.astype(bool)
-    values = known(given)
+    values = concrete_value(given)
     if values is None:
         x = jnp.where(mask < 0, jnp.full((), jnp.nan, x.dtype), x)
     elif not np.isin(values, (0, 1)).all():
@@ -255,12 +255,12 @@ def counted(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
     return x, mask.astype(bool)
 
 
-def aligned_weights(norm: str, weights, shape: tuple[int, ...]) -> Array | None:
+def align_weights(norm: str, weights, shape: tuple[int, ...]) -> Array | None:
     """Return the weights with x's rank. Raise if one is negative, unless their values are traced."""
     if weights is None:
         return None
-    given, weights = weights, aligned_mask(norm, weights, shape, what="weights")
-    if (values := known(given)) is not None and (values < 0).any():
+    given, weights = weights, align_mask(norm, weights, shape, what="weights")
+    if (values := concrete_value(given)) is not None and (values < 0).any():
         raise ValueError(
             f"{norm}: weights must be >= 0, got {values.min():g}. Write weights=jnp.maximum(weights, 0), or leave "
             "elements out with mask=weights > 0."
@@ -268,7 +268,7 @@ def aligned_weights(norm: str, weights, shape: tuple[int, ...]) -> Array | None:
     return weights
 
 
-def known(a) -> np.ndarray | None:
+def concrete_value(a) -> np.ndarray | None:
     """Return the values of an array, or None if they are traced or not all on this process."""
     if any(isinstance(part, Tracer) or not getattr(part, "is_fully_addressable", True) for part in jax.tree.leaves(a)):
         return None
@@ -284,14 +284,14 @@ def refuse_a_shape(norm: str, what: str, param, axes: tuple[int, ...] = (-1,)) -
             f"{norm}: {what} must be an array or None, got {shown(param)}. Write scale=params.scale, "
             'bias=params.bias, or params["scale"] and params["bias"].'
         )
-    sizes = plain(param)
+    sizes = to_python(param)
     sizes = sizes if isinstance(sizes, tuple) else (sizes,)
     write = f"{what}=jnp.asarray({what})"
     if norm.islower() and all(isinstance(n, int) for n in sizes):  # a function, not a layer
         over = axes if norm in ("group_norm", "instance_norm", "batch_norm") else range(-len(sizes), 0)
         call = f"{norm}(x, axis={tuple(over) if len(over) != 1 else over[0]})"
         call = f"group_norm(x, num_groups={sizes[0]})" if norm == "group_norm" and len(sizes) == 1 else call
-        call = f"jaxnorm.BatchNorm().init({shown(plain(param))})" if norm == "batch_norm" else call
+        call = f"jaxnorm.BatchNorm().init({shown(to_python(param))})" if norm == "batch_norm" else call
         write = f"{call}, or {write} for values"
     raise TypeError(
         f"{norm}: {what} must be an array or None, got {shown(param)}. There is no argument for a shape: sizes are "
@@ -299,28 +299,28 @@ def refuse_a_shape(norm: str, what: str, param, axes: tuple[int, ...] = (-1,)) -
     )
 
 
-def elsewhere(shape: tuple[int, ...], x_shape: tuple[int, ...], axes: tuple[int, ...]) -> int | None:
+def axis_that_fits(shape: tuple[int, ...], x_shape: tuple[int, ...], axes: tuple[int, ...]) -> int | None:
     """Return an axis of x, other than `axes` and 0, that a parameter of this shape fits; None if there is none."""
     fitting = (a for a in range(1, len(x_shape)) if a not in axes and shape == (x_shape[a],))
     return next(fitting, None)
 
 
-def quiet_padding(x: Array, mask: Array | None, weights: Array | None = None) -> Array:
+def finite_padding(x: Array, mask: Array | None, weights: Array | None = None) -> Array:
     """Return x. Under `jax.debug_nans` and `jax.debug_infs`, masked-out elements of the result are finite.
 
     The switches check the result of every operation outside of jit, and a NaN in padding is no mistake of the user's.
     The number is one that `xla.centered` takes for padding, if x's dtype can hold it.
     """
     config: Any = jax.config
-    keep = present(mask, weights) if config.jax_debug_nans or config.jax_debug_infs else None
+    keep = valid_mask(mask, weights) if config.jax_debug_nans or config.jax_debug_infs else None
     if keep is None:
         return x
     shared = tuple(a for a, n in enumerate(x.shape) if n == 1)
-    return _finite_padding(x, keep.any(shared, keepdims=True))
+    return _finite_where(x, keep.any(shared, keepdims=True))
 
 
 @jax.custom_jvp
-def _finite_padding(x: Array, keep: Array) -> Array:
+def _finite_where(x: Array, keep: Array) -> Array:
     """By comparisons, whose results are booleans, and no operation of `jnp`, which may copy x first."""
     keep = jnp.broadcast_to(keep, x.shape)
     if jnp.iscomplexobj(x):
@@ -331,12 +331,12 @@ def _finite_padding(x: Array, keep: Array) -> Array:
     return lax.select(keep | usable, x, lax.full_like(x, min(2e30, top)))
 
 
-@_finite_padding.defjvp
+@_finite_where.defjvp
 def _(primals, tangents):
-    return _finite_padding(*primals), tangents[0]
+    return _finite_where(*primals), tangents[0]
 
 
-def aligned_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature_axes: tuple[int, ...]) -> Array | None:
+def align_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature_axes: tuple[int, ...]) -> Array | None:
     """A scale or bias with x's rank: of the feature shape, put at the feature axes, or of one that broadcasts to x."""
     if param is None:
         return None
@@ -348,7 +348,7 @@ def aligned_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature
         return param.reshape(tuple(s if a in feature_axes else 1 for a, s in enumerate(x_shape)))
     rest = len(x_shape) - param.ndim
     if rest < 0 or any(p not in (1, s) for p, s in zip(param.shape, x_shape[rest:], strict=True)):
-        axis = elsewhere(param.shape, x_shape, feature_axes)
+        axis = axis_that_fits(param.shape, x_shape, feature_axes)
         rank = (x_shape[0], *(1,) * (len(x_shape) - 2), x_shape[-1])
         write = f"{what}=jnp.ones({features}), or give it x's rank, such as {rank}"
         write = write if axis is None else f"axis={axis}, where x has {x_shape[axis]}"
@@ -359,23 +359,23 @@ def aligned_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature
     return param.reshape((1,) * rest + param.shape)
 
 
-def checked_epsilon(norm: str, epsilon: float) -> float:
-    return checked_number(norm, "epsilon", epsilon, "1e-6", least=0.0)
+def canonicalize_epsilon(norm: str, epsilon: float) -> float:
+    return canonicalize_number(norm, "epsilon", epsilon, "1e-6", least=0.0)
 
 
-def checked_min_count(norm: str, min_count) -> float | None:
-    return None if min_count is None else checked_number(norm, "min_count", min_count, "2", least=0.0)
+def canonicalize_min_count(norm: str, min_count) -> float | None:
+    return None if min_count is None else canonicalize_number(norm, "min_count", min_count, "2", least=0.0)
 
 
 _TORCH_LIKE = 0.2  # up to this value, momentum is more likely torch's: the weight of the new statistics
 _warned_of: set[float] = set()
 
 
-def checked_momentum(norm: str, momentum) -> None:
+def check_momentum(norm: str, momentum) -> None:
     """A number, or a scalar array, whose value is checked where it is known: a schedule computes it in the program."""
     given = momentum
     if isinstance(given, (jax.Array, np.ndarray)) and given.shape == () and jnp.issubdtype(given.dtype, jnp.floating):
-        if known(given) is None:
+        if concrete_value(given) is None:
             return
         momentum = float(given)
     if momentum is not None and (not isinstance(momentum, (int, float, np.number)) or not 0 <= momentum <= 1):

@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.nn import initializers
 
 from . import _batch, _gated, _group, _instance, _layer, _rms
-from ._checks import as_dtype, elsewhere, plain, refuse_a_shape, shown
+from ._checks import as_dtype, axis_that_fits, refuse_a_shape, shown, to_python
 from ._kernels.varying import varying
 from ._normalize import Affine
 from ._spec import RunningStats
@@ -50,7 +50,7 @@ def rms_norm(layer, ndim: int) -> Layout:
 
 
 def group_norm(layer, ndim: int, num_groups: int | None, group_size: int | None) -> Layout:
-    checked_groups(num_groups, group_size)
+    check_groups(num_groups, group_size)
     (channel,) = canonical(layer, "axis", ndim, layer.axis)
     reduced = layer.reduction_axes
     reduced = None if reduced is None else canonical(layer, "reduction_axes", ndim, reduced)
@@ -81,7 +81,13 @@ def normalized(layer, layout: Layout, x: Array, scale, bias, *, mask, dtype, axi
         return normalized(layer, layout._replace(features=(1,)), x[None], scale, bias,
                           mask=mask, dtype=dtype, axis_name=axis_name)[0]  # fmt: skip
     return layout.function(
-        x, scale, bias, mask=as_flax_has_it(mask, x.shape), dtype=dtype, **layout.options, **common(layer, axis_name)
+        x,
+        scale,
+        bias,
+        mask=align_mask_like_flax(mask, x.shape),
+        dtype=dtype,
+        **layout.options,
+        **common(layer, axis_name),
     )
 
 
@@ -89,7 +95,7 @@ def gated(layer, x: Array, gate, scale, *, mask, dtype, axis_name) -> Array:
     """x by RMS norm with a gate."""
     return _gated.gated_rms_norm(
         x, gate, scale, axis=layer.axis, group_size=layer.group_size, norm_before_gate=layer.norm_before_gate,
-        cast=layer.cast, mask=as_flax_has_it(mask, x.shape), dtype=dtype, **common(layer, axis_name),
+        cast=layer.cast, mask=align_mask_like_flax(mask, x.shape), dtype=dtype, **common(layer, axis_name),
     )  # fmt: skip
 
 
@@ -103,18 +109,18 @@ def batch_norm(layer, x: Array, scale, bias, stats: RunningStats, *, train, mask
         state = state._replace(mean=state.mean.astype(promoted(state.mean, x)))
     initializing = axis_name is None and layer.axis_name is not None
     y, new = _batch.batch_norm(
-        x, Affine(scale, bias), state, train=train, axis=axes, mask=as_flax_has_it(mask, x.shape),
-        weights=as_flax_has_it(weights, x.shape), update_stats=update_stats, dtype=dtype, momentum=layer.momentum,
+        x, Affine(scale, bias), state, train=train, axis=axes, mask=align_mask_like_flax(mask, x.shape),
+        weights=align_mask_like_flax(weights, x.shape), update_stats=update_stats, dtype=dtype, momentum=layer.momentum,
         frozen=layer.frozen, skip_nonfinite=layer.skip_nonfinite, zero_debias=layer.zero_debias,
         unbiased_running_var=layer.unbiased_running_var, virtual_batch_size=layer.virtual_batch_size,
         min_count=layer.min_count, sync="global" if initializing else layer.sync, **common(layer, axis_name),
     )  # fmt: skip
     if train is not False and update_stats:
-        refuse_diverging(layer, state, new)
+        check_replicated(layer, state, new)
     return y, reshaped(new, stats.mean.shape)
 
 
-def refuse_diverging(layer, old: RunningStats, new: RunningStats) -> None:
+def check_replicated(layer, old: RunningStats, new: RunningStats) -> None:
     """Statistics that were the same on all devices stay so, as far as shard_map's types tell (with check_vma on)."""
     for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         names = tuple(sorted(map(str, varying(after) - varying(before))))
@@ -139,7 +145,7 @@ def batch_features(layer, x: Array) -> tuple[int, ...]:
 
 def common(layer, axis_name) -> dict[str, Any]:
     """The keyword arguments that every function has."""
-    groups, epsilon = None if axis_name is None else layer.axis_index_groups, plain(layer.epsilon)
+    groups, epsilon = None if axis_name is None else layer.axis_index_groups, to_python(layer.epsilon)
     if isinstance(epsilon, int) and epsilon > 1:
         name = type(layer).__name__
         raise ValueError(
@@ -156,7 +162,7 @@ def training(use_running_average) -> Any:
     """Whether to train: a bool where that is known, else a traced one."""
     if isinstance(use_running_average, Tracer):
         return jnp.logical_not(use_running_average)
-    use = plain(use_running_average)
+    use = to_python(use_running_average)
     if not isinstance(use, (bool, int)) or use not in (0, 1):
         raise TypeError(
             f"BatchNorm: use_running_average must be a bool, got {shown(use)}. Write "
@@ -177,7 +183,7 @@ def unit_scale(scale_offset: float) -> Initializer:
     return initializers.constant(1.0 - scale_offset) if scale_offset else initializers.ones
 
 
-def refuse_owned(layer, **given: tuple[bool, Any]) -> None:
+def check_not_both(layer, **given: tuple[bool, Any]) -> None:
     """A parameter comes from the layer or from the caller, not from both. Each is `name=(owned, given)`."""
     for name, (owned, value) in given.items():
         if owned and value is not None:
@@ -187,7 +193,7 @@ def refuse_owned(layer, **given: tuple[bool, Any]) -> None:
             )
 
 
-def placed(layer, what: str, param, shape: Shape, axes: tuple[int, ...], learned: bool) -> Array | None:
+def broadcast_param(layer, what: str, param, shape: Shape, axes: tuple[int, ...], learned: bool) -> Array | None:
     """A parameter with x's rank. A learned one fits the feature axes (or, as in Flax's nnx, is their flat form)."""
     if param is None:
         return None
@@ -204,7 +210,7 @@ def check_width(layer, what: str, given: Shape, shape: Shape, axes: tuple[int, .
     """A TypeError, as in Flax, whose reshape is the one to notice."""
     features = tuple(shape[a] for a in axes)
     if math.prod(given) != math.prod(features):
-        name, axis = type(layer).__name__, elsewhere(given, shape, axes)
+        name, axis = type(layer).__name__, axis_that_fits(given, shape, axes)
         write = f"Make the layer for {features} features, or name x's feature axes."
         if axis is not None:
             where = f"axis={axis}" if hasattr(layer, "axis") else f"reduction_axes={axis}, feature_axes={axis}"
@@ -241,7 +247,7 @@ def promoted(*args: Array):
 
 def canonical(layer, what: str, ndim: int, axes: Axes) -> tuple[int, ...]:
     """Axes as Flax takes them: sorted, repeats dropped. AxisError is an IndexError, as Flax's, and a ValueError."""
-    name, several = type(layer).__name__, plain(axes)
+    name, several = type(layer).__name__, to_python(axes)
     given: tuple[Any, ...] = tuple(several) if isinstance(several, (tuple, set, frozenset)) else (several,)
     for a in given:
         if not isinstance(a, int):
@@ -254,7 +260,7 @@ def canonical(layer, what: str, ndim: int, axes: Axes) -> tuple[int, ...]:
     return tuple(sorted({a % ndim for a in given}))
 
 
-def as_flax_has_it(mask, shape: Shape) -> Array | None:
+def align_mask_like_flax(mask, shape: Shape) -> Array | None:
     """A mask that broadcasts to x by NumPy's rule is taken so, also where it could cover x's leading axes instead."""
     if mask is None:
         return None
@@ -264,7 +270,7 @@ def as_flax_has_it(mask, shape: Shape) -> Array | None:
     return mask.reshape((1,) * rest + mask.shape) if fits else mask
 
 
-def checked_groups(num_groups: int | None, group_size: int | None) -> None:
+def check_groups(num_groups: int | None, group_size: int | None) -> None:
     """Flax's default of 32 groups stands in the way of a group size that is given alone."""
     if num_groups is not None and group_size is not None:
         raise ValueError(

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, checked_flags, plain, shown
-from ._group import checked_group_count, in_groups, spans_devices
+from ._checks import as_float_array, canonicalize_axes, canonicalize_flags, shown, to_python
+from ._group import canonicalize_group_count, spans_devices, split_channels
 from ._habits import explained
-from ._rms import checked_cast
+from ._rms import check_cast
 from ._spec import normalize_rows
 
 Array = jax.Array
@@ -62,14 +62,14 @@ def gated_rms_norm(
       axis_name: a mapped axis, or several, over which `axis` is sharded. Groups, whole on each device, need none.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's.
-      implementation: a room of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
 
     Returns:
       An array of x's shape.
 
     Raises:
       ValueError: a gate, scale or mask that fits x nowhere; a group size that does not divide C; a bad axis, epsilon,
-        cast, activation, or room.
+        cast, activation, or backend.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
@@ -82,16 +82,16 @@ def gated_rms_norm(
     [[0.5, -0.7310000061988831]]
     """
     norm = "gated_rms_norm"
-    checked_cast(norm, cast)
+    check_cast(norm, cast)
     x = as_float_array(norm, x, rank=1, layout="the normalized axis among its own")
-    (channel,) = checked_axes(norm, x.ndim, axis, most=1)
-    (norm_before_gate,) = checked_flags(norm, norm_before_gate=norm_before_gate)
+    (channel,) = canonicalize_axes(norm, x.ndim, axis, most=1)
+    (norm_before_gate,) = canonicalize_flags(norm, norm_before_gate=norm_before_gate)
     if activation is None:
         raise ValueError(f'{norm}: activation=None gates by nothing. Write activation="silu", or rms_norm(x) * gate.')
-    groups = 1 if group_size is None else checked_group_count(norm, x.shape[channel], None, group_size)
+    groups = 1 if group_size is None else canonicalize_group_count(norm, x.shape[channel], None, group_size)
     if groups != 1 and axis_name is not None:
         raise ValueError(
-            f"{norm}: group_size={plain(group_size)} makes {groups} groups on each device, and "
+            f"{norm}: group_size={to_python(group_size)} makes {groups} groups on each device, and "
             f"axis_name={shown(axis_name)} would merge them with those of others. Write axis_name=None."
         )
     one = groups == 1  # then x is seen as it is
@@ -99,9 +99,9 @@ def gated_rms_norm(
         norm, x, scale, None, (channel if one else channel + 1,), (channel,),
         epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-        implementation=implementation, centered=False, round_before_scale=cast == "before_scale",
+        implementation=implementation, centered=False, cast_before_scale=cast == "before_scale",
         gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
-        view=lambda a: a if one else in_groups(a, x.shape, channel, groups),
+        view=lambda a: a if one else split_channels(a, x.shape, channel, groups),
         spans_devices=not one and spans_devices(x, channel, groups),
     )  # fmt: skip
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import jax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, plain, refuse_a_shape, shown, warn_if_single
+from ._checks import as_float_array, canonicalize_axes, refuse_a_shape, shown, to_python, warn_if_single
 from ._habits import explained
-from ._kernels.varying import entry_names
-from ._kernels.xla import known
+from ._kernels.varying import mesh_axes_of
+from ._kernels.xla import are_static
 from ._normalize import Affine
 from ._spec import Features, RowSpec, normalize_rows, spec
 
@@ -60,14 +60,14 @@ def group_norm(
       axis_name: a mapped axis, or several, over which the reduced axes are sharded (in whole groups).
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a room of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
 
     Returns:
       An array of x's shape.
 
     Raises:
-      ValueError: groups that do not divide the channels; a bad axis, epsilon, or room; a scale, bias or mask that fits
-        x nowhere.
+      ValueError: groups that do not divide the channels; a bad axis, epsilon or backend; a scale, bias or mask that
+        fits x nowhere.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
@@ -79,14 +79,14 @@ def group_norm(
     """
     refuse_a_shape("group_norm", "scale", scale)
     x = as_float_array("group_norm", x, rank=2, layout="(batch, ..., channels)")
-    (channel,) = checked_axes("group_norm", x.ndim, axis, most=1)
-    groups = checked_group_count("group_norm", x.shape[channel], num_groups, group_size, x.shape)
+    (channel,) = canonicalize_axes("group_norm", x.ndim, axis, most=1)
+    groups = canonicalize_group_count("group_norm", x.shape[channel], num_groups, group_size, x.shape)
     given = [a for a in range(x.ndim) if a != 0 or a == channel] if reduction_axes is None else reduction_axes
-    given = checked_axes("group_norm", x.ndim, given, what="reduction_axes")
+    given = canonicalize_axes("group_norm", x.ndim, given, what="reduction_axes")
     if channel not in given:
         raise ValueError(
-            f"group_norm: reduction_axes={shown(plain(reduction_axes))} must include the channel axis {channel}, whose "
-            f"groups are reduced. Write reduction_axes={tuple(sorted((*given, channel)))}."
+            f"group_norm: reduction_axes={shown(to_python(reduction_axes))} must include the channel axis {channel}, "
+            f"whose groups are reduced. Write reduction_axes={tuple(sorted((*given, channel)))}."
         )
     # In the view the channel axis c is two: the groups at c, and the channels of a group at c + 1.
     reduced = tuple(a if a < channel else a + 1 for a in given)
@@ -98,11 +98,11 @@ def group_norm(
         "group_norm", x, scale, bias, reduced, (channel,), epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
         implementation=implementation,
-        view=lambda a: in_groups(a, x.shape, channel, groups), spans_devices=spans_devices(x, channel, groups),
+        view=lambda a: split_channels(a, x.shape, channel, groups), spans_devices=spans_devices(x, channel, groups),
     )  # fmt: skip
 
 
-def in_groups(a: Array, shape: tuple[int, ...], channel: int, groups: int) -> Array:
+def split_channels(a: Array, shape: tuple[int, ...], channel: int, groups: int) -> Array:
     """a, which broadcasts to x of this shape, with the channel axis split into groups and the channels of a group."""
     split = (1, 1) if a.shape[channel] == 1 != shape[channel] else (groups, shape[channel] // max(groups, 1))
     return a.reshape(a.shape[:channel] + split + a.shape[channel + 1 :])
@@ -111,21 +111,21 @@ def in_groups(a: Array, shape: tuple[int, ...], channel: int, groups: int) -> Ar
 def spans_devices(x: Array, channel: int, groups: int) -> bool:
     """Whether a group of channels is on several devices of an Explicit mesh. Its types cannot express such a split."""
     sharding = jax.typeof(x).sharding
-    return bool(groups % math.prod(sharding.mesh.shape[name] for name in entry_names(sharding.spec[channel])))
+    return bool(groups % math.prod(sharding.mesh.shape[name] for name in mesh_axes_of(sharding.spec[channel])))
 
 
-def checked_group_count(
+def canonicalize_group_count(
     norm: str, channels: int, num_groups: int | None, group_size: int | None, shape: tuple[int, ...] = ()
 ) -> int:
     """The number of groups, from it or from their size. `shape` is x's, where it is known."""
-    num_groups, group_size = plain(num_groups), plain(group_size)
+    num_groups, group_size = to_python(num_groups), to_python(group_size)
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             f"{norm}: give one of num_groups and group_size, got num_groups={shown(num_groups)} and "
             f"group_size={shown(group_size)}. Write num_groups=32."
         )
     name, number = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
-    if not known(channels) and (not isinstance(number, int) or number <= 0 or channels % number != 0):
+    if not are_static(channels) and (not isinstance(number, int) or number <= 0 or channels % number != 0):
         raise ValueError(
             f"{norm}: {name}={number} must divide the symbolic number of channels {channels}, whatever its value. "
             f'Write jax.export.symbolic_shape("{number}*c") for that size.'
@@ -136,9 +136,7 @@ def checked_group_count(
         write = f"{name}={near}"
         if isinstance(number, int) and number > 1 and len(shape) > 2 and shape[1] % number == 0:  # channels first
             write += f", or axis=1, where x {shape} has {shape[1]}"
-        raise ValueError(
-            f"{norm}: {name}={shown(number)} does not divide the {channels} channels of x. Write {write}."
-        )
+        raise ValueError(f"{norm}: {name}={shown(number)} does not divide the {channels} channels of x. Write {write}.")
     return number if group_size is None else channels // number
 
 
@@ -168,7 +166,7 @@ class GroupNorm(RowSpec):
     def init(self, features: Features) -> tuple[Affine, tuple[()]]:
         """Parameters for `features` channels, which the groups must divide."""
         params, shape = self._made(features)
-        checked_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)
+        canonicalize_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)
         return params, ()
 
     def _function(self, x, scale, bias, **options) -> Array:

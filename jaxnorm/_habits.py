@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
-from ._checks import plain, shown
+from ._checks import shown, to_python
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,7 +90,7 @@ def _explanation(f: Callable, kind: str, args: tuple, options: dict[str, Any]) -
 
 def _usage(kind: str, name: str, positional: list[str], args: tuple) -> str:
     """The call as it should be."""
-    sizes = [plain(a) for a in args if _is_size(a)]
+    sizes = [to_python(a) for a in args if _is_size(a)]
     if kind == "spec":
         groups = f"num_groups={sizes.pop(0)}" if name == "GroupNorm" and sizes else ""
         return f"norm = {name}({groups}), and params, state = norm.init({sizes[-1] if sizes else 64})"
@@ -123,7 +123,7 @@ def _unknown(given: str, value, kind: str, name: str, owner: type | None, takes:
         return f"{said} Write {line if opposite in takes else its_call + line + ')'}."
     if given in _FEATURES:
         if kind == "spec":
-            return f"{said} Sizes are given to init. Write params, state = norm.init({shown(plain(value))})."
+            return f"{said} Sizes are given to init. Write params, state = norm.init({shown(to_python(value))})."
         return f"{said} Sizes are read off x. Leave it out, and write axis=-1 or another for the axes."
     if given in _AFFINE and "use_scale" in takes:
         return f"{said} Write use_scale={shown(value)}, use_bias={shown(value)}."
@@ -162,6 +162,6 @@ def _first(names: Iterable[str], among: list[str]) -> str | None:
 
 
 def _is_size(value) -> bool:
-    sizes = plain(value)
+    sizes = to_python(value)
     sizes = sizes if isinstance(sizes, tuple) else (sizes,)
     return all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)

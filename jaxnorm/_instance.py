@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, plain, shown, warn_if_single
+from ._checks import as_float_array, canonicalize_axes, shown, to_python, warn_if_single
 from ._habits import explained
 from ._spec import RowSpec, normalize_rows, spec
 
@@ -49,13 +49,13 @@ def instance_norm(
       axis_name: a mapped axis, or several, over which the spatial axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a room of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
 
     Returns:
       An array of x's shape.
 
     Raises:
-      ValueError: a bad axis, epsilon, or room; a scale, bias or mask that fits x nowhere.
+      ValueError: a bad axis, epsilon, or backend; a scale, bias or mask that fits x nowhere.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
@@ -66,10 +66,11 @@ def instance_norm(
     [[[-1.0, -1.0], [1.0, 1.0]]]
     """
     x = as_float_array("instance_norm", x, rank=2, layout="(batch, ..., channels)")
-    channels = checked_axes("instance_norm", x.ndim, axis)
+    channels = canonicalize_axes("instance_norm", x.ndim, axis)
     if 0 in channels:
         raise ValueError(
-            f"instance_norm: axis={shown(plain(axis))} is the batch axis 0 of x {x.shape}. Write axis=-1 for channels."
+            f"instance_norm: axis={shown(to_python(axis))} is the batch axis 0 of x {x.shape}. "
+            "Write axis=-1 for channels."
         )
     axes = tuple(a for a in range(1, x.ndim) if a not in channels)
     if axis_name is None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes
+from ._checks import as_float_array, canonicalize_axes
 from ._habits import explained
 from ._spec import RowSpec, normalize_rows, spec
 
@@ -52,13 +52,13 @@ def layer_norm(
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a room of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
 
     Returns:
       An array of x's shape.
 
     Raises:
-      ValueError: a bad axis, epsilon, or room; a scale, bias or mask that fits x nowhere.
+      ValueError: a bad axis, epsilon, or backend; a scale, bias or mask that fits x nowhere.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
@@ -69,7 +69,7 @@ def layer_norm(
     [[-1.0, 2.0], [0.0, 1.0]]
     """
     x = as_float_array("layer_norm", x, rank=1, layout="the normalized axes among its own")
-    axes = checked_axes("layer_norm", x.ndim, axis)
+    axes = canonicalize_axes("layer_norm", x.ndim, axis)
     return normalize_rows(
         "layer_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,

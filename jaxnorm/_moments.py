@@ -17,20 +17,20 @@ import numpy as np
 from jax import lax
 
 from ._checks import (
-    aligned_weights,
+    align_boolean_mask,
+    align_weights,
     as_float_array,
-    checked_axes,
-    checked_axis_name,
-    checked_index_groups,
-    counted,
-    quiet_padding,
+    canonicalize_axes,
+    canonicalize_index_groups,
+    check_axis_name,
+    finite_padding,
     shown,
 )
 from ._exported import exported
 from ._habits import explained
-from ._kernels import checked_implementation, xla
-from ._kernels.varying import broadcast_like, varying_as
-from ._kernels.xla import Reduction, Statistics, safe
+from ._kernels import check_implementation, xla
+from ._kernels.varying import broadcast_like, pvary_like
+from ._kernels.xla import Reduction, Statistics, nonzero_divisor
 
 Array = jax.Array
 AxisName = str | tuple[str, ...]
@@ -98,11 +98,11 @@ def moments(
     (3.0, 2.0, 2.0)
     """
     x = as_float_array("moments", x)
-    axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
-    x, mask = counted("moments", x, mask)
-    weights = aligned_weights("moments", weights, x.shape)
-    x = quiet_padding(x, mask, weights)
-    checked_implementation("moments", implementation)
+    axes = canonicalize_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
+    x, mask = align_boolean_mask("moments", x, mask)
+    weights = align_weights("moments", weights, x.shape)
+    x = finite_padding(x, mask, weights)
+    check_implementation("moments", implementation)
     if implementation not in (None, "xla", "lax"):
         raise ValueError(f'moments: implementation={implementation!r} has no moments. Write "xla", "lax", or None.')
     return _as_moments(statistics(Reduction(axes, plain=implementation == "lax"), x, mask, weights), axes)
@@ -153,8 +153,8 @@ def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | No
     ([4.5, 4.5], [6.0, 6.0])
     """
     m = _checked_moments("merge_across", m)
-    checked_axis_name("merge_across", axis_name)
-    return _as_moments(across(_as_statistics(m), axis_name, checked_groups(axis_index_groups), _PLAIN))
+    check_axis_name("merge_across", axis_name)
+    return _as_moments(merge_over_devices(_as_statistics(m), axis_name, canonicalize_groups(axis_index_groups), _PLAIN))
 
 
 def _checked_moments(name: str, m: Moments) -> Moments:
@@ -170,52 +170,56 @@ def _checked_moments(name: str, m: Moments) -> Moments:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # one program also where the caller does not jit
-def statistics(how: Reduction, x: Array, mask: Array | None, weights: Array | None) -> Statistics:
+def statistics(reduction: Reduction, x: Array, mask: Array | None, weights: Array | None) -> Statistics:
     """The statistics of x over `how.axes` and, where `how` names an axis, over its devices."""
-    if how.parts > 1 and mask is None and weights is None and not jnp.iscomplexobj(x):
-        local = _merged_parts(how, x)
+    if reduction.num_shards > 1 and mask is None and weights is None and not jnp.iscomplexobj(x):
+        local = _merged_parts(reduction, x)
     else:
-        local = xla.statistics(x, mask, weights, how)
-    return local if how.axis_name is None else across(local, how.axis_name, how.groups, how)
+        local = xla.local_statistics(x, mask, weights, reduction)
+    return (
+        local
+        if reduction.axis_name is None
+        else merge_over_devices(local, reduction.axis_name, reduction.groups, reduction)
+    )
 
 
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
-def _(how, primals, tangents):
+def _(reduction, primals, tangents):
     x, mask, weights = primals
-    dx, _, dweights = none_for_zero(tangents)
-    stats = statistics(how, x, mask, weights)
-    return stats, statistics_tangent(how, x, mask, weights, stats, dx, dweights)
+    dx, _, dweights = drop_symbolic_zeros(tangents)
+    stats = statistics(reduction, x, mask, weights)
+    return stats, statistics_tangent(reduction, x, mask, weights, stats, dx, dweights)
 
 
-def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
+def statistics_tangent(reduction: Reduction, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
     """The tangent of the statistics. d(mean) is given to the offset: the shift is a constant, whichever it is.
 
     Where `stats.m2` is a root, its tangent is still that of the sum of squares, which unlike the root's is finite where
     x is constant. `rsqrt_of_root` takes it as such.
     """
-    unit = how.unit if how.large is None else 1.0
-    z = unit * xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
-    dz = None if dx is None else unit * dx.astype(z.dtype)
-    dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
-    like = lambda d, out: varying_as(out, broadcast_like(out, jnp.asarray(d, out.dtype)))
-    mean = d1 / (safe(stats.count) * unit).astype(stats.offset.dtype) if how.centered else 0.0
-    still = jnp.zeros_like(stats.shift)
-    return Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
+    prescale = reduction.prescale if reduction.large_prescale is None else 1.0
+    z = prescale * xla.deviation(x, xla.valid_mask(mask, weights), stats.mean_hi, stats.mean_lo)
+    dz = None if dx is None else prescale * dx.astype(z.dtype)
+    dn, d1, d2 = tangent_sums(reduction, z, mask, weights, dz, dweights)
+    like = lambda d, out: pvary_like(out, broadcast_like(out, jnp.asarray(d, out.dtype)))
+    mean = d1 / (nonzero_divisor(stats.count) * prescale).astype(stats.mean_lo.dtype) if reduction.centered else 0.0
+    still = jnp.zeros_like(stats.mean_hi)
+    return Statistics(like(dn, stats.count), still, like(mean, stats.mean_lo), like(d2, stats.m2))
 
 
-def none_for_zero(tangents) -> list:
+def drop_symbolic_zeros(tangents) -> list:
     """The tangents of a rule with symbolic zeros, None for each that is zero."""
     return [None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents]
 
 
-def tangent_sums(how, z, mask, weights, dz, dweights):
+def tangent_sums(reduction, z, mask, weights, dz, dweights):
     """The sums that every tangent of a statistic is made of, over all devices; z is x without its mean, in some unit,
 
         dn = sum(dw);   d1 = sum(w dz + dw z);   d2 = sum(2 w Re(conj(z) dz) + dw |z|**2).
 
     Linear in (dz, dweights), either of which may be None for zero.
     """
-    total = lambda a: (a if mask is None else jnp.where(mask, a, 0.0)).sum(how.axes, keepdims=True)
+    total = lambda a: (a if mask is None else jnp.where(mask, a, 0.0)).sum(reduction.axes, keepdims=True)
     sums: list = []
     if dz is not None:
         dz = dz if weights is None else dz * weights.astype(z.dtype)
@@ -223,11 +227,11 @@ def tangent_sums(how, z, mask, weights, dz, dweights):
     if dweights is not None:
         dweights = dweights.astype(z.real.dtype)  # once, or the cotangents of its two uses would be added in its dtype
         z = z if mask is None else jnp.where(mask, z, 0.0)  # before it is squared, which may overflow
-        of_weights = [total(dweights.astype(a.dtype) * a) for a in (z, xla.square(z))]
+        of_weights = [total(dweights.astype(a.dtype) * a) for a in (z, xla.abs_squared(z))]
         sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
-        sums.append(xla.count(z, mask, dweights, how.axes))  # of the shape that the count has
-    if how.axis_name is not None and sums:
-        sums = sum_across(sums, how.axis_name, how.groups)
+        sums.append(xla.count_valid(z, mask, dweights, reduction.axes))  # of the shape that the count has
+    if reduction.axis_name is not None and sums:
+        sums = psum_grouped(sums, reduction.axis_name, reduction.groups)
     d1, d2, dn = sums + [0.0] * (3 - len(sums))
     return dn, d1, d2
 
@@ -236,7 +240,7 @@ def tangent_sums(how, z, mask, weights, dz, dweights):
 
 
 def _as_moments(s: Statistics, axes: tuple[int, ...] = ()) -> Moments:
-    mean = s.shift + s.offset
+    mean = s.mean_hi + s.mean_lo
     dropped = lambda a: lax.squeeze(jnp.broadcast_to(a, mean.shape), axes)
     return Moments(dropped(s.count), dropped(mean), dropped(s.m2))
 
@@ -246,79 +250,87 @@ def _as_statistics(m: Moments) -> Statistics:
     return Statistics(count, mean, jnp.zeros_like(mean), m2)
 
 
-def combine(s: Statistics, how: Reduction) -> Statistics:
+def combine(s: Statistics, reduction: Reduction) -> Statistics:
     """Merge along the leading axis: about the largest of the shifts, first the mean, then the spread about it."""
     n, shift, offset, m2 = s
-    shift = lax.stop_gradient(xla.largest(s.shift, jnp.broadcast_to(n > 0, s.shift.shape), (0,)))
-    gap = jnp.where(n > 0, (s.shift - shift) + offset, 0.0)
+    shift = lax.stop_gradient(xla.max_or_zero(s.mean_hi, jnp.broadcast_to(n > 0, s.mean_hi.shape), (0,)))
+    gap = jnp.where(n > 0, (s.mean_hi - shift) + offset, 0.0)
     total = n.sum(0, keepdims=True)
-    offset = xla.mean(gap, n, total, (0,))
-    between = lambda unit: n * xla.scaled_square(gap - offset, unit)
-    if how.large is None:
-        m2 = (jnp.where(n > 0, m2, 0.0) + between(how.unit)).sum(0)
+    offset = xla.weighted_mean(gap, n, total, (0,))
+    between = lambda prescale: n * xla.scaled_abs_squared(gap - offset, prescale)
+    if reduction.large_prescale is None:
+        m2 = (jnp.where(n > 0, m2, 0.0) + between(reduction.prescale)).sum(0)
     else:
-        squares = lambda unit: jnp.where(n > 0, xla.scaled_square(m2, unit) + between(unit), 0.0).sum(0)
-        m2, unit = xla.in_one_unit(how, squares(how.unit), squares(how.large))
-        m2 = jnp.sqrt(m2) / unit
+        squares = lambda prescale: jnp.where(n > 0, xla.scaled_abs_squared(m2, prescale) + between(prescale), 0.0).sum(
+            0
+        )
+        m2, prescale = xla.pick_in_range(reduction, squares(reduction.prescale), squares(reduction.large_prescale))
+        m2 = jnp.sqrt(m2) / prescale
     return Statistics(total[0], shift[0], offset[0], m2)
 
 
-def across(s: Statistics, axis_name: AxisName, groups, how: Reduction) -> Statistics:
+def merge_over_devices(s: Statistics, axis_name: AxisName, groups, reduction: Reduction) -> Statistics:
     """Merge over the devices of axis_name, in their groups."""
     size = lax.axis_size(axis_name)
     index = lax.axis_index(axis_name)
-    s = Statistics(*jnp.broadcast_arrays(s.count, s.shift, s.offset, s.m2))
-    if xla.known(*s.shift.shape) and size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
+    s = Statistics(*jnp.broadcast_arrays(s.count, s.mean_hi, s.mean_lo, s.m2))
+    if xla.are_static(*s.mean_hi.shape) and size * sum(a.nbytes for a in s) <= _SLOT_BYTES:
         mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
-        slots = Statistics(*sum_across([mine(a) for a in s], axis_name, None))
+        slots = Statistics(*psum_grouped([mine(a) for a in s], axis_name, None))
         if groups is not None:
             group = jnp.asarray(_group_of(groups, size))
             here = jnp.reshape(group == group[index], (size,) + (1,) * s.count.ndim)
             slots = slots._replace(count=jnp.where(here, slots.count, 0.0))
-        return combine(slots, how)
-    shift = lax.stop_gradient(_max_across(s.shift, s.count > 0, axis_name, groups))
-    gap = jnp.where(s.count > 0, (s.shift - shift) + s.offset, 0.0)
+        return combine(slots, reduction)
+    shift = lax.stop_gradient(_pmax_grouped(s.mean_hi, s.count > 0, axis_name, groups))
+    gap = jnp.where(s.count > 0, (s.mean_hi - shift) + s.mean_lo, 0.0)
     parts = [s.count, s.count.astype(gap.dtype) * gap]
-    if how.large is None:
-        parts.append(s.m2 + s.count * xla.scaled_square(gap, how.unit))
+    if reduction.large_prescale is None:
+        parts.append(s.m2 + s.count * xla.scaled_abs_squared(gap, reduction.prescale))
     else:
-        square = xla.scaled_square
-        parts += [square(s.m2, unit) + s.count * square(gap, unit) for unit in (how.unit, how.large)]
-    n, first, *second = sum_across(parts, axis_name, groups)
-    offset = first / safe(n).astype(first.dtype)
-    corrections = lambda unit: n * xla.scaled_square(offset, unit)
-    if how.large is None:
-        return Statistics(n, shift, offset, jnp.maximum(second[0] - corrections(how.unit), 0.0))
-    m2, unit = xla.in_one_unit(how, *second)
-    return Statistics(n, shift, offset, jnp.sqrt(jnp.maximum(m2 - corrections(unit), 0.0)) / unit)
+        square = xla.scaled_abs_squared
+        parts += [
+            square(s.m2, prescale) + s.count * square(gap, prescale)
+            for prescale in (reduction.prescale, reduction.large_prescale)
+        ]
+    n, first, *second = psum_grouped(parts, axis_name, groups)
+    offset = first / nonzero_divisor(n).astype(first.dtype)
+    corrections = lambda prescale: n * xla.scaled_abs_squared(offset, prescale)
+    if reduction.large_prescale is None:
+        return Statistics(n, shift, offset, jnp.maximum(second[0] - corrections(reduction.prescale), 0.0))
+    m2, prescale = xla.pick_in_range(reduction, *second)
+    return Statistics(n, shift, offset, jnp.sqrt(jnp.maximum(m2 - corrections(prescale), 0.0)) / prescale)
 
 
-def _merged_parts(how: Reduction, x: Array) -> Statistics:
+def _merged_parts(reduction: Reduction, x: Array) -> Statistics:
     """The statistics of parts of the leading axis, merged: one all-reduce where each part is on a device of its own.
 
     Summed at once there would be two: of the sample that sums are taken about, and of the sums. So every part gets a
     slot of its own in one array, and that is summed, which adds nothing but zeros.
     """
-    view = x.reshape(how.parts, x.shape[0] // how.parts, *x.shape[1:])
-    of_part = replace(how, parts=1, axes=tuple(a + 1 for a in how.axes))
-    count, *stats = xla.statistics(view, None, None, of_part)
+    view = x.reshape(reduction.num_shards, x.shape[0] // reduction.num_shards, *x.shape[1:])
+    of_part = replace(reduction, num_shards=1, axes=tuple(a + 1 for a in reduction.axes))
+    count, *stats = xla.local_statistics(view, None, None, of_part)
     if sum(a.nbytes for a in stats) > _SLOT_BYTES:
-        return xla.statistics(x, None, None, how)
+        return xla.local_statistics(x, None, None, reduction)
     stats = jnp.stack(stats, 1)
-    own = jnp.reshape(jnp.eye(how.parts, dtype=bool), (how.parts, how.parts) + (1,) * (stats.ndim - 1))
+    own = jnp.reshape(
+        jnp.eye(reduction.num_shards, dtype=bool),
+        (reduction.num_shards, reduction.num_shards) + (1,) * (stats.ndim - 1),
+    )
     slots = jnp.where(own, stats[None], jnp.zeros((), stats.dtype)).sum(1)
     count = jnp.broadcast_to(count, slots[:, 0].shape)
-    return combine(Statistics(count, *(slots[:, i] for i in range(3))), how)
+    return combine(Statistics(count, *(slots[:, i] for i in range(3))), reduction)
 
 
-def sum_across(parts: list, axis_name: AxisName, groups) -> list:
+def psum_grouped(parts: list, axis_name: AxisName, groups) -> list:
     """The sums of arrays over devices: one all-reduce. With groups, each group has a slot in it and takes its own."""
     if groups is None:
         return list(lax.psum(tuple(parts), axis_name))
     return _in_groups(lambda slots: lax.psum(slots, axis_name), parts, 0.0, axis_name, groups)
 
 
-def _max_across(a: Array, keep: Array, axis_name: AxisName, groups) -> Array:
+def _pmax_grouped(a: Array, keep: Array, axis_name: AxisName, groups) -> Array:
     """The largest kept value over devices, 0 where there is none; of complex values the real and imaginary parts'."""
     parts = [a.real, a.imag] if jnp.iscomplexobj(a) else [a]
     least = xla.lowest(parts[0].dtype)
@@ -346,8 +358,8 @@ def _slot(size: int, index: Array, ndim: int) -> Array:
     return jnp.reshape(jnp.arange(size, dtype=index.dtype) == index, (size,) + (1,) * ndim)
 
 
-def checked_groups(groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:
-    return None if groups is None else checked_index_groups("merge_across", "axis_index_groups", groups)
+def canonicalize_groups(groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if groups is None else canonicalize_index_groups("merge_across", "axis_index_groups", groups)
 
 
 def _group_of(groups, size: int) -> np.ndarray:

@@ -17,17 +17,31 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _activation
-from ._activation import Activation, checked_activation, pushed
-from ._checks import aligned_param, as_float_array, checked_axes, checked_dtype, checked_epsilon, checked_number
+from ._activation import Activation, check_activation, jvp_or_none
+from ._checks import (
+    align_param,
+    as_float_array,
+    canonicalize_axes,
+    canonicalize_dtype,
+    canonicalize_epsilon,
+    canonicalize_number,
+)
 from ._exported import exported
 from ._habits import explained
-from ._kernels import checked_implementation, rooms, xla
+from ._kernels import check_implementation, registry, xla
 from ._kernels.fused import Fused
-from ._kernels.partition import Across
-from ._kernels.varying import broadcast_like, sharded_like, tangent_like, varying, varying_as
-from ._kernels.xla import Recipe, Statistics, safe, widest
-from ._moments import across, none_for_zero, statistics, statistics_tangent, sum_across, tangent_sums
-from ._stream import added, added_tangent, rounded
+from ._kernels.partition import Collectives
+from ._kernels.varying import broadcast_like, pvary_like, shard_like, tangent_like, varying
+from ._kernels.xla import Plan, Statistics, nonzero_divisor, widest
+from ._moments import (
+    drop_symbolic_zeros,
+    merge_over_devices,
+    psum_grouped,
+    statistics,
+    statistics_tangent,
+    tangent_sums,
+)
+from ._stream import add_rounded, add_rounded_tangent, round_to
 
 Array = jax.Array
 
@@ -40,17 +54,17 @@ class Affine(NamedTuple):
     bias: Array | None  # the same
 
 
-def rsqrt(m2: Array, n: Array, unit: float, epsilon: float) -> Array:
+def rsqrt(m2: Array, n: Array, prescale: float, epsilon: float) -> Array:
     """r = 1 / sqrt(var + epsilon), from m2 in squared units; 0 where nothing was counted, and where var + epsilon is 0.
 
     A group of nothing, and a constant one without epsilon, so come out as the bias.
     """
-    least = epsilon * unit**2
-    v = m2 / safe(n) + least
+    least = epsilon * prescale**2
+    v = m2 / nonzero_divisor(n) + least
     void = n == 0
     if least < jnp.finfo(v.dtype).tiny:  # else v is never 0, and a select would cut XLA's kernels for rows on a GPU
         void |= v == 0
-    return jnp.where(void, 0.0, unit * _rsqrt(jnp.where(void, 1.0, v)))
+    return jnp.where(void, 0.0, prescale * _rsqrt(jnp.where(void, 1.0, v)))
 
 
 @jax.custom_jvp
@@ -70,11 +84,11 @@ def _(primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def rsqrt_of_root(root: Array, n: Array, epsilon: float) -> Array:
     """The same from the root of m2, in x's own units. The tangent that comes for `root` is that of m2 itself."""
-    spread, least, void = root / jnp.sqrt(safe(n)), math.sqrt(epsilon), n == 0
+    spread, least, void = root / jnp.sqrt(nonzero_divisor(n)), math.sqrt(epsilon), n == 0
     larger = jnp.maximum(spread, least)
     if least < jnp.finfo(root.dtype).tiny:  # as above
         void |= larger == 0
-        larger = safe(larger)
+        larger = nonzero_divisor(larger)
     larger = xla.nan_if_infinite(larger)
     r = lax.rsqrt(1.0 + jnp.square(jnp.minimum(spread, least) / larger)) / larger
     return jnp.where(void, 0.0, r)
@@ -84,13 +98,13 @@ def rsqrt_of_root(root: Array, n: Array, epsilon: float) -> Array:
 def _(epsilon, primals, tangents):
     (root, n), (dm2, dn) = primals, tangents
     r = rsqrt_of_root(root, n, epsilon)
-    return r, -0.5 * (r / safe(n)) * (r * (r * dm2) - share_of_root(root, n, epsilon) * dn)
+    return r, -0.5 * (r / nonzero_divisor(n)) * (r * (r * dm2) - share_of_root(root, n, epsilon) * dn)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def share_of_root(root: Array, n: Array, epsilon: float) -> Array:
     """var / (var + epsilon), which is 1 - epsilon r**2, from the same."""
-    return jnp.square(root / jnp.sqrt(safe(n)) * rsqrt_of_root(root, n, epsilon))
+    return jnp.square(root / jnp.sqrt(nonzero_divisor(n)) * rsqrt_of_root(root, n, epsilon))
 
 
 @share_of_root.defjvp
@@ -100,9 +114,9 @@ def _(epsilon, primals, tangents):
     return share_of_root(*primals, epsilon), -2.0 * (least * r) * (least * dr)
 
 
-def affine(xhat, scale, bias, scale_offset: float, dtype, round_before_scale: bool = False) -> Array:
+def affine(xhat, scale, bias, scale_offset: float, dtype, cast_before_scale: bool = False) -> Array:
     """y = xhat (scale + scale_offset) + bias, rounded once (or also before scale)."""
-    y = rounded(xhat, dtype) if round_before_scale else xhat
+    y = round_to(xhat, dtype) if cast_before_scale else xhat
     if scale is not None or scale_offset:
         s = effective_scale(scale, scale_offset, y.dtype)
         y = y.astype(s.dtype) * s
@@ -120,222 +134,224 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
 
 
 def standardize(
-    norm: str, recipe: Recipe, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None, gate=None
+    norm: str, plan: Plan, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None, gate=None
 ) -> tuple[Array, Statistics]:
     """Normalize x by its own statistics. Returns the output, and the statistics as constants, without a derivative.
 
     For the backward pass only x (and a gate), in its own dtype, and the statistics are kept.
     """
-    if recipe.activation is not None:
-        plain = _without_activation(recipe, x, scale, bias, gate)
-        seen = jax.eval_shape(functools.partial(_activation.before, recipe), x, gate, None)
-        in_room = _takes(norm, plain, seen, scale, bias, mask, weights)
-        if in_room:
-            plain, scale, bias = _for_room(plain, seen, scale, bias)
-        return _around(recipe, plain, in_room, x, scale, bias, mask, weights, gate)
-    if _takes(norm, recipe, x, scale, bias, mask, weights):
-        recipe, scale, bias = _for_room(recipe, x, scale, bias)
-        return _in_room(recipe, x, scale, bias, None)[:2]
-    return _by_xla(recipe, x, scale, bias, mask, weights)
+    if plan.activation is not None:
+        plain = _inner_plan(plan, x, scale, bias, gate)
+        seen = jax.eval_shape(functools.partial(_activation.prologue, plan), x, gate, None)
+        by_kernel = _backend_supports(norm, plain, seen, scale, bias, mask, weights)
+        if by_kernel:
+            plain, scale, bias = _prepare_for_kernel(plain, seen, scale, bias)
+        return _with_epilogue(plan, plain, by_kernel, x, scale, bias, mask, weights, gate)
+    if _backend_supports(norm, plan, x, scale, bias, mask, weights):
+        plan, scale, bias = _prepare_for_kernel(plan, x, scale, bias)
+        return _by_kernel(plan, x, scale, bias, None)[:2]
+    return _by_xla(plan, x, scale, bias, mask, weights)
 
 
-def standardize_sum(norm: str, recipe: Recipe, x, residual, scale, bias) -> tuple[Array, Array]:
-    """`standardize` of a residual stream with x added to it, and that stream, by a room that does both in one go."""
+def add_and_standardize(norm: str, plan: Plan, x, residual, scale, bias) -> tuple[Array, Array]:
+    """`standardize` of a residual stream with x added to it, and that stream, by a backend that does both in one go."""
     stream = jax.ShapeDtypeStruct(x.shape, residual.dtype)
-    for seen in (x, stream):  # which is refused, or the room takes it: it is named
-        _takes(norm, recipe, seen, scale, bias, None, None)
-    recipe, scale, bias = _for_room(recipe, stream, scale, bias)
-    y, _, new = _in_room(recipe, x, scale, bias, residual)
+    for seen in (x, stream):  # which is refused, or the backend takes it: it is named
+        _backend_supports(norm, plan, seen, scale, bias, None, None)
+    plan, scale, bias = _prepare_for_kernel(plan, stream, scale, bias)
+    y, _, new = _by_kernel(plan, x, scale, bias, residual)
     assert new is not None
     return y, new
 
 
-def sums_within(recipe: Recipe, x, residual, scale, bias, mask) -> bool:
+def can_fuse_add(plan: Plan, x, residual, scale, bias, mask) -> bool:
     """Whether `standardize_sum` is there for this norm."""
-    if mask is not None or recipe.activation is not None:
+    if mask is not None or plan.activation is not None:
         return False
     of_parameters = frozenset().union(*(varying(p) for p in (scale, bias) if p is not None))
     # Else the stream, which comes out of one primitive with y, would vary over what only the parameters vary over.
-    return rooms.adds(recipe.room) and of_parameters <= varying(x) | varying(residual)
+    return registry.fuses_add(plan.backend) and of_parameters <= varying(x) | varying(residual)
 
 
-def _takes(norm: str, recipe: Recipe, x, scale, bias, mask, weights) -> bool:
-    """Whether a room of kernels takes this norm. One that is named takes it or says why not."""
-    if recipe.room in ("xla", "lax"):
+def _backend_supports(norm: str, plan: Plan, x, scale, bias, mask, weights) -> bool:
+    """Whether a kernel backend takes this norm. One that is named takes it or says why not."""
+    if plan.backend in ("xla", "lax"):
         return False
-    refusal = rooms.refusal(recipe.room or rooms.DEFAULT, x, recipe.how, recipe.dtype, scale, bias, mask, weights)
-    if refusal is not None and recipe.room is not None:
+    refusal = registry.unsupported_reason(
+        plan.backend or registry.DEFAULT, x, plan.reduction, plan.dtype, scale, bias, mask, weights
+    )
+    if refusal is not None and plan.backend is not None:
         raise ValueError(
-            f"{norm}: implementation={recipe.room!r} cannot run here: {refusal}. Write implementation=None."
+            f"{norm}: implementation={plan.backend!r} cannot run here: {refusal}. Write implementation=None."
         )
     return refusal is None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_xla(recipe: Recipe, x, scale, bias, mask, weights) -> tuple[Array, Statistics]:
-    stats = statistics(recipe.how, x, mask, weights)
-    return _output(recipe, x, mask, weights, stats, scale, bias), stats
+def _by_xla(plan: Plan, x, scale, bias, mask, weights) -> tuple[Array, Statistics]:
+    stats = statistics(plan.reduction, x, mask, weights)
+    return _output(plan, x, mask, weights, stats, scale, bias), stats
 
 
 @functools.partial(_by_xla.defjvp, symbolic_zeros=True)
-def _(recipe, primals, tangents):
+def _(plan, primals, tangents):
     x, scale, bias, mask, weights = primals
-    dx, dscale, dbias, _, dweights = none_for_zero(tangents)
-    recipe = replace(recipe, kept=True)
-    stats = statistics(recipe.how, x, mask, weights)
-    y = _output(recipe, x, mask, weights, stats, scale, bias)
+    dx, dscale, dbias, _, dweights = drop_symbolic_zeros(tangents)
+    plan = replace(plan, for_backward=True)
+    stats = statistics(plan.reduction, x, mask, weights)
+    y = _output(plan, x, mask, weights, stats, scale, bias)
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
-    tangent = xla.recomputed(functools.partial(_output_tangent, recipe), recipe.how.plain)
+    tangent = xla.recompute(functools.partial(_output_tangent, plan), plan.reduction.plain)
     dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights))
     return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
-# The same where a room of kernels may run it: one primitive forward, and one, linear, for the tangent.
+# The same where a kernel backend may run it: one primitive forward, and one, linear, for the tangent.
 
 
-def _for_room(recipe: Recipe, x, scale, bias) -> tuple[Recipe, Array | None, Array | None]:
+def _prepare_for_kernel(plan: Plan, x, scale, bias) -> tuple[Plan, Array | None, Array | None]:
     """The kernels' arithmetic has one dtype, and its scale no offset."""
     acc = xla.accumulator(x)
-    scale = None if scale is None else effective_scale(scale, recipe.scale_offset, acc)
-    return replace(recipe, scale_offset=0.0), scale, None if bias is None else bias.astype(acc)
+    scale = None if scale is None else effective_scale(scale, plan.scale_offset, acc)
+    return replace(plan, scale_offset=0.0), scale, None if bias is None else bias.astype(acc)
 
 
 _fused = Fused(
-    output=lambda recipe, x, scale, bias: _by_xla(recipe, x, scale, bias, None, None),
-    tangent=lambda recipe, x, stats, scale, tangents: _output_tangent(
-        recipe, x, None, None, stats, scale, (*tangents, None)
+    output=lambda plan, x, scale, bias: _by_xla(plan, x, scale, bias, None, None),
+    tangent=lambda plan, x, stats, scale, tangents: _output_tangent(
+        plan, x, None, None, stats, scale, (*tangents, None)
     ),
-    added=functools.partial(added, False),
-    across=Across(
-        merged=lambda stats, names, how: across(stats, names, None, how),
-        summed=lambda parts, names: sum_across(parts, names, None),
+    add=functools.partial(add_rounded, False),
+    collectives=Collectives(
+        merged=lambda stats, names, reduction: merge_over_devices(stats, names, None, reduction),
+        summed=lambda parts, names: psum_grouped(parts, names, None),
     ),
 )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _in_room(recipe: Recipe, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
+def _by_kernel(plan: Plan, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
     """y, the statistics, and, where there is a residual, its sum with x, which is then what y and they are of."""
-    return _fused.forward(recipe, x, scale, bias, residual)
+    return _fused.forward(plan, x, scale, bias, residual)
 
 
-@functools.partial(_in_room.defjvp, symbolic_zeros=True)
-def _(recipe, primals, tangents):
-    (y, stats, new), _, (dy, dnew) = _in_room_with_tangent(recipe, primals, none_for_zero(tangents))
+@functools.partial(_by_kernel.defjvp, symbolic_zeros=True)
+def _(plan, primals, tangents):
+    (y, stats, new), _, (dy, dnew) = _by_kernel_with_tangent(plan, primals, drop_symbolic_zeros(tangents))
     return (y, stats, new), (dy, jax.tree.map(jnp.zeros_like, stats), dnew)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable_in_room(recipe: Recipe, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
+def _by_kernel_differentiable(plan: Plan, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
     """The same, the statistics with their derivatives: what derivatives of higher order are made of."""
-    return _fused.forward(recipe, x, scale, bias, residual)
+    return _fused.forward(plan, x, scale, bias, residual)
 
 
-@functools.partial(_differentiable_in_room.defjvp, symbolic_zeros=True)
-def _(recipe, primals, tangents):
-    (y, stats, new), (x, dx), (dy, dnew) = _in_room_with_tangent(recipe, primals, none_for_zero(tangents))
-    of_statistics = jax.checkpoint(functools.partial(statistics_tangent, recipe.how), prevent_cse=False)
+@functools.partial(_by_kernel_differentiable.defjvp, symbolic_zeros=True)
+def _(plan, primals, tangents):
+    (y, stats, new), (x, dx), (dy, dnew) = _by_kernel_with_tangent(plan, primals, drop_symbolic_zeros(tangents))
+    of_statistics = jax.checkpoint(functools.partial(statistics_tangent, plan.reduction), prevent_cse=False)
     still = jax.tree.map(jnp.zeros_like, stats)
     return (y, stats, new), (dy, still if dx is None else of_statistics(x, None, None, stats, dx, None), dnew)
 
 
-def _in_room_with_tangent(recipe: Recipe, primals, tangents):
-    """What the room gives; what is normalized, and its tangent; the tangents of y and of the new stream."""
+def _by_kernel_with_tangent(plan: Plan, primals, tangents):
+    """What the backend gives; what is normalized, and its tangent; the tangents of y and of the new stream."""
     (x, scale, _, residual), (dx, dscale, dbias, dresidual) = primals, tangents
-    recipe = replace(recipe, kept=True)
-    y, stats, new = _differentiable_in_room(recipe, *primals)
+    plan = replace(plan, for_backward=True)
+    y, stats, new = _by_kernel_differentiable(plan, *primals)
     if new is None:
-        dy = _fused.tangent(recipe, x, stats, scale, (dx, dscale, dbias))
+        dy = _fused.tangent(plan, x, stats, scale, (dx, dscale, dbias))
         return (y, stats, None), (x, dx), (tangent_like(y, dy), None)
-    dx = added_tangent(residual.dtype, dx, dresidual)
+    dx = add_rounded_tangent(residual.dtype, dx, dresidual)
     if dx is None:
-        dy, dnew = _fused.tangent(recipe, new, stats, scale, (None, dscale, dbias)), jnp.zeros_like(new)
+        dy, dnew = _fused.tangent(plan, new, stats, scale, (None, dscale, dbias)), jnp.zeros_like(new)
     else:
-        dy, dnew = _fused.tangent_of_sum(recipe, new, stats, scale, (dx, dscale, dbias))
+        dy, dnew = _fused.tangent_of_sum(plan, new, stats, scale, (dx, dscale, dbias))
     return (y, stats, new), (new, dx), (tangent_like(y, dy), tangent_like(new, dnew))
 
 
 # --- with an activation or a gate around it, by either ----------------------------------------------------------------
 
 
-def _without_activation(recipe: Recipe, x, scale, bias, gate) -> Recipe:
+def _inner_plan(plan: Plan, x, scale, bias, gate) -> Plan:
     """The norm within. What it gives is rounded where the output is, or where it is asked to be by name."""
-    plain = replace(recipe, activation=None, gate=None)
-    if recipe.gate == "before" or recipe.round_before_scale:
+    plain = replace(plan, activation=None, gate=None)
+    if plan.gate == "before" or plan.cast_before_scale:
         return plain
     return replace(plain, dtype=widest(xla.accumulator(x), *(p.dtype for p in (scale, bias) if p is not None)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _around(recipe: Recipe, plain: Recipe, in_room: bool, x, scale, bias, mask, weights, gate):
-    y, stats = _around_differentiable(recipe, plain, in_room, x, scale, bias, mask, weights, gate)
+def _with_epilogue(plan: Plan, plain: Plan, by_kernel: bool, x, scale, bias, mask, weights, gate):
+    y, stats = _with_epilogue_differentiable(plan, plain, by_kernel, x, scale, bias, mask, weights, gate)
     return y, jax.tree.map(jax.lax.stop_gradient, stats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _around_differentiable(recipe: Recipe, plain: Recipe, in_room: bool, x, scale, bias, mask, weights, gate):
-    keep = xla.present(mask, weights)
-    u = _activation.before(recipe, x, gate, keep)
-    if in_room:
-        z, stats, _ = _differentiable_in_room(plain, u, scale, bias, None)
+def _with_epilogue_differentiable(plan: Plan, plain: Plan, by_kernel: bool, x, scale, bias, mask, weights, gate):
+    keep = xla.valid_mask(mask, weights)
+    u = _activation.prologue(plan, x, gate, keep)
+    if by_kernel:
+        z, stats, _ = _by_kernel_differentiable(plain, u, scale, bias, None)
     else:
-        stats = statistics(plain.how, u, mask, weights)
+        stats = statistics(plain.reduction, u, mask, weights)
         z = _output(plain, u, mask, weights, stats, scale, bias)
-    return _activation.after(recipe, _activation.widened(recipe, z), gate, keep), stats
+    return _activation.epilogue(plan, _activation.widened(plan, z), gate, keep), stats
 
 
-@functools.partial(_around.defjvp, symbolic_zeros=True)
-def _(recipe, plain, in_room, primals, tangents):
-    plain = replace(plain, kept=True)
-    y, stats = _around_differentiable(recipe, plain, in_room, *primals)
+@functools.partial(_with_epilogue.defjvp, symbolic_zeros=True)
+def _(plan, plain, by_kernel, primals, tangents):
+    plain = replace(plain, for_backward=True)
+    y, stats = _with_epilogue_differentiable(plan, plain, by_kernel, *primals)
     # As in the norm within: of what the map keeps, x and the gate alone have x's size. It makes z anew.
-    tangent = xla.recomputed(functools.partial(_around_tangent, recipe, plain, in_room), recipe.how.plain)
-    dy = tangent(stats, *primals, none_for_zero(tangents))
+    tangent = xla.recompute(functools.partial(_with_epilogue_tangent, plan, plain, by_kernel), plan.reduction.plain)
+    dy = tangent(stats, *primals, drop_symbolic_zeros(tangents))
     return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
-def _around_tangent(recipe, plain, in_room, stats, x, scale, bias, mask, weights, gate, tangents) -> Array:
+def _with_epilogue_tangent(plan, plain, by_kernel, stats, x, scale, bias, mask, weights, gate, tangents) -> Array:
     """The tangent of y, by the chain rule over what is before the norm, the norm, and what is after it."""
     dx, dscale, dbias, _, dweights, dgate = tangents
-    keep = xla.present(mask, weights)
-    u, du = pushed(lambda x, gate: _activation.before(recipe, x, gate, keep), (x, gate), (dx, dgate))
-    z = _activation.widened(recipe, _output(plain, u, mask, weights, stats, scale, bias))
+    keep = xla.valid_mask(mask, weights)
+    u, du = jvp_or_none(lambda x, gate: _activation.prologue(plan, x, gate, keep), (x, gate), (dx, dgate))
+    z = _activation.widened(plan, _output(plain, u, mask, weights, stats, scale, bias))
     plain = replace(plain, dtype=z.dtype)  # the tangent of z is not rounded
     if all(t is None for t in (du, dscale, dbias, dweights)):
         dz = None
-    elif in_room:
+    elif by_kernel:
         dz = _fused.tangent(plain, u, stats, scale, (du, dscale, dbias))
     else:
         dz = _output_tangent(plain, u, mask, weights, stats, scale, (du, dscale, dbias, dweights))
-    _, dy = pushed(lambda z, gate: _activation.after(recipe, z, gate, keep), (z, gate), (dz, dgate))
-    return jnp.zeros(x.shape, recipe.dtype) if dy is None else dy
+    _, dy = jvp_or_none(lambda z, gate: _activation.epilogue(plan, z, gate, keep), (z, gate), (dz, dgate))
+    return jnp.zeros(x.shape, plan.dtype) if dy is None else dy
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _output(recipe: Recipe, x, mask, weights, stats: Statistics, scale, bias) -> Array:
-    if not recipe.kept:
-        stats = xla.statistics_of_output(x, mask, weights, stats, recipe.how)
-    xhat, _ = _xhat_and_r(recipe, x, mask, weights, stats)
-    return affine(xhat, scale, bias, recipe.scale_offset, recipe.dtype, recipe.round_before_scale)
+def _output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias) -> Array:
+    if not plan.for_backward:
+        stats = xla.statistics_of_output(x, mask, weights, stats, plan.reduction)
+    xhat, _ = _xhat_and_r(plan, x, mask, weights, stats)
+    return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, plan.cast_before_scale)
 
 
-def _xhat_and_r(recipe: Recipe, x, mask, weights, stats: Statistics) -> tuple[Array, Array]:
-    how, keep = recipe.how, xla.present(mask, weights)
-    d = xla.centered(x, keep, stats.shift, stats.offset)
-    if how.large is None:
+def _xhat_and_r(plan: Plan, x, mask, weights, stats: Statistics) -> tuple[Array, Array]:
+    reduction, keep = plan.reduction, xla.valid_mask(mask, weights)
+    d = xla.deviation(x, keep, stats.mean_hi, stats.mean_lo)
+    if reduction.large_prescale is None:
         # A sum that overflowed makes NaN. But for rows of RMS norm, where XLA would cut its kernel for a GPU in three.
-        bare = not how.centered and xla.are_last(x, how.axes)
+        bare = not reduction.centered and xla.are_last(x, reduction.axes)
         m2 = stats.m2 if bare else xla.nan_if_infinite(stats.m2)
-        r = rsqrt(m2, stats.count, how.unit, recipe.epsilon).astype(d.dtype)
+        r = rsqrt(m2, stats.count, reduction.prescale, plan.epsilon).astype(d.dtype)
     else:
-        r = rsqrt_of_root(stats.m2, stats.count, recipe.epsilon).astype(d.dtype)
+        r = rsqrt_of_root(stats.m2, stats.count, plan.epsilon).astype(d.dtype)
     xhat = d * r
-    if how.large is not None and keep is not None and not jnp.iscomplexobj(xhat):
+    if reduction.large_prescale is not None and keep is not None and not jnp.iscomplexobj(xhat):
         xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
     return xhat, r
 
 
-def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
+def _output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
     """The tangent of y; None is a tangent of zero. With s = scale + scale_offset, and means over all devices,
 
         dy = s r dx + xhat (dscale - s mean(w xhat r dx)) + (dbias - s mean(w r dx))
@@ -345,23 +361,23 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
     scale and bias, and dx = s r (g - sum(g)/N - xhat sum(g xhat)/N) costs one all-reduce for both.
     """
     dx, dscale, dbias, dweights = tangents
-    how, n = recipe.how, safe(stats.count)
-    xhat, r = _xhat_and_r(recipe, x, mask, weights, stats)
-    s = effective_scale(scale, recipe.scale_offset, xhat.dtype)
+    reduction, n = plan.reduction, nonzero_divisor(stats.count)
+    xhat, r = _xhat_and_r(plan, x, mask, weights, stats)
+    s = effective_scale(scale, plan.scale_offset, xhat.dtype)
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
     s, times, plus, direct = s.astype(wide), [], [], 0.0
     if dx is not None or dweights is not None:
-        dx = None if dx is None else r * xla.still(x, xla.present(mask, weights), dx.astype(xhat.dtype))
-        dn, d1, d2 = tangent_sums(how, xhat, mask, weights, dx, dweights)
+        dx = None if dx is None else r * xla.zero_where_padding(x, xla.valid_mask(mask, weights), dx.astype(xhat.dtype))
+        dn, d1, d2 = tangent_sums(reduction, xhat, mask, weights, dx, dweights)
         if dweights is not None:
-            if how.large is None:
-                in_unit = r.real / how.unit
+            if reduction.large_prescale is None:
+                in_unit = r.real / reduction.prescale
                 share = ((stats.m2 / n) * in_unit) * in_unit  # var / (var + epsilon), with derivatives in range
             else:
-                share = share_of_root(stats.m2, stats.count, recipe.epsilon)
+                share = share_of_root(stats.m2, stats.count, plan.epsilon)
             d2 = d2 - dn * share
         times.append(-s * (d2 / (2.0 * n)).astype(wide))
-        if how.centered:
+        if reduction.centered:
             plus.append(-s * (d1 / n.astype(xhat.dtype)).astype(wide))
     if dx is not None:
         direct = s * dx.astype(wide)
@@ -369,12 +385,12 @@ def _output_tangent(recipe: Recipe, x, mask, weights, stats: Statistics, scale, 
         times.append(dscale.astype(wide))
     if dbias is not None:
         plus.append(dbias.astype(wide))
-    times, plus = (_summed_first(terms, x, how.plain) if terms else None for terms in (times, plus))
+    times, plus = (_reduce_before_broadcast(terms, x, reduction.plain) if terms else None for terms in (times, plus))
     dy: Any = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
-    return broadcast_like(x, dy).astype(recipe.dtype)
+    return broadcast_like(x, dy).astype(plan.dtype)
 
 
-def _summed_first(terms: list[Array], x: Array, plain: bool) -> Array:
+def _reduce_before_broadcast(terms: list[Array], x: Array, plain: bool) -> Array:
     """The sum of a bracket's terms. Where it is far smaller than x, the sums in their transposes are of its cotangent.
 
     XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share; barriers
@@ -382,11 +398,11 @@ def _summed_first(terms: list[Array], x: Array, plain: bool) -> Array:
     """
     bracket = functools.reduce(lambda a, b: a + b, terms)
     ratio = math.prod(n for n, m in zip(x.shape, bracket.shape, strict=True) if m == 1 != n)
-    if plain or (xla.known(ratio) and ratio < 16):
+    if plain or (xla.are_static(ratio) and ratio < 16):
         return bracket
-    bracket = lax.optimization_barrier(varying_as(x, bracket))  # else the parts are summed over devices, one and all
+    bracket = lax.optimization_barrier(pvary_like(x, bracket))  # else the parts are summed over devices, one and all
     axes = tuple(a for a, n in enumerate(bracket.shape) if n == 1 != x.shape[a])
-    if apart := xla.parts(x, axes):
+    if apart := xla.split_axes(x, axes):
         part = tuple(x.shape[a] if a in apart else n for a, n in enumerate(bracket.shape))
         bracket = lax.optimization_barrier(jnp.broadcast_to(bracket, part))
     return bracket
@@ -443,35 +459,35 @@ def normalize_given(
 ) -> Array:
     """`normalize`. Padding, where `keep` is False, reaches no gradient. `keep` has x's rank."""
     x = as_float_array("normalize", x)
-    axes = checked_axes("normalize", x.ndim, axis)
+    axes = canonicalize_axes("normalize", x.ndim, axis)
     names = ("mean", "var", "scale", "bias")
     mean, var, scale, bias = (
-        aligned_param("normalize", w, p, x.shape, axes) for w, p in zip(names, (mean, var, scale, bias), strict=True)
+        align_param("normalize", w, p, x.shape, axes) for w, p in zip(names, (mean, var, scale, bias), strict=True)
     )
-    mean, var, scale, bias = (None if p is None else sharded_like(x, p) for p in (mean, var, scale, bias))
-    out = checked_dtype("normalize", dtype, x, mean, scale, bias)
-    checked_activation("normalize", activation, x.shape, x.dtype)
-    scale_offset = checked_number("normalize", "scale_offset", scale_offset, "1.0")
-    checked_implementation("normalize", implementation)
-    static = (checked_epsilon("normalize", epsilon), scale_offset, activation, out)
+    mean, var, scale, bias = (None if p is None else shard_like(x, p) for p in (mean, var, scale, bias))
+    out = canonicalize_dtype("normalize", dtype, x, mean, scale, bias)
+    check_activation("normalize", activation, x.shape, x.dtype)
+    scale_offset = canonicalize_number("normalize", "scale_offset", scale_offset, "1.0")
+    check_implementation("normalize", implementation)
+    static = (canonicalize_epsilon("normalize", epsilon), scale_offset, activation, out)
     return _normalize_given(implementation == "lax", static, x, mean, var, scale, bias, keep)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _normalize_given(plain: bool, static, *arrays):
     """For the backward pass x in its own dtype is all that is kept of x's size."""
-    return xla.recomputed(functools.partial(_given, *static), plain)(*arrays)
+    return xla.recompute(functools.partial(_given, *static), plain)(*arrays)
 
 
 def _given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias, keep):
     acc = widest(xla.accumulator(x), mean.dtype, var.dtype)
     x, mean, var = x.astype(acc), mean.astype(acc), var.astype(jnp.finfo(acc).dtype)
     r = rsqrt(xla.nan_if_infinite(var), jnp.ones((), var.dtype), 1.0, epsilon)
-    xhat = xla.centered(x, keep, mean) * r.astype(acc)
+    xhat = xla.deviation(x, keep, mean) * r.astype(acc)
     if activation is None:
         return affine(xhat, scale, bias, scale_offset, dtype)
     wide = widest(acc, *(p.dtype for p in (scale, bias) if p is not None))
-    return _activation.of_output(activation, affine(xhat, scale, bias, scale_offset, wide), keep).astype(dtype)
+    return _activation.activate_output(activation, affine(xhat, scale, bias, scale_offset, wide), keep).astype(dtype)
 
 
 @explained("function")
@@ -491,6 +507,8 @@ def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_
     scale, bias = (None if p is None else jnp.asarray(p) for p in (scale, bias))
     wide = widest(jnp.float32, *(a.dtype for a in (mean, var, scale, bias) if a is not None))
     mean, var = mean.astype(wide), var.astype(jnp.finfo(wide).dtype)
-    r = rsqrt(xla.nan_if_infinite(var), jnp.ones_like(var), 1.0, checked_epsilon("as_affine", epsilon))
-    s = effective_scale(scale, checked_number("as_affine", "scale_offset", scale_offset, "1.0"), wide) * r.astype(wide)
+    r = rsqrt(xla.nan_if_infinite(var), jnp.ones_like(var), 1.0, canonicalize_epsilon("as_affine", epsilon))
+    s = effective_scale(scale, canonicalize_number("as_affine", "scale_offset", scale_offset, "1.0"), wide) * r.astype(
+        wide
+    )
     return Affine(s, -mean * s if bias is None else bias.astype(wide) - mean * s)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, checked_dtype
+from ._checks import as_float_array, canonicalize_axes, canonicalize_dtype
 from ._habits import explained
-from ._rms import checked_cast
+from ._rms import check_cast
 from ._spec import normalize_stream
 
 Array = jax.Array
@@ -60,7 +60,7 @@ def add_rms_norm(
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of y; None is x's. That of new_residual is residual's.
-      implementation: a room of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
 
     Returns:
       y and new_residual, each of x's shape.
@@ -78,12 +78,12 @@ def add_rms_norm(
     >>> y.round(3).tolist(), stream.tolist()
     ([[1.0, -1.0]], [[2.0, -2.0]])
     """
-    checked_cast("add_rms_norm", cast)
+    check_cast("add_rms_norm", cast)
     return _normalized(
         "add_rms_norm", x, residual, scale, bias, axis, epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
         implementation=implementation,
-        centered=False, round_before_scale=cast == "before_scale",
+        centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def add_layer_norm(
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of y; None is x's. That of new_residual is residual's.
-      implementation: a room of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
 
     Returns:
       y and new_residual, each of x's shape.
@@ -157,11 +157,11 @@ def _normalized(norm: str, x, residual, scale, bias, axis, *, dtype, **options) 
             f"{norm}: residual must have x's shape {x.shape}, got {residual.shape}. "
             f"Write jnp.broadcast_to(residual, {x.shape}), or check what is added to the stream."
         )
-    out = checked_dtype(norm, dtype, x, residual)
+    out = canonicalize_dtype(norm, dtype, x, residual)
     if jnp.iscomplexobj(x) and not jnp.iscomplexobj(residual):
         raise TypeError(
             f"{norm}: a residual of {residual.dtype} cannot hold the sum with a complex x. "
             f"Write residual.astype({x.dtype})."
         )
-    axes = checked_axes(norm, x.ndim, axis)
+    axes = canonicalize_axes(norm, x.ndim, axis)
     return normalize_stream(norm, x, residual, scale, bias, axes, axes, dtype=out, **options)

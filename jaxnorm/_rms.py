@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 
 from ._activation import Activation
-from ._checks import as_float_array, checked_axes, shown
+from ._checks import as_float_array, canonicalize_axes, shown
 from ._habits import explained
 from ._spec import RowSpec, normalize_rows, spec
 
@@ -51,13 +51,13 @@ def rms_norm(
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider.
-      implementation: a room of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
 
     Returns:
       An array of x's shape.
 
     Raises:
-      ValueError: a bad axis, epsilon, cast, or room; a scale, bias or mask that fits x nowhere.
+      ValueError: a bad axis, epsilon, cast, or backend; a scale, bias or mask that fits x nowhere.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
@@ -67,18 +67,18 @@ def rms_norm(
     >>> jn.rms_norm(np.array([[2., -2.]]), bias=np.array([0., 1.]), epsilon=0.).round(3).tolist()
     [[1.0, 0.0]]
     """
-    checked_cast("rms_norm", cast)
+    check_cast("rms_norm", cast)
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
-    axes = checked_axes("rms_norm", x.ndim, axis)
+    axes = canonicalize_axes("rms_norm", x.ndim, axis)
     return normalize_rows(
         "rms_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset,
         activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
         implementation=implementation,
-        centered=False, round_before_scale=cast == "before_scale",
+        centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip
 
 
-def checked_cast(norm: str, cast: str) -> None:
+def check_cast(norm: str, cast: str) -> None:
     if not isinstance(cast, str) or cast not in ("after_scale", "before_scale"):
         raise ValueError(
             f'{norm}: cast must be "after_scale" or "before_scale", got {shown(cast)}. Write cast="after_scale".'
@@ -105,7 +105,7 @@ class RMSNorm(RowSpec):
 
     def __post_init__(self):
         super().__post_init__()
-        checked_cast("rms_norm", self.cast)
+        check_cast("rms_norm", self.cast)
 
     def _function(self, x, scale, bias, **options) -> Array:
         return rms_norm(x, scale, bias, **options)

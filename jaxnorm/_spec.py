@@ -13,29 +13,29 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from ._activation import checked_activation, checked_name
+from ._activation import check_activation, check_activation_name
 from ._checks import (
-    aligned_param,
+    align_boolean_mask,
+    align_param,
     as_dtype,
-    checked_axis_name,
-    checked_dtype,
-    checked_epsilon,
-    checked_flags,
-    checked_index_groups,
-    checked_number,
-    counted,
-    plain,
-    quiet_padding,
+    canonicalize_dtype,
+    canonicalize_epsilon,
+    canonicalize_flags,
+    canonicalize_index_groups,
+    canonicalize_number,
+    check_axis_name,
+    finite_padding,
     refuse_array,
     shown,
+    to_python,
 )
 from ._exported import exported
 from ._habits import explained
-from ._kernels import checked_implementation
-from ._kernels.varying import sharded_like
-from ._kernels.xla import Recipe, Reduction, accumulator, recomputed, units, widest
-from ._normalize import Affine, standardize, standardize_sum, sums_within
-from ._stream import added, together
+from ._kernels import check_implementation
+from ._kernels.varying import shard_like
+from ._kernels.xla import Plan, Reduction, accumulator, prescales, recompute, widest
+from ._normalize import Affine, add_and_standardize, can_fuse_add, standardize
+from ._stream import add_rounded, match_types
 
 Array = jax.Array
 Features = int | tuple[int, ...]
@@ -91,7 +91,7 @@ def spec(cls: type[T]) -> type[T]:
     return cls
 
 
-def given_params(norm: str, params: Params) -> tuple[Any, Any]:
+def scale_and_bias(norm: str, params: Params) -> tuple[Any, Any]:
     """Return the scale and the bias in params: an `Affine`, a dict, or None."""
     if params is None:
         return None, None
@@ -144,16 +144,16 @@ class Spec:
             if field.name == "param_dtype" or (field.name == "dtype" and value is not None):
                 value = as_dtype(name, value, field.name)
             elif isinstance(field.default, bool):
-                (value,) = checked_flags(name, **{field.name: value})
+                (value,) = canonicalize_flags(name, **{field.name: value})
             else:
-                value = plain(value)
+                value = to_python(value)
             refuse_array(name, field.name, value, field.default)
             if value is not given:
                 object.__setattr__(self, field.name, value)
-        checked_epsilon(name, self.options()["epsilon"])
-        checked_number(name, "scale_offset", self.scale_offset, "1.0")
-        checked_name(name, self.activation)
-        checked_implementation(name, self.implementation)
+        canonicalize_epsilon(name, self.options()["epsilon"])
+        canonicalize_number(name, "scale_offset", self.scale_offset, "1.0")
+        check_activation_name(name, self.activation)
+        check_implementation(name, self.implementation)
 
     if not TYPE_CHECKING:  # for type checkers a spec is not callable
 
@@ -170,7 +170,7 @@ class Spec:
 
     def _made(self, features: Features) -> tuple[Affine, tuple[int, ...]]:
         """Parameters for `features`, an int or a shape, and that shape: effective scale 1 and bias 0."""
-        name, sizes = type(self).__name__, plain(features)
+        name, sizes = type(self).__name__, to_python(features)
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
             at = self._axes()[-1] if self._axes() else -1
@@ -220,22 +220,24 @@ class RowSpec(Spec):
     ) -> tuple[Array, State]:
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
         refuse_params_as_state(type(self).__name__, state)
-        scale, bias = given_params(type(self).__name__, params)
+        scale, bias = scale_and_bias(type(self).__name__, params)
         return self._function(x, scale, bias, mask=mask, **self.options()), state
 
     def _function(self, x, scale, bias, **options) -> Array:
         raise NotImplementedError
 
 
-def recipe_for(x, names, epsilon, scale_offset, dtype, how: Reduction, implementation, **more) -> Recipe:
+def make_plan(x, names, epsilon, scale_offset, dtype, reduction: Reduction, implementation, **more) -> Plan:
     """The static part of a call on x, with the unit of its squares; `names` are mapped axes to merge over."""
-    n = math.prod(x.shape[a] for a in how.axes) * math.prod(lax.axis_size(name) for name in names if _is_bound(name))
-    unit, large = units(epsilon, n, accumulator(x))
-    how = dataclasses.replace(how, unit=unit, large=large, plain=implementation == "lax")
-    return Recipe(how, epsilon, float(scale_offset), dtype, room=implementation, **more)
+    n = math.prod(x.shape[a] for a in reduction.axes) * math.prod(
+        lax.axis_size(name) for name in names if _is_bound(name)
+    )
+    prescale, large = prescales(epsilon, n, accumulator(x))
+    reduction = dataclasses.replace(reduction, prescale=prescale, large_prescale=large, plain=implementation == "lax")
+    return Plan(reduction, epsilon, float(scale_offset), dtype, backend=implementation, **more)
 
 
-def bound_names(axis_name, whole: bool = True) -> tuple[str, ...]:
+def active_axis_names(axis_name, whole: bool = True) -> tuple[str, ...]:
     """`axis_name` without those axes of the mesh in use that jit partitions: along them arrays are whole.
 
     With `whole` False there may be none such.
@@ -256,7 +258,7 @@ def _is_bound(name) -> bool:
 
 
 @contextlib.contextmanager
-def bound_axes(norm: str, axis_name):
+def explain_unbound_axis(norm: str, axis_name):
     """An unbound axis name, explained."""
     try:
         yield
@@ -268,7 +270,7 @@ def bound_axes(norm: str, axis_name):
         ) from error
 
 
-def _kept_rows(mask: Array, x: Array) -> Array:
+def _zero_masked_rows(mask: Array, x: Array) -> Array:
     """x with rows that are out as a whole set to zero, which gives the bias as well."""
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
@@ -278,14 +280,14 @@ def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **optio
     return normalize_stream(norm, x, None, scale, bias, axes, feature_axes, **options)[0]
 
 
-def _as_it_is(a: Array) -> Array:
+def _identity(a: Array) -> Array:
     return a
 
 
 def normalize_stream(
     norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
-    centered=True, round_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = _as_it_is,
+    centered=True, cast_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = _identity,
     spans_devices=False,
 ) -> tuple[Array, Array]:  # fmt: skip
     """The same of a residual stream with x added to it, and that stream; of x where there is no residual.
@@ -295,39 +297,39 @@ def normalize_stream(
     (`gate_where` is "before" or "after") by its activation. `spans_devices`: the view splits an axis where types of an
     Explicit mesh cannot follow, so that jit partitions the norm, as it does on an Auto mesh.
     """
-    checked_implementation(norm, implementation)
-    scale = aligned_param(norm, "scale", scale, x.shape, feature_axes)
-    bias = aligned_param(norm, "bias", bias, x.shape, feature_axes)
-    checked_axis_name(norm, axis_name)
-    scale_offset = checked_number(norm, "scale_offset", scale_offset, "1.0")
+    check_implementation(norm, implementation)
+    scale = align_param(norm, "scale", scale, x.shape, feature_axes)
+    bias = align_param(norm, "bias", bias, x.shape, feature_axes)
+    check_axis_name(norm, axis_name)
+    scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
     if residual is not None:
-        x, residual = together(x, residual)
-    scale, bias, gate = (None if a is None else sharded_like(x, a) for a in (scale, bias, gate))
-    out = checked_dtype(norm, dtype, x, scale, bias)
+        x, residual = match_types(x, residual)
+    scale, bias, gate = (None if a is None else shard_like(x, a) for a in (scale, bias, gate))
+    out = canonicalize_dtype(norm, dtype, x, scale, bias)
     of = (x, residual, scale, bias) if gate is None else (gate,)
-    checked_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
-    names = bound_names(axis_name, whole=axis_index_groups is None) or None
+    check_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
+    names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
     groups = axis_index_groups
     if groups is not None:
-        groups = checked_index_groups(norm, "axis_index_groups", groups)
-    how = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
-    epsilon = checked_epsilon(norm, epsilon)
-    more = dict(round_before_scale=round_before_scale, activation=activation, gate=gate_where)
-    viewed = x if view is _as_it_is else jax.eval_shape(view, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    recipe = recipe_for(viewed, names or (), epsilon, scale_offset, out, how, implementation, **more)
-    lax_alone = recipe.how.plain
+        groups = canonicalize_index_groups(norm, "axis_index_groups", groups)
+    reduction = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
+    epsilon = canonicalize_epsilon(norm, epsilon)
+    more = dict(cast_before_scale=cast_before_scale, activation=activation, gate=gate_where)
+    viewed = x if view is _identity else jax.eval_shape(view, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    plan = make_plan(viewed, names or (), epsilon, scale_offset, out, reduction, implementation, **more)
+    lax_alone = plan.reduction.plain
     if residual is not None:
-        if sums_within(recipe, x, residual, scale, bias, mask):
-            return standardize_sum(norm, recipe, x, residual, scale, bias)
-        x = added(lax_alone, x, residual)
+        if can_fuse_add(plan, x, residual, scale, bias, mask):
+            return add_and_standardize(norm, plan, x, residual, scale, bias)
+        x = add_rounded(lax_alone, x, residual)
     stream = x
-    x, mask = counted(norm, x, mask)
-    mask = None if mask is None else sharded_like(x, mask)
-    x, gate = quiet_padding(x, mask), None if gate is None else quiet_padding(gate, mask)
+    x, mask = align_boolean_mask(norm, x, mask)
+    mask = None if mask is None else shard_like(x, mask)
+    x, gate = finite_padding(x, mask), None if gate is None else finite_padding(gate, mask)
     if mask is not None and names is None:
         seen: Any = jax.eval_shape(view, mask) if spans_devices else view(mask)
         if all(seen.shape[a] == 1 for a in axes):
-            kept_rows = recomputed(_kept_rows, lax_alone)  # keeps the mask as it came
+            kept_rows = recompute(_zero_masked_rows, lax_alone)  # keeps the mask as it came
             # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient
             # that is summed in the gate's own dtype.
             of_gate = () if gate is None else tuple(a for a, n in enumerate(gate.shape) if n == 1)
@@ -336,8 +338,8 @@ def normalize_stream(
 
     def normalized(*args) -> Array:
         x, scale, bias, mask, gate = jax.tree.map(view, args)
-        with bound_axes(norm, axis_name):
-            y, _ = standardize(norm, recipe, x, scale, bias, mask, gate=gate)
+        with explain_unbound_axis(norm, axis_name):
+            y, _ = standardize(norm, plan, x, scale, bias, mask, gate=gate)
         return y.reshape(stream.shape)
 
     run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans_devices else normalized

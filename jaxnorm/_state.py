@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._checks import checked_axis_name, checked_flags, checked_min_count, checked_momentum
+from ._checks import canonicalize_flags, canonicalize_min_count, check_axis_name, check_momentum
 from ._habits import explained
 from ._kernels.varying import with_sharding_of
-from ._kernels.xla import safe, square, widest
+from ._kernels.xla import abs_squared, nonzero_divisor, widest
 from ._moments import Moments, merge, merge_across
-from ._spec import RunningStats, bound_axes
+from ._spec import RunningStats, explain_unbound_axis
 
 Array = jax.Array
 
@@ -73,10 +73,10 @@ def update_state(
     >>> state.mean.tolist(), state.var.tolist()  # of 1, 3, 5, 7: mean 4, variance 5
     ([2.0], [3.0])
     """
-    checked_momentum("update_state", momentum)
-    min_count = checked_min_count("update_state", min_count)
+    check_momentum("update_state", momentum)
+    min_count = canonicalize_min_count("update_state", min_count)
     flags = dict(skip_nonfinite=skip_nonfinite, zero_debias=zero_debias, unbiased_running_var=unbiased_running_var)
-    skip, debias, unbiased = checked_flags("update_state", **flags)
+    skip, debias, unbiased = canonicalize_flags("update_state", **flags)
 
     def one(old: RunningStats, seen) -> RunningStats:
         refuse_moments("update_state", old, "jaxnorm.update_state(state, moments)")
@@ -92,9 +92,9 @@ def update_state(
             )
         m2 = seen.m2 if isinstance(seen, Moments) else seen.var * seen.count
         batch = Moments(*(jnp.asarray(a) for a in (seen.count, seen.mean, m2)))
-        return updated(old, batch, momentum, min_count, skip, debias, unbiased)
+        return update(old, batch, momentum, min_count, skip, debias, unbiased)
 
-    return _each("update_state", one, state, moments)
+    return _map_stats("update_state", one, state, moments)
 
 
 @explained("function")
@@ -143,9 +143,9 @@ def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
             count = jnp.where(share > 2 * _NOTHING, share, 0.0).astype(old.count.dtype)
         return RunningStats(merged.mean.astype(old.mean.dtype), merged.var.astype(old.var.dtype), count)
 
-    checked_axis_name("sync_state", axis_name)
-    with bound_axes("sync_state", axis_name):
-        return _each("sync_state", one, state)
+    check_axis_name("sync_state", axis_name)
+    with explain_unbound_axis("sync_state", axis_name):
+        return _map_stats("sync_state", one, state)
 
 
 _NOTHING = 1e-20  # a weight beside which every count is infinite
@@ -163,7 +163,7 @@ def _sharded_as_the_state(f: Callable) -> Callable:
 
 
 @_sharded_as_the_state
-def updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
+def update(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
     """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
     acc = widest(state.var.dtype, batch.m2.dtype)
     old_mean, old_var = state.mean.astype(widest(acc, state.mean.dtype)), state.var.astype(acc)
@@ -177,20 +177,20 @@ def updated(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_deb
     if momentum is None:
         assert count is not None  # _checked_state
         total = count + batch.count
-        part, has_var = batch.count / safe(total), total > freedom
+        part, has_var = batch.count / nonzero_divisor(total), total > freedom
         # Variances that divide by n, since those merge. By shares of the total, not by sums of squares: the count stops
         # growing where float32 cannot tell total from count, and the shares stay those of an average even then.
-        free = lambda n: jnp.maximum(n - freedom, 0.0) / safe(n)
-        between = part * (1.0 - part) * square(batch.mean - old_mean)
-        var = _toward(old_var * free(count), batch.m2 / safe(batch.count), part) + between
-        mean, var, count = _toward(old_mean, batch.mean, part), var / safe(free(total)), total
+        free = lambda n: jnp.maximum(n - freedom, 0.0) / nonzero_divisor(n)
+        between = part * (1.0 - part) * abs_squared(batch.mean - old_mean)
+        var = _toward(old_var * free(count), batch.m2 / nonzero_divisor(batch.count), part) + between
+        mean, var, count = _toward(old_mean, batch.mean, part), var / nonzero_divisor(free(total)), total
     else:
         momentum = jnp.asarray(momentum, acc) if isinstance(momentum, jax.Array) else float(momentum)
         part = 1.0 - momentum
         if zero_debias and count is not None:
             count = count + 1.0
             part = _debiased(part, momentum, count)
-        var = _toward(old_var, batch.m2 / safe(jnp.maximum(batch.count - freedom, 0.0)), part)
+        var = _toward(old_var, batch.m2 / nonzero_divisor(jnp.maximum(batch.count - freedom, 0.0)), part)
         mean = _toward(old_mean, batch.mean, part)
     keep = lambda new, old, where=seen: lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))
     return RunningStats(
@@ -217,7 +217,7 @@ def _debiased(part, momentum, count: Array) -> Array:
 
 
 @_sharded_as_the_state
-def accumulated(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:
+def accumulate(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:
     """The moments of what was seen before and of this batch."""
     new, keep = merge(seen, batch), True
     if skip_nonfinite:
@@ -228,17 +228,17 @@ def accumulated(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:
 # --- trees of running statistics --------------------------------------------------------------------------------------
 
 
-def _each(name: str, f: Callable, state, *others) -> Any:
+def _map_stats(name: str, f: Callable, state, *others) -> Any:
     """f of every `RunningStats` in a tree, in whichever form, and of what the other trees have in the same place."""
     nodes, treedef = jax.tree.flatten(state, is_leaf=is_stats)
     beside = [jax.tree.leaves(other, is_leaf=is_stats) for other in others]
     if any(len(other) != len(nodes) for other in beside):
         counts = [len(nodes), *map(len, beside)]
         raise TypeError(f"{name}: the trees hold {counts} running statistics. Write one for each of the state's.")
-    return jax.tree.unflatten(treedef, [_one(name, f, *parts) for parts in zip(nodes, *beside, strict=True)])
+    return jax.tree.unflatten(treedef, [_map_one(name, f, *parts) for parts in zip(nodes, *beside, strict=True)])
 
 
-def _one(name: str, f: Callable, node, *others):
+def _map_one(name: str, f: Callable, node, *others):
     """f of one node, put back in its own form."""
     return as_given(node, f(*(_stats(name, part) for part in (node, *others))))
 

@@ -8,24 +8,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._kernels.varying import sharded_together, varying_together
+from ._kernels.varying import pvary_all, shard_alike
 from ._kernels.xla import accumulator, is_narrow, widest
-from ._moments import none_for_zero
+from ._moments import drop_symbolic_zeros
 
 Array = jax.Array
 
 
-def rounded(y: Array, dtype) -> Array:
+def round_to(y: Array, dtype) -> Array:
     """y in its own dtype with the precision of `dtype`. An instruction, since XLA may drop a cast there and back."""
     if jnp.iscomplexobj(y) or jnp.finfo(dtype).bits >= jnp.finfo(y.dtype).bits:
         return y
     if is_narrow(dtype):  # some of these have a range that their numbers of bits do not tell
         return lax.optimization_barrier(y.astype(dtype)).astype(y.dtype)
-    return _rounded(y, jnp.dtype(dtype))
+    return _round_to(y, jnp.dtype(dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded(y: Array, dtype) -> Array:
+def _round_to(y: Array, dtype) -> Array:
     info = jnp.finfo(dtype)
     normal = lax.reduce_precision(y, info.nexp, info.nmant)
     if info.minexp == jnp.finfo(y.dtype).minexp:
@@ -35,18 +35,18 @@ def _rounded(y: Array, dtype) -> Array:
     return jnp.where(jnp.abs(y) < 2.0**info.minexp, jnp.round(y / smallest) * smallest, normal)
 
 
-@_rounded.defjvp
+@_round_to.defjvp
 def _(dtype, primals, tangents):
-    return _rounded(*primals, dtype), tangents[0]
+    return _round_to(*primals, dtype), tangents[0]
 
 
-def together(x: Array, residual: Array) -> tuple[Array, Array]:
+def match_types(x: Array, residual: Array) -> tuple[Array, Array]:
     """Both with what the types of shard_map and of Explicit meshes say of their sum."""
-    return sharded_together(*varying_together(x, residual))
+    return shard_alike(*pvary_all(x, residual))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def added(plain: bool, x: Array, residual: Array) -> Array:
+def add_rounded(plain: bool, x: Array, residual: Array) -> Array:
     """x + residual in float32 or wider, rounded once to residual's dtype, and written. They are `together`.
 
     Behind a barrier: XLA would have every pass of a norm that follows read both terms in place of their sum. `plain`
@@ -54,21 +54,21 @@ def added(plain: bool, x: Array, residual: Array) -> Array:
     """
     wide = widest(accumulator(x), accumulator(residual))
     # Rounded by an instruction: XLA may drop a cast there and back, and what follows would see another stream.
-    new = rounded(x.astype(wide) + residual.astype(wide), residual.dtype)
+    new = round_to(x.astype(wide) + residual.astype(wide), residual.dtype)
     new = new.astype(residual.dtype)
     return new if plain else lax.optimization_barrier(new)
 
 
-def _added_jvp(plain, primals, tangents):
-    new = added(plain, *primals)
-    tangent = added_tangent(new.dtype, *none_for_zero(tangents))
+def _add_rounded_jvp(plain, primals, tangents):
+    new = add_rounded(plain, *primals)
+    tangent = add_rounded_tangent(new.dtype, *drop_symbolic_zeros(tangents))
     return new, jnp.zeros_like(new) if tangent is None else tangent
 
 
-added.defjvp(_added_jvp, symbolic_zeros=True)
+add_rounded.defjvp(_add_rounded_jvp, symbolic_zeros=True)
 
 
-def added_tangent(dtype, dx: Array | None, dresidual: Array | None) -> Array | None:
+def add_rounded_tangent(dtype, dx: Array | None, dresidual: Array | None) -> Array | None:
     """The tangent of a stream of this dtype; None is a tangent of zero.
 
     Of one dtype are the two added as they are, so that their cotangents are one array, which no program writes twice.

@@ -24,12 +24,12 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._checks import checked_axis_name, checked_index_groups, plain, shown
-from ._kernels.varying import entry_names
-from ._kernels.xla import Recipe, Statistics
-from ._moments import across, combine
+from ._checks import canonicalize_index_groups, check_axis_name, shown, to_python
+from ._kernels.varying import mesh_axes_of
+from ._kernels.xla import Plan, Statistics
+from ._moments import combine, merge_over_devices
 from ._normalize import standardize
-from ._spec import bound_names
+from ._spec import active_axis_names
 
 Array = jax.Array
 Sync = str | int | tuple[tuple[int, ...], ...]
@@ -38,12 +38,12 @@ _SHARDS = "jaxnorm.shards"  # the axis name of the parts of an array that jit pa
 _RUNS = "jaxnorm.runs"  # and that of the groups of neighbours among them
 
 
-def checked_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_size) -> Sync:
+def canonicalize_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_size) -> Sync:
     """One answer to who normalizes together, by its static form; "global" where nothing else is said."""
-    checked_axis_name(norm, axis_name)
-    sync = plain(sync)
+    check_axis_name(norm, axis_name)
+    sync = to_python(sync)
     if isinstance(sync, tuple):
-        sync = checked_index_groups(norm, "sync", sync)
+        sync = canonicalize_index_groups(norm, "sync", sync)
     elif not isinstance(sync, (str, int)) or (
         sync not in ("global", "local") and (isinstance(sync, (str, bool)) or sync < 1)
     ):
@@ -52,7 +52,7 @@ def checked_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_si
             f'axis_name, got {shown(sync)}. Write sync="local".'
         )
     if axis_index_groups is not None:
-        groups = checked_index_groups(norm, "axis_index_groups", axis_index_groups)
+        groups = canonicalize_index_groups(norm, "axis_index_groups", axis_index_groups)
         if sync != "global":
             raise ValueError(
                 f"{norm}: sync={shown(sync)} and axis_index_groups={shown(groups)} both say who normalizes together. "
@@ -74,27 +74,27 @@ def checked_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_si
     return sync
 
 
-def standardize_together(
-    norm: str, recipe: Recipe, args, axis_name, sync: Sync, virtual_batch_size: int | None, whole: bool = True
+def standardize_shared(
+    norm: str, plan: Plan, args, axis_name, sync: Sync, virtual_batch_size: int | None, whole: bool = True
 ) -> tuple[Array, Statistics]:
     """x normalized as `sync` says; the statistics are those of everything, on all devices (only if `whole`)."""
-    names = bound_names(axis_name)
+    names = active_axis_names(axis_name)
     by_shards = axis_name is not None and len(names) < len(_tuple(axis_name))  # these axes jit partitions
     if virtual_batch_size is not None:
-        y, stats = _by_ghost_batches(norm, recipe, args, virtual_batch_size)
-        return y, _merged(stats, names, recipe) if names and whole else stats
+        y, stats = _by_ghost_batches(norm, plan, args, virtual_batch_size)
+        return y, _merged(stats, names, plan) if names and whole else stats
     if by_shards and sync != "global":
-        return _by_shards(norm, recipe, args, _tuple(axis_name), names, sync, whole)
+        return _by_shards(norm, plan, args, _tuple(axis_name), names, sync, whole)
     if not names or sync == "global":
-        how = replace(recipe.how, axis_name=names or None)
-        return standardize(norm, replace(recipe, how=how), *args)
+        reduction = replace(plan.reduction, axis_name=names or None)
+        return standardize(norm, replace(plan, reduction=reduction), *args)
     inner, outer, groups = _divided(norm, sync, names)
-    how = replace(recipe.how, axis_name=inner or None, groups=groups)
-    y, stats = standardize(norm, replace(recipe, how=how), *args)
+    reduction = replace(plan.reduction, axis_name=inner or None, groups=groups)
+    y, stats = standardize(norm, replace(plan, reduction=reduction), *args)
     if groups is not None:  # all members of a group know its statistics: the first brings them
         first = jnp.isin(lax.axis_index(names), jnp.asarray([members[0] for members in groups], jnp.int32))
         stats = stats._replace(count=jnp.where(first, stats.count, 0.0), m2=jnp.where(first, stats.m2, 0.0))
-    return y, _merged(stats, outer, recipe) if outer and whole else stats
+    return y, _merged(stats, outer, plan) if outer and whole else stats
 
 
 def _divided(norm: str, sync, names: tuple[str, ...]):
@@ -119,12 +119,12 @@ def _divided(norm: str, sync, names: tuple[str, ...]):
     return names, names, runs
 
 
-def _merged(stats: Statistics, names, recipe: Recipe) -> Statistics:
+def _merged(stats: Statistics, names, plan: Plan) -> Statistics:
     """Over devices, for the running statistics: nothing flows back."""
-    return across(Statistics(*map(lax.stop_gradient, stats)), names, None, recipe.how)
+    return merge_over_devices(Statistics(*map(lax.stop_gradient, stats)), names, None, plan.reduction)
 
 
-def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array, Statistics]:
+def _by_shards(norm, plan, args, axis_name, bound, sync, whole) -> tuple[Array, Statistics]:
     """Over an array that jit partitions along its batch: each part as a device of its own has it."""
     if bound:
         raise ValueError(
@@ -132,7 +132,7 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
             f"needs them in one hand. Write jax.shard_map(..., axis_names={set(axis_name)})."
         )
     x = args[0]
-    batch = _batch_axis(norm, recipe, x, "sync")
+    batch = _batch_axis(norm, plan, x, "sync")
     shards = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axis_name)
     if x.shape[batch] % shards:
         raise ValueError(
@@ -140,8 +140,8 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
             f'axis_name={axis_name}. Write sync="global", or pad the batch and give a mask.'
         )
     if any(jax.typeof(x).sharding.spec):
-        by_jit = lambda *args: _by_shards(norm, recipe, args, axis_name, bound, sync, whole)
-        return _on_auto_axes(by_jit, recipe, args, whole)
+        by_jit = lambda *args: _by_shards(norm, plan, args, axis_name, bound, sync, whole)
+        return _on_auto_axes(by_jit, plan, args, whole)
     split = [a is not None and a.shape[batch] == x.shape[batch] for a in args]
     # Groups of neighbours are an axis of their own, so that each all-reduce stays among them.
     number = sync if isinstance(sync, int) and shards % sync == 0 else shards
@@ -149,7 +149,7 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
     sizes = (*parts.values(), x.shape[batch] // shards)
     cut = [_split(a, batch, *sizes) if s else a for a, s in zip(args, split, strict=True)]
     each: Any = functools.partial(
-        standardize_together, norm, recipe, axis_name=tuple(parts), sync=sync, virtual_batch_size=None, whole=whole
+        standardize_shared, norm, plan, axis_name=tuple(parts), sync=sync, virtual_batch_size=None, whole=whole
     )
     run = lambda *args: each(args)
     axes = tuple(batch if s else None for s in split)
@@ -160,25 +160,25 @@ def _by_shards(norm, recipe, args, axis_name, bound, sync, whole) -> tuple[Array
     return y.reshape(x.shape), stats
 
 
-def _on_auto_axes(f: Callable, recipe: Recipe, args, whole: bool) -> tuple[Array, Statistics]:
+def _on_auto_axes(f: Callable, plan: Plan, args, whole: bool) -> tuple[Array, Statistics]:
     """f(*args) with jit deciding how arrays are sharded inside. The outputs are sharded as x is.
 
     The types of an Explicit mesh cannot shard two axes of an array over parts of one mesh axis, and JAX cannot lower a
     sum over a vmapped axis of theirs next to another sharded one.
     """
     given = jax.typeof(args[0]).sharding
-    of_statistics = P(*(None if a in recipe.how.axes else s for a, s in enumerate(given.spec))) if whole else P()
+    of_statistics = P(*(None if a in plan.reduction.axes else s for a, s in enumerate(given.spec))) if whole else P()
     partitioned: Any = jax.sharding.auto_axes(f, out_sharding=(given, NamedSharding(given.mesh, of_statistics)))
     return partitioned(*args)
 
 
-def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array, Statistics]:
+def _by_ghost_batches(norm: str, plan: Plan, args, size: int) -> tuple[Array, Statistics]:
     """Each run of `size` examples by its own statistics; returns also the merged ones."""
-    size = plain(size)
+    size = to_python(size)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{norm}: virtual_batch_size must be an int >= 1, got {shown(size)}. Write 32, or None.")
-    (x, scale, bias, mask, weights), how = args, recipe.how
-    batch = _batch_axis(norm, recipe, x, "virtual_batch_size")
+    (x, scale, bias, mask, weights), reduction = args, plan.reduction
+    batch = _batch_axis(norm, plan, x, "virtual_batch_size")
     ghosts = -(-x.shape[batch] // size)
     padding = ghosts * size - x.shape[batch]
     if padding != 0:
@@ -192,19 +192,19 @@ def _by_ghost_batches(norm: str, recipe: Recipe, args, size: int) -> tuple[Array
             return jnp.expand_dims(a, batch)
         return _split(jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)]), batch, ghosts, size)
 
-    local = replace(how, axes=tuple(a + 1 for a in how.axes))
+    local = replace(reduction, axes=tuple(a + 1 for a in reduction.axes))
 
     def normalized(*args) -> tuple[Array, Statistics]:
-        y, stats = standardize(norm, replace(recipe, how=local), *map(view, args))
+        y, stats = standardize(norm, replace(plan, reduction=local), *map(view, args))
         y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
         y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
-        stats = Statistics(*(jnp.broadcast_to(a, stats.shift.shape) for a in stats))
-        return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), how)
+        stats = Statistics(*(jnp.broadcast_to(a, stats.mean_hi.shape) for a in stats))
+        return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), reduction)
 
     args, sharding = (x, scale, bias, mask, weights), jax.typeof(x).sharding
-    devices = math.prod(sharding.mesh.shape[name] for name in entry_names(sharding.spec[batch]))
+    devices = math.prod(sharding.mesh.shape[name] for name in mesh_axes_of(sharding.spec[batch]))
     if devices > 1 and (padding or ghosts % devices):  # a ghost batch is on several devices
-        return _on_auto_axes(normalized, recipe, args, whole=True)
+        return _on_auto_axes(normalized, plan, args, whole=True)
     return normalized(*args)
 
 
@@ -213,10 +213,10 @@ def _split(a: Array, axis: int, *sizes: int) -> Array:
     return a.reshape(*a.shape[:axis], *sizes, *a.shape[axis + 1 :])
 
 
-def _batch_axis(norm: str, recipe: Recipe, x: Array, what: str) -> int:
-    if not recipe.how.axes:
+def _batch_axis(norm: str, plan: Plan, x: Array, what: str) -> int:
+    if not plan.reduction.axes:
         raise ValueError(f"{norm}: {what} needs a batch axis, got x of shape {x.shape}. Write None.")
-    return recipe.how.axes[0]
+    return plan.reduction.axes[0]
 
 
 def _tuple(axis_name) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
     effective scale starts at 1.
   activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
     pass keeps x alone. See `jaxnorm.layer_norm`.
-  implementation: a room of `jaxnorm.backends()`; None is the best one.
+  implementation: a backend of `jaxnorm.backends()`; None is the best one.
   scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
     `use_scale=False`, `use_bias=False`.
 """
@@ -72,7 +72,7 @@ class _Norm(nn.Module):
     def _parameters(self, shape: tuple[int, ...], features: tuple[int, ...], scale, bias) -> tuple[Any, Any]:
         """Flax's parameters, made in Flax's order, or those given in their place; with x's rank."""
         layer: Any = self
-        _flax.refuse_owned(self, scale=(layer.use_scale, scale), bias=(layer.use_bias, bias))
+        _flax.check_not_both(self, scale=(layer.use_scale, scale), bias=(layer.use_bias, bias))
         width = tuple(shape[a] for a in features)
         if layer.use_scale:
             init = layer.scale_init or _flax.unit_scale(self.scale_offset)
@@ -80,8 +80,8 @@ class _Norm(nn.Module):
         if layer.use_bias:
             bias = self.param("bias", layer.bias_init, width, layer.param_dtype)
         return (
-            _flax.placed(self, "scale", scale, shape, features, layer.use_scale),
-            _flax.placed(self, "bias", bias, shape, features, layer.use_bias),
+            _flax.broadcast_param(self, "scale", scale, shape, features, layer.use_scale),
+            _flax.broadcast_param(self, "bias", bias, shape, features, layer.use_bias),
         )
 
     @nn.nowrap
@@ -124,9 +124,7 @@ class _RowNorm(_Norm):
         scale, bias = self._parameters(x.shape, layout.features, scale, bias)
         dtype = _flax.output_dtype(self, x, scale, bias)  # pyright: ignore[reportAttributeAccessIssue]
         with self._initializing_quietly():
-            return _flax.normalized(
-                self, layout, x, scale, bias, mask=mask, dtype=dtype, axis_name=self._axis_name()
-            )
+            return _flax.normalized(self, layout, x, scale, bias, mask=mask, dtype=dtype, axis_name=self._axis_name())
 
 
 class LayerNorm(_RowNorm):

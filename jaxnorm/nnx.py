@@ -12,7 +12,7 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
     effective scale starts at 1.
   activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
     pass keeps x alone. See `jaxnorm.layer_norm`.
-  implementation: a room of `jaxnorm.backends()`; None is the best one.
+  implementation: a backend of `jaxnorm.backends()`; None is the best one.
   scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
     `use_scale=False`, `use_bias=False`.
 """
@@ -39,9 +39,9 @@ except ImportError as error:
 
 from . import _flax
 from ._activation import Activation
-from ._checks import as_array, plain, refuse_array, shown
+from ._checks import as_array, refuse_array, shown, to_python
 from ._flax import Axes, Initializer, Layout
-from ._group import checked_group_count
+from ._group import canonicalize_group_count
 from ._habits import explained
 from ._spec import RunningStats
 
@@ -74,7 +74,7 @@ class _Norm(nnx.Module):
                 parameter = inspect.signature(type(self).__init__).parameters.get(name)
                 refuse_array(type(self).__name__, name, value, parameter and parameter.default)
             if name not in _NOT_KEPT:
-                setattr(self, name, plain(value))
+                setattr(self, name, to_python(value))
         features = self.num_features
         shape = features if isinstance(features, tuple) else (features,)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
@@ -94,12 +94,12 @@ class _Norm(nnx.Module):
 
     def _parameters(self, shape: tuple[int, ...], features: tuple[int, ...], scale, bias) -> tuple[Any, Any]:
         """The parameters, or those given in their place; with x's rank."""
-        _flax.refuse_owned(self, scale=(self.scale is not None, scale), bias=(self.bias is not None, bias))
+        _flax.check_not_both(self, scale=(self.scale is not None, scale), bias=(self.bias is not None, bias))
         scale = scale if self.scale is None else self.scale[...]
         bias = bias if self.bias is None else self.bias[...]
         return (
-            _flax.placed(self, "scale", scale, shape, features, self.scale is not None),
-            _flax.placed(self, "bias", bias, shape, features, self.bias is not None),
+            _flax.broadcast_param(self, "scale", scale, shape, features, self.scale is not None),
+            _flax.broadcast_param(self, "bias", bias, shape, features, self.bias is not None),
         )
 
     def _output_dtype(self, args: tuple):
@@ -305,14 +305,14 @@ class GroupNorm(_RowNorm):
         axis: int = -1, scale_offset: float = 0.0, activation: Activation | None = None,
         implementation: str | None = None,
     ):  # fmt: skip
-        _flax.checked_groups(num_groups, group_size)
-        num_features = plain(num_features)
+        _flax.check_groups(num_groups, group_size)
+        num_features = to_python(num_features)
         if not isinstance(num_features, int):
             raise ValueError(
                 f"GroupNorm: num_features must be an int, got {shown(num_features)}. "
                 "Write GroupNorm(64, num_groups=32, rngs=nnx.Rngs(0))."
             )
-        num_groups = checked_group_count("GroupNorm", num_features, num_groups, group_size)
+        num_groups = canonicalize_group_count("GroupNorm", num_features, num_groups, group_size)
         group_size = num_features // num_groups
         self._build(locals())
 

@@ -1,8 +1,8 @@
 """A strict climate: eight host devices, no silent promotion of dtype or rank; warnings are errors (see pyproject).
 
 The arrays of the catalogue are small, and the default leaves such to XLA. So that the laws are tested on the kernels,
-`--room native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
-`--room auto` leaves the default as users have it, and `--room absent` is an installation without the extension.
+`--backend native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
+`--backend auto` leaves the default as users have it, and `--backend absent` is an installation without the extension.
 `--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others.
 """
 
@@ -35,11 +35,11 @@ def rng(request) -> np.random.Generator:
 @pytest.fixture
 def kernels(request) -> bool:
     """Whether the native kernels run wherever they take a call."""
-    return request.config.getoption("--room") == "native"
+    return request.config.getoption("--backend") == "native"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--room", choices=("native", "auto", "absent"), default="native")
+    parser.addoption("--backend", choices=("native", "auto", "absent"), default="native")
     parser.addoption("--rows", choices=("all", "mechanisms"), default="all")
     parser.addoption("--versions", action="store_true", help="what .ci/versions runs on other releases of JAX")
 
@@ -87,15 +87,15 @@ def pytest_configure(config):
     share_compiled_programs(config)
     # An entry that another worker is about to write counts as none.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
-    room = config.getoption("--room")
-    if room == "absent":
+    backend = config.getoption("--backend")
+    if backend == "absent":
         os.environ["JAXNORM_NATIVE"] = "0"
     from jaxnorm._kernels import cpu
 
-    if room == "native":
+    if backend == "native":
         assert cpu.library().loaded, cpu.library().reason
-        always.rule = cpu.pays
-        cpu.pays = always
+        always.rule = cpu.is_profitable
+        cpu.is_profitable = always
 
 
 def always(view, dtype) -> bool:

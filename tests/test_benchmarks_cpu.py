@@ -40,7 +40,7 @@ def test_a_result_is_complete_and_what_is_absent_or_wrong_has_no_number(tmp_path
     assert report["missing"] == ["equinox"]
     assert "Not installed, left out: equinox." in page
     assert sum(line.startswith("8x16 bfloat16") for line in page.splitlines()) == len(found)
-    assert {"date", "command", "cpu", "platform", "python", "jax", "jaxlib", "rooms"} <= set(report)
+    assert {"date", "command", "cpu", "platform", "python", "jax", "jaxlib", "backends"} <= set(report)
     assert set(report["versions"]) == MEASURED | {"tokamax"}
     assert report["threads"] == len(os.sched_getaffinity(0))
     assert report["devices"] == 1  # although the tests' own environment asks for eight

@@ -34,7 +34,7 @@ def python(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedPr
 
 
 def test_it_reports_what_it_measured_and_what_it_could_not(tmp_path):
-    """A run in which the native room is switched off."""
+    """A run in which the native backend is switched off."""
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     folder = tmp_path / "out"
@@ -58,7 +58,7 @@ def test_it_reports_what_it_measured_and_what_it_could_not(tmp_path):
             assert 0 < low <= middle <= high
             assert taken["percent"][1] == pytest.approx(100 * least(result["norm"], which) / 2 * best / middle)
 
-    # Rooms are checked, and one that refuses says why.
+    # Backends are checked, and one that refuses says why.
     assert set(report["checks"]) == {"jaxnorm-xla", "jaxnorm-native"}
     assert all(isinstance(found, list) for found in report["checks"]["jaxnorm-xla"].values())
     refused = [*report["checks"]["jaxnorm-native"].values(), result["failures"]["jaxnorm-native"]]
@@ -73,7 +73,7 @@ def test_it_reports_what_it_measured_and_what_it_could_not(tmp_path):
     assert result["failures"]["tokamax"] == "its process ended"
     assert "relative errors" in result["failures"]["quack"]
 
-    assert {"date", "command", "device", "driver", "python", "jax", "jaxlib", "rooms", "minutes"} <= set(report)
+    assert {"date", "command", "device", "driver", "python", "jax", "jaxlib", "backends", "minutes"} <= set(report)
     names = {"jaxnorm-xla", "jaxnorm-native", "jaxnorm-composed", "tokamax", "quack"}
     assert set(report["versions"]) == names
     assert "--platform cpu" in report["command"]

@@ -22,15 +22,15 @@ def needs(target: str) -> str:
     return target
 
 
-def norm_of(which, room="xla"):
-    """A norm of a room, and the shapes of its arguments."""
+def norm_of(which, backend="xla"):
+    """A norm of a backend, and the shapes of its arguments."""
 
     def norm(x, *params):
         options = {"num_groups": 32} if which == "group" else {}
         if which == "batch":
             _, state = jn.BatchNorm().init(x.shape[-1])
-            return jn.batch_norm(x, jn.Affine(*params), state, train=True, implementation=room)[0]
-        return getattr(jn, f"{which}_norm")(x, *params, implementation=room, **options)
+            return jn.batch_norm(x, jn.Affine(*params), state, train=True, implementation=backend)[0]
+        return getattr(jn, f"{which}_norm")(x, *params, implementation=backend, **options)
 
     x = jax.ShapeDtypeStruct(cases.NORMS[which], jnp.bfloat16)
     return norm, x, [jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)] * (1 if which == "rms" else 2)
@@ -158,9 +158,9 @@ def test_kernels_read_every_array_once(which, target):
 
     With a residual stream also that, and the new one; backward the cotangent of the new one.
     """
-    room = f"mosaic_{'gpu' if target == 'h200' else 'tpu'}"
-    norm, x, params = norm_of(which, room)
-    adds = functools.partial(getattr(jn, f"add_{which}_norm"), implementation=room)
+    backend = f"mosaic_{'gpu' if target == 'h200' else 'tpu'}"
+    norm, x, params = norm_of(which, backend)
+    adds = functools.partial(getattr(jn, f"add_{which}_norm"), implementation=backend)
     for f, args, forward, backward in ((norm, params, 2.05, 3.15), (adds, [x, *params], 4.05, 4.15)):
         found = compiled.passes(f, needs(target), x, *args, which=["forward", "backward"])
         assert found["forward"].traffic <= forward

@@ -43,7 +43,7 @@ OF_EACH = [  # what is wrong, the error, what the message says (after the norm's
     (dict(x=x + 1j, activation="relu"), TypeError, "activation='relu' is for real values, got complex|needs a complex running mean", "Write "),
     (dict(dtype=np.int32), TypeError, "dtype must be a floating dtype, got int32", r"Write dtype=jnp\.float32"),
     (dict(x=x + 1j, dtype=np.float32), TypeError, "cannot hold a complex|needs a complex running mean", "Write "),
-    (dict(implementation="cuda"), ValueError, "implementation='cuda' is not a room of this build", "Write implementation=None"),
+    (dict(implementation="cuda"), ValueError, "implementation='cuda' is not a backend of this build", "Write implementation=None"),
     (dict(axis_name="nowhere"), NameError, "axis_name='nowhere' is not bound here", "write axis_name=None"),
 ]  # fmt: skip
 
@@ -70,7 +70,7 @@ ONE = [
     (lambda: batch(momentum=1.5), ValueError, r"batch_norm: momentum is the weight of the old statistics.*got 1\.5\. Write momentum=0\.9"),
     (lambda: jn.BatchNorm(momentum=-1.0), ValueError, "BatchNorm: momentum is the weight"),
     (lambda: jn.LayerNorm(epsilon=-1.0), ValueError, "LayerNorm: epsilon must be"),
-    (lambda: jn.LayerNorm(implementation="x"), ValueError, "LayerNorm: implementation='x' is not a room"),
+    (lambda: jn.LayerNorm(implementation="x"), ValueError, "LayerNorm: implementation='x' is not a backend"),
     (lambda: jn.LayerNorm().init(-3), ValueError, r"LayerNorm\.init: features must be ints >= 0, got -3\. Write init\(64\)"),
     (lambda: jn.LayerNorm().init(2.5), ValueError, r"LayerNorm\.init: features must be"),
     (lambda: batch(train=1), TypeError, r"batch_norm: train must be a bool or a scalar bool array, got 1\. Write train=True"),

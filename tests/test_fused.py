@@ -23,7 +23,7 @@ from jaxnorm import linen as jnn
 from jaxnorm import nnx as jnnx
 from jaxnorm._activation import NAMED
 
-ROOMS = [None, "xla"]  # None is the native one here, wherever it takes a call; see conftest
+BACKENDS = [None, "xla"]  # None is the native one here, wherever it takes a call; see conftest
 
 
 def close(a, b, **tolerance):
@@ -51,8 +51,8 @@ def test_each_activation_and_its_derivative_against_the_formulas_written_out(nam
     labels = np.indices(x.shape)[0]
     z = oracle.normalize(x, labels, scale[None], None, epsilon=1e-6).y
     assert np.abs(z).max() > 6  # far out, too
-    for room in ROOMS:
-        norm = functools.partial(jn.layer_norm, activation=name, implementation=room)
+    for backend in BACKENDS:
+        norm = functools.partial(jn.layer_norm, activation=name, implementation=backend)
         y, *gradients = passes(norm, g, x, scale)
         close(y, f(z), rtol=2e-6, atol=2e-6)
         dx, dscale, _ = oracle.gradients(x, labels, scale[None], None, g * slope(z), epsilon=1e-6)
@@ -86,8 +86,8 @@ def test_a_function_is_as_good_as_a_name_and_equal_ones_share_a_trace(row, rng):
 def test_one_rounding_after_the_activation_and_llama_s_three_where_they_are_asked_for(rng):
     x, scale = draw(rng, (64, 128), dtype=ml_dtypes.bfloat16), draw(rng, 128, 1.0, ml_dtypes.bfloat16)
     wide = np.asarray(jax.nn.silu(jn.rms_norm(x, scale, dtype=jnp.float32, implementation="xla")))
-    for room in ROOMS:
-        y = np.asarray(jn.rms_norm(x, scale, activation="silu", implementation=room))
+    for backend in BACKENDS:
+        y = np.asarray(jn.rms_norm(x, scale, activation="silu", implementation=backend))
         assert np.mean(y != wide.astype(ml_dtypes.bfloat16)) < 1e-3
     composed = jax.nn.silu(np.float32(jn.rms_norm(x, scale))).astype(jnp.bfloat16)
     assert np.mean(y != composed) > 0.05
@@ -163,13 +163,13 @@ class Gated:
         return z * f(gate) if self.first else z
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", GATED.values(), ids=GATED)
-def test_a_gate_against_float64(options, room, rng):
+def test_a_gate_against_float64(options, backend, rng):
     # A gate that is constant along the row and comes first is normalized away: its gradient is rounding, and left out.
     first = options.get("norm_before_gate", True)
     for gate_shape in (SHAPE, (4, 6, 1), (1, 1, 40)) if first else (SHAPE, (1, 6, 40)):
-        case = Gated(rng, {**options, "implementation": room}, gate_shape=gate_shape)
+        case = Gated(rng, {**options, "implementation": backend}, gate_shape=gate_shape)
         y, *found = passes(case, case.g, case.scale, case.gate, case.x)
         true, *gradients = case.truth()
         close(y, true, rtol=1e-6, atol=3e-6)
@@ -179,11 +179,11 @@ def test_a_gate_against_float64(options, room, rng):
     np.testing.assert_array_equal(case(case.scale, flat, case.x), case(case.scale, flat[None], case.x))
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("options", GATED.values(), ids=GATED)
-def test_a_gate_in_half_precision_is_the_truth_rounded_once(options, dtype, room, rng):
-    case = Gated(rng, {**options, "implementation": room}, dtype)
+def test_a_gate_in_half_precision_is_the_truth_rounded_once(options, dtype, backend, rng):
+    case = Gated(rng, {**options, "implementation": backend}, dtype)
     y, *found = passes(case, case.g, case.scale, case.gate, case.x)
     true, *gradients = case.truth()
     assert y.dtype == dtype
@@ -229,15 +229,15 @@ def test_every_transformation_of_an_activation(norm, rng):
         compare(f, reference, names, *args, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("options", GATED.values(), ids=GATED)
-def test_x_and_the_gate_are_kept_and_no_more(options, masked, room):
+def test_x_and_the_gate_are_kept_and_no_more(options, masked, backend):
     x, scale = jax.ShapeDtypeStruct((16, 12, 480), jnp.bfloat16), jax.ShapeDtypeStruct((480,), jnp.float32)
     if options.get("axis") == 1:
         scale = jax.ShapeDtypeStruct((12,), jnp.float32)
     mask = jnp.ones((16, 1, 1), bool) if masked else None
-    f = lambda x, gate, scale: jn.gated_rms_norm(x, gate, scale, **options, mask=mask, implementation=room)
+    f = lambda x, gate, scale: jn.gated_rms_norm(x, gate, scale, **options, mask=mask, implementation=backend)
     kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], x, x, scale))
     assert [a.dtype for a in kept if a.size >= x.size] == [jnp.bfloat16] * 2
     groups = 12 // 3 if options.get("axis") == 1 else 480 // options.get("group_size", 480)
@@ -282,7 +282,7 @@ def test_complex_values_integers_and_nothing_at_all(rng):
 def test_a_gate_and_an_activation_stand_around_a_kernel(kernels, rng):
     """One forward and one backward kernel, as for the norm alone, whatever stands around."""
     if not kernels:
-        pytest.skip("the native room is shut")
+        pytest.skip("the native backend is shut")
     case = Gated(rng, {})
     backward = lambda f: lambda *args: jax.vjp(f, *args)[1](jnp.asarray(case.g))
     for options in ({}, dict(norm_before_gate=False), dict(group_size=8)):
@@ -302,23 +302,23 @@ f32, f16, bf16 = np.float32, np.float16, ml_dtypes.bfloat16
 STREAMS = [(f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f32, bf16), (f16, f32)]
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("of_x", "of_stream"), STREAMS, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("name", ADDED)
-def test_the_stream_is_the_sum_rounded_once_and_y_is_its_norm_to_the_bit(name, of_x, of_stream, room, rng):
+def test_the_stream_is_the_sum_rounded_once_and_y_is_its_norm_to_the_bit(name, of_x, of_stream, backend, rng):
     fused, plain = ADDED[name]
     x, residual, scale = draw(rng, (64, 96), dtype=of_x), draw(rng, (64, 96), 2.0, of_stream), draw(rng, 96)
     stream = (x.astype(np.float64) + residual.astype(np.float64)).astype(of_stream)
-    want = plain(stream, scale, dtype=of_x, implementation=room)
+    want = plain(stream, scale, dtype=of_x, implementation=backend)
     for wrap in (lambda f: f, jax.jit):
-        y, new = wrap(lambda *args: fused(*args, scale, implementation=room))(x, residual)
+        y, new = wrap(lambda *args: fused(*args, scale, implementation=backend))(x, residual)
         assert (y.dtype, new.dtype) == (of_x, of_stream)
         np.testing.assert_array_equal(new, stream)
         np.testing.assert_array_equal(y, want)
     told = fused(x, residual, scale, dtype=f32)
     assert (told[0].dtype, told[1].dtype) == (f32, of_stream)
     assert fused(x, residual, scale, scale_offset=1.0, epsilon=0.1, axis=0, activation="relu",
-                 implementation=room)[0].min() == 0  # fmt: skip
+                 implementation=backend)[0].min() == 0  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ADDED)
@@ -340,8 +340,8 @@ def test_every_transformation_of_the_stream(name, rng):
 def test_gradients_of_the_stream_against_float64(name, rng):
     fused, plain = ADDED[name]
     x, r, scale, g, h = (draw(rng, s) for s in ((16, 24), (16, 24), (24,), (16, 24), (16, 24)))
-    for room in ROOMS:
-        f = lambda *args: fused(*args, implementation=room)  # noqa: B023
+    for backend in BACKENDS:
+        f = lambda *args: fused(*args, implementation=backend)  # noqa: B023
         dx, dr, dscale = jax.vjp(f, x, r, scale)[1]((jnp.asarray(g), jnp.asarray(h)))
         how = dict(epsilon=1e-6, centered=plain is jn.layer_norm)
         stream = np.float64(x) + np.float64(r)
@@ -351,12 +351,12 @@ def test_gradients_of_the_stream_against_float64(name, rng):
         close(dscale, of_scale[0])
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADDED)
-def test_of_a_step_of_the_stream_the_new_one_is_kept_alone(name, room):
+def test_of_a_step_of_the_stream_the_new_one_is_kept_alone(name, backend):
     fused, _ = ADDED[name]
     x, scale = jax.ShapeDtypeStruct((64, 512), bf16), jax.ShapeDtypeStruct((512,), f32)
-    f = lambda x, r, s: fused(x, r, s, implementation=room)
+    f = lambda x, r, s: fused(x, r, s, implementation=backend)
     assert kept_bytes(f, x, x, scale) / x.size <= 2.2
 
     def network(x, scales):  # each part adds what it makes of the normalized stream
@@ -415,15 +415,15 @@ def test_over_devices_as_on_one(name, kind, rng):
     jax.tree.map(lambda a, b: close(a, b, rtol=2e-5), run(*args), want)
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["jit", "shard_map"])
-def test_an_activation_costs_a_synchronized_batch_norm_no_collective(where, room, rng):
+def test_an_activation_costs_a_synchronized_batch_norm_no_collective(where, backend, rng):
     """What is summed for dx is what is summed for scale and bias, with an activation too: one all-reduce for both."""
     x, g = draw(rng, (32, 5, 6), 2.0), draw(rng, (32, 5, 6))
     mesh, data = mesh_of("auto"), P("data")
     seen = {}
     for activation in (None, "silu"):
-        norm = jn.BatchNorm(activation=activation, implementation=room)
+        norm = jn.BatchNorm(activation=activation, implementation=backend)
         params, state = norm.init(6)
         want = jax.vjp(lambda p, x: norm.apply(p, state, x, train=True)[0], params, x)[1](g)  # noqa: B023
         if where == "shard_map":

@@ -375,7 +375,7 @@ def test_messages_show_the_line_to_write():
         jnn.LayerNorm(reduction_axes=5).init(KEY, x)
     with pytest.raises(TypeError, match=r"BatchNorm: the layer's batch_stats of shape \(5,\) does not fit .*\(6,\)"):
         bn(jnn, x=(4, 6), call=EVAL)()
-    with pytest.raises(ValueError, match="is not a room of this build"):
+    with pytest.raises(ValueError, match="is not a backend of this build"):
         jnn.RMSNorm(implementation="attic").init(KEY, x)
 
 
@@ -447,7 +447,7 @@ def test_scale_offset(norm):
     plain, _ = init(getattr(jnn, norm)(**options, implementation="xla"), x, **call)
     y, variables = init(getattr(jnn, norm)(**options, scale_offset=1.0), x, **call)
     np.testing.assert_array_equal(variables["params"]["scale"], 0)
-    np.testing.assert_allclose(y, plain, rtol=1e-6, atol=1e-7)  # the rooms round in another order
+    np.testing.assert_allclose(y, plain, rtol=1e-6, atol=1e-7)  # the backends round in another order
     y, variables = getattr(jnn, norm)(**options, scale_offset=1.0, scale_init=nn.initializers.ones).init_with_output(
         KEY, x, **call
     )

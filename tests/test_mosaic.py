@@ -1,4 +1,4 @@
-"""The Mosaic rooms without their chips: numbers in interpret mode, programs lowered and compiled for them."""
+"""The Pallas backends without their chips: numbers in interpret mode, programs lowered and compiled for them."""
 
 import functools
 import os
@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm as jn
 from benchmarks import compiled
 from jaxnorm._kernels import mosaic_gpu, mosaic_tpu
-from jaxnorm._kernels.rows import Rows, rows_of
-from jaxnorm._kernels.xla import units
+from jaxnorm._kernels.rows import Job, rows_of
+from jaxnorm._kernels.xla import prescales
 
 UNIT = 2.0**-40
 
@@ -46,7 +46,7 @@ def kernels(request, monkeypatch):
     )
 
 
-def truth(how: Rows, x, scale, bias, g):
+def truth(how: Job, x, scale, bias, g):
     """y, dx, dscale and dbias in float64; gradients also where there is no scale or bias."""
     x, g = np.asarray(x, np.float64), np.asarray(g, np.float64)
     labels = np.broadcast_to(np.arange(len(x))[:, None], x.shape)
@@ -97,7 +97,7 @@ def test_kernels_equal_the_oracle_over_random_shapes(seed):
 
 
 def check(kernels, rng, rows, columns, dtype, centered, affine, stream, draw):
-    how = Rows(columns, 1e-6, UNIT, centered)
+    how = Job(columns, 1e-6, UNIT, centered)
     x, g = (jnp.asarray(a, dtype) for a in (draw((rows, columns)), rng.normal(size=(rows, columns))))
     scale, bias = (rng.normal(size=columns).astype(np.float32) if affine else None for _ in range(2))
     residual, g_stream = (None if stream is None else jnp.asarray(draw(x.shape), stream) for _ in range(2))
@@ -132,9 +132,9 @@ def test_extremes(kernels, epsilon, centered):
     x[3] = 0.0
     x[4] *= 1e-30
     x = jnp.asarray(x, jnp.float32)
-    unit, large = units(epsilon, 128, jnp.float32)
+    unit, large = prescales(epsilon, 128, jnp.float32)
     assert (large is None) == (epsilon > 0)
-    how = Rows(128, epsilon, unit, centered, large=large)
+    how = Job(128, epsilon, unit, centered, large_prescale=large)
     bias = jnp.full(128, 0.5)
     y, *statistics = kernels.forward(how, jnp.float32, x, None, bias)
     want = truth(how, x, None, np.full(128, 0.5), x)[0]
@@ -156,39 +156,39 @@ def test_extremes(kernels, epsilon, centered):
 # --- through the seam -------------------------------------------------------------------------------------------------
 
 
-def both_passes(norm, room):
+def both_passes(norm, backend):
     def run(x, scale, g):
-        y, vjp = jax.vjp(functools.partial(norm, implementation=room), x, scale)
+        y, vjp = jax.vjp(functools.partial(norm, implementation=backend), x, scale)
         return y, vjp(jax.tree.map(lambda _: g, y))
 
     return run
 
 
-ROOMS = [("mosaic_gpu", "cuda", "mosaic_gpu_v2"), ("mosaic_tpu", "tpu", "tpu_custom_call")]
+BACKENDS = [("mosaic_gpu", "cuda", "mosaic_gpu_v2"), ("mosaic_tpu", "tpu", "tpu_custom_call")]
 
 
-@pytest.mark.parametrize(("room", "platform", "target"), ROOMS)
+@pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
 @pytest.mark.parametrize("norm", [jn.layer_norm, jn.rms_norm, functools.partial(jn.layer_norm, axis=(-2, -1)),
                                   lambda x, scale, **how: jn.add_rms_norm(x, 2 * x, scale, **how)])  # fmt: skip
-def test_one_kernel_each_way(room, platform, target, norm):
+def test_one_kernel_each_way(backend, platform, target, norm):
     x, scale = jax.ShapeDtypeStruct((6, 10, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), jnp.float32)
-    lowered = jax.jit(both_passes(norm, room)).trace(x, scale, x).lower(lowering_platforms=(platform,)).as_text()
+    lowered = jax.jit(both_passes(norm, backend)).trace(x, scale, x).lower(lowering_platforms=(platform,)).as_text()
     assert lowered.count(target) == 2
     elsewhere = jax.jit(both_passes(norm, None)).trace(x, scale, x).lower(lowering_platforms=(platform,)).as_text()
     assert target not in elsewhere
 
 
-@pytest.mark.parametrize(("room", "platform", "target"), ROOMS)
-def test_vmap_folds_into_rows(room, platform, target):
+@pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
+def test_vmap_folds_into_rows(backend, platform, target):
     x = jax.ShapeDtypeStruct((5, 8, 256), jnp.bfloat16)
-    norm = jax.vmap(functools.partial(jn.layer_norm, implementation=room))
+    norm = jax.vmap(functools.partial(jn.layer_norm, implementation=backend))
     assert jax.jit(norm).trace(x).lower(lowering_platforms=(platform,)).as_text().count(target) == 1
 
 
-@pytest.mark.parametrize(("room", "platform", "_"), ROOMS)
-def test_a_named_room_runs_or_says_why_not(room, platform, _):
+@pytest.mark.parametrize(("backend", "platform", "_"), BACKENDS)
+def test_a_named_backend_runs_or_says_why_not(backend, platform, _):
     x = jnp.ones((4, 256))
-    norm = functools.partial(jn.layer_norm, implementation=room)
+    norm = functools.partial(jn.layer_norm, implementation=backend)
     with pytest.raises(ValueError, match=rf"runs on {platform.upper()}, .* for cpu.*implementation=None"):
         norm(x)
     with pytest.raises(ValueError, match="masks and weights are XLA's"):
@@ -199,16 +199,16 @@ def test_a_named_room_runs_or_says_why_not(room, platform, _):
         norm(np.ones((4, 256)))
     with pytest.raises(ValueError, match="for rows, the last axes of x"):
         norm(x, axis=0)
-    add = functools.partial(jn.add_layer_norm, implementation=room)
+    add = functools.partial(jn.add_layer_norm, implementation=backend)
     with pytest.raises(ValueError, match=r"add_layer_norm: .*got float64.*implementation=None"), jax.enable_x64():
         add(x, np.ones((4, 256)))
     with pytest.raises(ValueError, match=r"add_layer_norm: .*got \(4, 200\)"):
         add(x[:, :200], x[:, :200])
-    if room == "mosaic_tpu":  # what arrives is the kernel's to read, whatever y is to be
+    if backend == "mosaic_tpu":  # what arrives is the kernel's to read, whatever y is to be
         with pytest.raises(ValueError, match="got float16"):
             add(x.astype(jnp.float16), x, dtype=jnp.float32)
-    assert not jn.backends()[room].active
-    assert room in jn.backends()[room].reason
+    assert not jn.backends()[backend].active
+    assert backend in jn.backends()[backend].reason
 
 
 def test_jit_over_devices_does_not_split_tpu_kernels():

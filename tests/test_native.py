@@ -1,4 +1,4 @@
-"""The native room: what it takes, what it runs, what it refuses, and what it does when it is misused."""
+"""The native backend: what it takes, what it runs, what it refuses, and what it does when it is misused."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ from jaxnorm._kernels.xla import Reduction
 
 pytestmark = pytest.mark.skipif(not cpu.library().loaded, reason=cpu.library().reason)
 
-REFUSED = {  # the reason, of the rows of the catalogue that the room leaves to XLA
+REFUSED = {  # the reason, of the rows of the catalogue that the backend leaves to XLA
     "layer-nchw": "without transposing",
     "batch-conditional": "without transposing",
     "batch-ghost-remainder": "masks and weights are XLA's",
@@ -91,7 +91,7 @@ def test_a_refusal_names_the_norm_the_reason_and_the_line_to_write(call, reason,
 
 def test_the_rule_of_the_default(monkeypatch, rng):
     """Small arrays stay with XLA, where a kernel's own overhead would be the larger part."""
-    monkeypatch.setattr(cpu, "pays", getattr(cpu.pays, "rule", cpu.pays))
+    monkeypatch.setattr(cpu, "is_profitable", getattr(cpu.is_profitable, "rule", cpu.is_profitable))
     jax.clear_caches()
     small, large = draw(rng, (8, 16)), draw(rng, (64, 256))
     assert kernels_in(jn.layer_norm, small) == []
@@ -164,7 +164,7 @@ SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 1
 @settings(max_examples=80, deadline=None)
 @given(st.lists(SIZES, min_size=1, max_size=5), st.data())
 def test_any_shape_reduced_over_any_axes(shape, data):
-    """The view is right or there is none: against the XLA room, which knows no views."""
+    """The view is right or there is none: against the XLA backend, which knows no views."""
     while np.prod(shape) > 60_000:
         shape[int(np.argmax(shape))] = 2
     axes = tuple(data.draw(st.lists(st.integers(0, len(shape) - 1), min_size=1, unique=True)))
@@ -180,8 +180,8 @@ def test_any_shape_reduced_over_any_axes(shape, data):
 
     @jax.jit
     def run(x, scale, g):
-        def of(room):
-            norm = lambda x, s: jn.layer_norm(x, s, s, axis=axes, epsilon=0.01, implementation=room)
+        def of(backend):
+            norm = lambda x, s: jn.layer_norm(x, s, s, axis=axes, epsilon=0.01, implementation=backend)
             y, vjp = jax.vjp(norm, x, scale)
             return y, vjp(g)
 
@@ -324,11 +324,11 @@ worst = 0.0
 for shape, axis in (((40, 37), 1), ((40, 64), 1), ((9, 5, 5, 33), (0, 1, 2)), ((9, 33, 70), (0, 2))):
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         x, g = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in (0, 1))
-        def both(room, x, g):
-            y, vjp = jax.vjp(lambda x: jn.layer_norm(x, axis=axis, implementation=room), x)
+        def both(backend, x, g):
+            y, vjp = jax.vjp(lambda x: jn.layer_norm(x, axis=axis, implementation=backend), x)
             return jnp.stack([y, vjp(g)[0]]).astype(jnp.float32)
         unit = float(jnp.finfo(dtype).eps)
-        ours, want = (np.asarray(jax.jit(both, static_argnums=0)(room, x, g)) for room in ("native", "xla"))
+        ours, want = (np.asarray(jax.jit(both, static_argnums=0)(backend, x, g)) for backend in ("native", "xla"))
         error = np.abs(ours - want) / (unit * (1 + np.abs(want)))
         worst = max(worst, float(error.max()) * (1 if unit > 1e-5 else 0.1))
 print(set_in_use, worst)
@@ -341,9 +341,9 @@ print(set_in_use, worst)
 def test_without_the_extension_everything_else_works():
     code = """
 import jaxnorm as jn, numpy as np
-room = jn.backends()["native"]
-assert not room.active
-print(room.reason)
+backend = jn.backends()["native"]
+assert not backend.active
+print(backend.reason)
 x = np.arange(2048.0, dtype="f").reshape(8, 256)
 assert np.isfinite(jn.layer_norm(x)).all()
 try:
@@ -368,7 +368,7 @@ def test_a_program_for_export_has_no_kernels_in_it(rng):
     np.testing.assert_allclose(exported.call(x), jax.vjp(jn.layer_norm, x)[1](x)[0], atol=1e-5)
 
 
-def test_on_another_platform_the_named_room_says_so():
+def test_on_another_platform_the_named_backend_says_so():
     x = jax.ShapeDtypeStruct((64, 256), jnp.float32)
     run = jax.jit(lambda x: jn.layer_norm(x, implementation="native"))
     with pytest.raises(ValueError, match=r"implementation='native' runs on CPU.*Write implementation=None"):

@@ -387,7 +387,7 @@ with joined(address, 2, int(process), 2):
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from jaxnorm._kernels import cpu
     from test_processes import case
-    cpu.pays = lambda view, dtype: True  # however small
+    cpu.is_profitable = lambda view, dtype: True  # however small
 
     def on(mesh):
         assert mesh.size == 4

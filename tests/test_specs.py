@@ -268,10 +268,10 @@ def test_the_only_collectives_are_in_moments():
 
 
 def test_backends():
-    rooms = jn.backends()
-    assert rooms["xla"].active
-    assert all(isinstance(room.reason, str) and room.reason for room in rooms.values())
-    rooms.clear()
+    backends = jn.backends()
+    assert backends["xla"].active
+    assert all(isinstance(backend.reason, str) and backend.reason for backend in backends.values())
+    backends.clear()
     assert jn.backends()  # a copy was handed out
     x = np.arange(6.0, dtype=np.float32).reshape(2, 3)
     np.testing.assert_allclose(jn.layer_norm(x, implementation="xla"), jn.layer_norm(x), rtol=3e-7)

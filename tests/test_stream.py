@@ -1,4 +1,4 @@
-"""A residual stream in a room that adds to it itself: the TPU's kernels, interpreted, as a room of this CPU."""
+"""A residual stream in a backend that adds to it itself: the TPU's kernels, interpreted, as a backend of this CPU."""
 
 import functools
 from types import ModuleType
@@ -17,7 +17,7 @@ from test_memory import kept_bytes
 
 import jaxnorm as jn
 from jaxnorm import _normalize
-from jaxnorm._kernels import mosaic, mosaic_tpu, rooms
+from jaxnorm._kernels import mosaic, mosaic_tpu, registry
 from jaxnorm._kernels.fused import Fused
 
 ADDED = {"rms": jn.add_rms_norm, "layer": jn.add_layer_norm}
@@ -26,7 +26,7 @@ f32, bf16 = np.float32, ml_dtypes.bfloat16
 
 @pytest.fixture
 def run(monkeypatch) -> list[str]:
-    """The kernels that programs of the room "interpreted" have asked for. What those do not take, formulas do."""
+    """The kernels that programs of the backend "interpreted" have asked for. What those do not take, formulas do."""
     asked = []
 
     def counted(name, kernel, place):
@@ -37,14 +37,14 @@ def run(monkeypatch) -> list[str]:
         return run
 
     kernels = ModuleType("interpreted")
-    kernels.refusal = mosaic_tpu.refusal
+    kernels.unsupported_reason = mosaic_tpu.unsupported_reason
     kernels.forward = counted("forward", mosaic_tpu.forward, 5)
     kernels.backward = counted("backward", mosaic_tpu.backward, 8)
     monkeypatch.setattr(mosaic, "_loaded", lambda module: kernels)
-    room = rooms._mosaic("cpu", "interpreted", partitions=True)._replace(refusal=lambda *_: None)
-    monkeypatch.setitem(rooms.ROOMS, "interpreted", room)
+    backend = registry._mosaic("cpu", "interpreted", partitions=True)._replace(unsupported_reason=lambda *_: None)
+    monkeypatch.setitem(registry.BACKENDS, "interpreted", backend)
     was = _normalize._fused
-    monkeypatch.setattr(_normalize, "_fused", Fused(was._output, was._tangent, was._added, was._across))
+    monkeypatch.setattr(_normalize, "_fused", Fused(was._output, was._tangent, was._add, was._collectives))
     return asked
 
 
@@ -99,7 +99,7 @@ def test_one_kernel_each_way_and_gradients_of_either_output_or_both(run, name, o
 
 
 def test_every_transformation(run, rng):
-    """In float64, where the room runs its formulas, both outputs through one array."""
+    """In float64, where the backend runs its formulas, both outputs through one array."""
     with jax.enable_x64(True):
         join = lambda y, new: jnp.concatenate([y, new], 1)
         f = lambda params, x: join(*of("layer")(x, params[0], params[1]))

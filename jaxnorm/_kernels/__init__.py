@@ -1,21 +1,21 @@
-"""The seam: which rooms can run a norm on this machine, and which one does. XLA defines the meaning of all of them."""
+"""The backends: which ones can run a norm on this machine, and why not. XLA defines what all of them compute."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import cpu, rooms
+from . import cpu, registry
 
 
 class Backend(NamedTuple):
-    """One room of kernels, as `backends()` reports it."""
+    """One kernel backend, as `backends()` reports it."""
 
     active: bool  # True: `implementation=None` may choose it here
     reason: str  # what it is good for, or why it is not active
 
 
 def backends() -> dict[str, Backend]:
-    """The rooms of kernels in this build, whether each is active on this machine, and why.
+    """The kernel backends in this build, whether each is active on this machine, and why.
 
     "lax" is for programs that read jaxprs and know the operations of `jax.lax` alone, such as converters to ONNX. A
     norm is then the same operations on every platform, inside `jit` and `custom_jvp_call`. It computes what "xla"
@@ -32,7 +32,7 @@ def backends() -> dict[str, Backend]:
     True
     """
     return {
-        "xla": Backend(True, "plain XLA on every platform; defines what the other rooms must compute"),
+        "xla": Backend(True, "plain XLA on every platform; defines what the other backends must compute"),
         "lax": Backend(False, "lax operations alone, for readers of jaxprs: only implementation='lax' runs them"),
         "native": Backend(*cpu.library()[:2]),
         **{name: Backend(False, _not_by_default(name)) for name in ("mosaic_gpu", "mosaic_tpu")},
@@ -40,23 +40,23 @@ def backends() -> dict[str, Backend]:
 
 
 def _not_by_default(name: str) -> str:
-    room = rooms.ROOMS[name]
-    if (missing := room.missing()) is not None:
-        return missing
+    backend = registry.BACKENDS[name]
+    if (reason := backend.unavailable_reason()) is not None:
+        return reason
     return (
         "Pallas kernels for layer and RMS norm of rows, and of a residual stream that they add to, compiled for "
-        f"{room.platform.upper()} and not yet timed there: "
+        f"{backend.platform.upper()} and not yet timed there: "
         f"only implementation={name!r} runs them"
     )
 
 
-def checked_implementation(norm: str, implementation: str | None) -> None:
-    """A named room runs or says why it does not."""
-    names = {"xla", "lax", *rooms.ROOMS}
+def check_implementation(norm: str, implementation: str | None) -> None:
+    """Raise if there is no backend of this name."""
+    names = {"xla", "lax", *registry.BACKENDS}
     if implementation is None or (isinstance(implementation, str) and implementation in names):
         return
     shown = repr(implementation) if isinstance(implementation, str) else type(implementation).__name__
     raise ValueError(
-        f"{norm}: implementation={shown} is not a room of this build, which has {sorted(names)}. "
+        f"{norm}: implementation={shown} is not a backend of this build, which has {sorted(names)}. "
         "Write implementation=None for the best one, and see jaxnorm.backends() for the reasons."
     )

@@ -8,16 +8,16 @@ from typing import Any
 
 import jax
 
-from .xla import Recipe
+from .xla import Plan
 
 Array = jax.Array
 Shape = tuple[int, ...]
 
 # The operands of the three primitives, in order; an absent one is None. Statistics, scale and bias have x's rank.
-# Those of rooms that add a residual first: backward then gets the stream as x, and that stream's own cotangent.
+# Those of backends that add a residual first: backward then gets the stream as x, and that stream's own cotangent.
 FORWARD = ("x", "scale", "bias")
-TANGENT = ("x", "shift", "offset", "m2", "scale", "dx", "dscale", "dbias")
-BACKWARD = ("x", "shift", "offset", "m2", "scale", "g")
+TANGENT = ("x", "mean_hi", "mean_lo", "m2", "scale", "dx", "dscale", "dbias")
+BACKWARD = ("x", "mean_hi", "mean_lo", "m2", "scale", "g")
 FORWARD_OF_SUM, BACKWARD_OF_SUM = (*FORWARD, "residual"), (*BACKWARD, "g_stream")
 _PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias"})  # these broadcast against x
 
@@ -26,9 +26,12 @@ _PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias"})  # these broadcast
 class Call:
     """What is static about one use of a primitive."""
 
-    recipe: Recipe
+    plan: Plan
     names: tuple[str, ...]  # of the operands that are there
-    wanted: tuple[Shape | None, Shape | None] = (None, None)  # of backward: the shapes of scale and bias, where wanted
+    grad_shapes: tuple[Shape | None, Shape | None] = (
+        None,
+        None,
+    )  # of backward: the shapes of scale and bias, where wanted
     of_sum: bool = False  # of tangent: x is a residual stream, whose tangent comes out beside that of y
 
     def of(self, name: str, operands: Sequence) -> Any:
@@ -46,18 +49,18 @@ class Call:
     def varying(self, operands: Sequence) -> frozenset[int]:
         """The axes along which parameters, or the gradients wanted of them, have more than one value."""
         shapes = [a.shape for i, a in enumerate(operands) if self.is_parameter(i)]
-        shapes += [s for s in self.wanted if s is not None]
+        shapes += [s for s in self.grad_shapes if s is not None]
         return frozenset(a for shape in shapes for a, n in enumerate(shape) if n != 1)
 
     def over(self, names: tuple[str, ...]) -> Call:
         """The same with its statistics over the devices along these mesh axes as well."""
-        return replace(self, recipe=replace(self.recipe, how=replace(self.recipe.how, axis_name=names)))
+        return replace(self, plan=replace(self.plan, reduction=replace(self.plan.reduction, axis_name=names)))
 
     def batched(self, size: int) -> Call:
         """The same with a new axis in front, of so many."""
-        how = replace(self.recipe.how, axes=tuple(a + 1 for a in self.recipe.how.axes))
-        first, second = (None if s is None else (size, *s) for s in self.wanted)
-        return replace(self, recipe=replace(self.recipe, how=how), wanted=(first, second))
+        reduction = replace(self.plan.reduction, axes=tuple(a + 1 for a in self.plan.reduction.axes))
+        first, second = (None if s is None else (size, *s) for s in self.grad_shapes)
+        return replace(self, plan=replace(self.plan, reduction=reduction), grad_shapes=(first, second))
 
 
 def packed(order: tuple[str, ...], operands: Sequence) -> tuple[tuple[str, ...], list]:

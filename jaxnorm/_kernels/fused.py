@@ -1,17 +1,17 @@
-"""A norm as three primitives that a room of kernels may run: forward, tangent, backward, and JAX's rules for them.
+"""A norm as three primitives that a kernel backend may run: forward, tangent, backward, and JAX's rules for them.
 
-    forward(x, scale, bias) -> y, shift, offset, m2          statistics and output in one go
+    forward(x, scale, bias) -> y, mean_hi, mean_lo, m2          statistics and output in one go
     tangent(x, statistics, scale, dx, dscale, dbias) -> dy   linear in the last three
     backward(x, statistics, scale, g) -> dx, dscale, dbias   its transpose
 
-With a residual stream, which rooms that know of none never see, they are those of the norm of a sum:
+With a residual stream, which backends that know of none never see, they are those of the norm of a sum:
 
-    forward(x, scale, bias, residual) -> y, shift, offset, m2, new               new = x + residual, rounded
+    forward(x, scale, bias, residual) -> y, mean_hi, mean_lo, m2, new               new = x + residual, rounded
     tangent(new, statistics, scale, dnew, dscale, dbias) -> dy, dnew             so that the transpose
     backward(new, statistics, scale, g, g_stream) -> dnew, dscale, dbias         gets the cotangents of both
 
 Their meaning is that of two formulas in plain `jax.numpy`, handed to `Fused`: derivatives of them, other platforms and
-small arrays take the formulas. Kernels run where a room takes the shape, which is decided as a program is lowered.
+small arrays take the formulas. Kernels run where a backend takes the shape, which is decided as a program is lowered.
 What the backward pass keeps is what tangent gets before its last three: x in its own dtype, and row statistics.
 """
 
@@ -31,10 +31,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, TANGENT, Call, packed
-from .partition import Across
-from .rooms import by_devices, check_platform, register
-from .varying import is_explicit, sharded_like, varying_as, varying_together, with_leading_axis
-from .xla import Recipe, Statistics, accumulator
+from .partition import Collectives
+from .registry import by_devices, check_platform, register
+from .varying import is_explicit, pvary_all, pvary_like, shard_like, with_leading_axis
+from .xla import Plan, Statistics, accumulator
 
 Array = jax.Array
 
@@ -45,12 +45,12 @@ class Fused:
     Args:
       output: (recipe, x, scale, bias) -> (y, Statistics), one device's.
       tangent: (recipe, x, statistics, scale, (dx, dscale, dbias)) -> dy, linear in the last; None is a tangent of zero.
-      added: (x, residual) -> the new stream.
-      across: what merges statistics and sums over mesh axes.
+      add: (x, residual) -> the new stream.
+      collectives: what merges statistics and sums over mesh axes.
     """
 
-    def __init__(self, output: Callable, tangent: Callable, added: Callable, across: Across):
-        self._output, self._tangent, self._added, self._across = output, tangent, added, across
+    def __init__(self, output: Callable, tangent: Callable, add: Callable, collectives: Collectives):
+        self._output, self._tangent, self._add, self._collectives = output, tangent, add, collectives
         self._forward_p = self._primitive("norm_forward", self._forward_formula, _forward_types, "forward")
         self._tangent_p = self._primitive("norm_tangent", self._tangent_formula, _tangent_types)
         self._backward_p = self._primitive("norm_backward", self._backward_formula, _backward_types, "backward")
@@ -61,42 +61,42 @@ class Fused:
 
     # --- what is called -----------------------------------------------------------------------------------------------
 
-    def forward(self, recipe: Recipe, x, scale, bias, residual=None) -> tuple[Array, Statistics, Array | None]:
+    def forward(self, plan: Plan, x, scale, bias, residual=None) -> tuple[Array, Statistics, Array | None]:
         """y, the statistics, and the new stream where there is a residual."""
-        y, shift, offset, m2, *sums = _bind(self._forward_p, recipe, FORWARD_OF_SUM, x, scale, bias, residual)
+        y, mean_hi, mean_lo, m2, *sums = _bind(self._forward_p, plan, FORWARD_OF_SUM, x, scale, bias, residual)
         new = sums[0] if sums else None
-        return y, Statistics(_count(recipe, x if new is None else new), shift, offset, m2), new
+        return y, Statistics(_count(plan, x if new is None else new), mean_hi, mean_lo, m2), new
 
-    def tangent(self, recipe: Recipe, x, stats: Statistics, scale, tangents) -> Array:
-        return _bind(self._tangent_p, recipe, TANGENT, x, *stats[1:], scale, *tangents)[0]
+    def tangent(self, plan: Plan, x, stats: Statistics, scale, tangents) -> Array:
+        return _bind(self._tangent_p, plan, TANGENT, x, *stats[1:], scale, *tangents)[0]
 
-    def tangent_of_sum(self, recipe: Recipe, new, stats: Statistics, scale, tangents) -> tuple[Array, Array]:
+    def tangent_of_sum(self, plan: Plan, new, stats: Statistics, scale, tangents) -> tuple[Array, Array]:
         """The tangent of y, and that of the new stream, as it comes."""
-        dy, dnew = _bind(self._tangent_p, recipe, TANGENT, new, *stats[1:], scale, *tangents, of_sum=True)
+        dy, dnew = _bind(self._tangent_p, plan, TANGENT, new, *stats[1:], scale, *tangents, of_sum=True)
         return dy, dnew
 
     # --- what they mean -----------------------------------------------------------------------------------------------
 
     def _forward_formula(self, *operands, call: Call):
         x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
-        x = x if residual is None else self._added(x, residual)
-        y, stats = self._output(call.recipe, x, scale, bias)
+        x = x if residual is None else self._add(x, residual)
+        y, stats = self._output(call.plan, x, scale, bias)
         return y, *stats[1:], *[x] * (residual is not None)
 
     def _tangent_formula(self, *operands, call: Call):
         x, *stats, scale, dx, dscale, dbias = call.unpacked(operands, TANGENT)
-        stats = Statistics(_count(call.recipe, x), *stats)
-        dy = self._tangent(call.recipe, x, stats, scale, (dx, dscale, dbias))
+        stats = Statistics(_count(call.plan, x), *stats)
+        dy = self._tangent(call.plan, x, stats, scale, (dx, dscale, dbias))
         return (dy, dx) if call.of_sum else (dy,)
 
     def _backward_formula(self, *operands, call: Call):
         """The transpose of the tangent, by JAX; with that of a stream added to it before it is rounded."""
         x, *stats, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
-        stats = Statistics(_count(call.recipe, x), *stats)
-        zero = lambda shape: varying_as(x, sharded_like(x, jnp.zeros(shape, accumulator(x))))
-        along = lambda *tangents: self._tangent(call.recipe, x, stats, scale, tangents)
+        stats = Statistics(_count(call.plan, x), *stats)
+        zero = lambda shape: pvary_like(x, shard_like(x, jnp.zeros(shape, accumulator(x))))
+        along = lambda *tangents: self._tangent(call.plan, x, stats, scale, tangents)
         still = jnp.zeros_like(x, None if g_stream is None else accumulator(x))
-        dx, *gradients = jax.vjp(along, still, *(None if s is None else zero(s) for s in call.wanted))[1](g)
+        dx, *gradients = jax.vjp(along, still, *(None if s is None else zero(s) for s in call.grad_shapes))[1](g)
         dx = dx if g_stream is None else (dx + g_stream.astype(dx.dtype)).astype(x.dtype)
         return dx, *(d for d in gradients if d is not None)
 
@@ -110,7 +110,7 @@ class Fused:
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
         mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(formula, multiple_results=True)))
         if kernel is not None:
-            register(primitive, kernel, formula, self._across)
+            register(primitive, kernel, formula, self._collectives)
         return primitive
 
     def _tangent_jvp(self, primals, tangents, *, call: Call):
@@ -129,19 +129,19 @@ class Fused:
         if g is None:
             return [g_stream if name == "dx" and ad.is_undefined_primal(a) else None for name, a in there.items()]
         linear = {n: there[n].aval for n in ("dx", "dscale", "dbias") if ad.is_undefined_primal(there.get(n))}
-        wanted = [name for name in ("dscale", "dbias") if name in linear]
+        grad_shapes = [name for name in ("dscale", "dbias") if name in linear]
         shapes = tuple(linear[n].shape if n in linear else None for n in ("dscale", "dbias"))
-        known = [there.get(name) for name in ("x", "shift", "offset", "m2", "scale")]
-        found = dict(zip(["dx", *wanted], self._backward(call.recipe, shapes, *known, g, g_stream), strict=True))
+        known = [there.get(name) for name in ("x", "mean_hi", "mean_lo", "m2", "scale")]
+        found = dict(zip(["dx", *grad_shapes], self._backward(call.plan, shapes, *known, g, g_stream), strict=True))
         return [_like(found[name], linear[name]) if name in linear else None for name in call.names]
 
-    def _bind_backward(self, recipe: Recipe, wanted, *operands):
-        return tuple(_bind(self._backward_p, recipe, BACKWARD_OF_SUM, *operands, wanted=wanted))
+    def _bind_backward(self, plan: Plan, grad_shapes, *operands):
+        return tuple(_bind(self._backward_p, plan, BACKWARD_OF_SUM, *operands, grad_shapes=grad_shapes))
 
-    def _backward_jvp(self, recipe: Recipe, wanted, primals, tangents):
+    def _backward_jvp(self, plan: Plan, grad_shapes, primals, tangents):
         (names, at), (_, along) = (packed(BACKWARD_OF_SUM, args) for args in (primals, tangents))
-        formula = functools.partial(self._backward_formula, call=Call(recipe, names, wanted))
-        return self._backward(recipe, wanted, *primals), jax.jvp(formula, at, along)[1]
+        formula = functools.partial(self._backward_formula, call=Call(plan, names, grad_shapes))
+        return self._backward(plan, grad_shapes, *primals), jax.jvp(formula, at, along)[1]
 
 
 def _compiled(primitive: Primitive, formula: Callable) -> Callable:
@@ -166,15 +166,15 @@ def _compiled(primitive: Primitive, formula: Callable) -> Callable:
     return implementation
 
 
-def _bind(primitive: Primitive, recipe: Recipe, order, *operands, **static) -> list[Array]:
+def _bind(primitive: Primitive, plan: Plan, order, *operands, **static) -> list[Array]:
     names, there = packed(order, operands)
-    return primitive.bind(*varying_together(*there), call=Call(recipe, names, **static))
+    return primitive.bind(*pvary_all(*there), call=Call(plan, names, **static))
 
 
 def _batched(primitive: Primitive, operands, dims, *, call: Call):
     """A new axis of x is more examples: it goes to the front, and the axes reduced move on."""
     size = next(a.shape[d] for a, d in zip(operands, dims, strict=True) if d is not None)
-    each = any(s is not None for s in call.wanted)  # then there is a gradient for each of the new axis
+    each = any(s is not None for s in call.grad_shapes)  # then there is a gradient for each of the new axis
     entries = [jax.typeof(a).sharding.spec[d] for a, d in zip(operands, dims, strict=True) if d is not None]
     entry = next((e for e in entries if e is not None), None)  # how the new axis is sharded, on an Explicit mesh
 
@@ -185,12 +185,12 @@ def _batched(primitive: Primitive, operands, dims, *, call: Call):
         return with_leading_axis(a, 1 if one else size, None if one else entry)
 
     operands = [in_front(i, a, d) for i, (a, d) in enumerate(zip(operands, dims, strict=True))]
-    out = primitive.bind(*varying_together(*operands), call=call.batched(size))
+    out = primitive.bind(*pvary_all(*operands), call=call.batched(size))
     return out, [0] * len(out)
 
 
 def _elsewhere(lower: Callable) -> Callable:
-    """The lowering where no room has one of its own."""
+    """The lowering where no backend has one of its own."""
 
     def rule(context, *operands, call: Call):
         check_platform(context, call)
@@ -199,9 +199,9 @@ def _elsewhere(lower: Callable) -> Callable:
     return rule
 
 
-def _count(recipe: Recipe, x) -> Array:
-    names = recipe.how.axis_name
-    n = math.prod(x.shape[a] for a in recipe.how.axes) * (1 if names is None else lax.axis_size(names))
+def _count(plan: Plan, x) -> Array:
+    names = plan.reduction.axis_name
+    n = math.prod(x.shape[a] for a in plan.reduction.axes) * (1 if names is None else lax.axis_size(names))
     return jnp.full((1,) * x.ndim, n, jnp.finfo(accumulator(x)).dtype)
 
 
@@ -226,15 +226,15 @@ def _typed(x, shape: tuple[int, ...], dtype):
 
 def _forward_types(*operands, call: Call):
     x, residual = call.of("x", operands), call.of("residual", operands)
-    reduced = tuple(1 if a in call.recipe.how.axes else n for a, n in enumerate(x.shape))
+    reduced = tuple(1 if a in call.plan.reduction.axes else n for a, n in enumerate(x.shape))
     new = x if residual is None else _typed(x, x.shape, residual.dtype)
     statistics = [_typed(x, reduced, accumulator(new))] * 3
-    return [_typed(x, x.shape, call.recipe.dtype), *statistics, *[new] * (residual is not None)]
+    return [_typed(x, x.shape, call.plan.dtype), *statistics, *[new] * (residual is not None)]
 
 
 def _tangent_types(x, *rest, call: Call):
-    return [_typed(x, x.shape, call.recipe.dtype), *[_typed(x, x.shape, x.dtype)] * call.of_sum]
+    return [_typed(x, x.shape, call.plan.dtype), *[_typed(x, x.shape, x.dtype)] * call.of_sum]
 
 
 def _backward_types(x, *rest, call: Call):
-    return [_typed(x, x.shape, x.dtype), *(_typed(x, s, accumulator(x)) for s in call.wanted if s is not None)]
+    return [_typed(x, x.shape, x.dtype), *(_typed(x, s, accumulator(x)) for s in call.grad_shapes if s is not None)]

@@ -1,4 +1,4 @@
-"""The Mosaic GPU room: layer and RMS norm of rows in Pallas, for Hopper and newer. Every array is read once.
+"""The Mosaic GPU backend: layer and RMS norm of rows in Pallas, for Hopper and newer. Every array is read once.
 
 The norm may be that of a residual stream with x added to it: then the stream is written on the way.
 
@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .rows import Rows, rsqrt, settled, xhat_of
-from .varying import unvarying_result
+from .rows import Job, finalize, rsqrt, xhat_of
+from .varying import result_without_vma
 
 Array = jax.Array
 
@@ -60,7 +60,7 @@ def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0) -> _Plan
     return _Plan(min(_BLOCKS, -(-rows // teams)), teams, stages(teams), vector)
 
 
-def refusal(shape: tuple[int, int], *dtypes) -> str | None:
+def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
     """Why there is no kernel for rows of this shape and these dtypes, or None if there is."""
     rows, columns = shape
     if rows == 0 or columns % _THREADS or not 0 < columns <= WIDEST:
@@ -141,8 +141,8 @@ class _Team:
         return (a + b) + (c + d)
 
 
-def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = None):
-    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32.
+def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = None):
+    """y of x (R, D), and the statistics mean_hi, mean_lo and m2 (R,) in float32. Scale and bias are (D,) in float32.
 
     With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
     """
@@ -159,7 +159,7 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
     def kernel(*refs):
         arrays, refs = refs[: 1 + sums], refs[1 + sums :]
         parameters, refs = refs[: len(given)], refs[len(given) :]
-        y_ref, shift_ref, offset_ref, m2_ref, *refs = refs
+        y_ref, mean_hi_ref, mean_lo_ref, m2_ref, *refs = refs
         new_refs, refs = refs[:sums], refs[sums:]
         rings, partial, arrived = refs[: 1 + sums], refs[1 + sums], refs[2 + sums :]
         team = _Team(plan, rows, columns, arrays, rings, arrived, partial, interpret)
@@ -169,41 +169,41 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
 
         def one(i, _):
             x = stream(*(team.arrived(ring, i) for ring in range(len(arriving))))
-            if how.centered:
-                shift = team.sum(0, i, [x(c) for c in team.chunks]) * (1.0 / columns)
-                offset = team.sum(1, i, [x(c) - shift for c in team.chunks]) * (1.0 / columns)
+            if job.centered:
+                mean_hi = team.sum(0, i, [x(c) for c in team.chunks]) * (1.0 / columns)
+                mean_lo = team.sum(1, i, [x(c) - mean_hi for c in team.chunks]) * (1.0 / columns)
             else:
-                shift = offset = jnp.float32(0.0)
+                mean_hi = mean_lo = jnp.float32(0.0)
             squares = [
-                team.sum(2 + k, i, [jnp.square((x(c) - shift) * unit) for c in team.chunks])
-                for k, unit in enumerate(how.units)
+                team.sum(2 + k, i, [jnp.square((x(c) - mean_hi) * prescale) for c in team.chunks])
+                for k, prescale in enumerate(job.prescales)
             ]
             team.fetch_after(i)
-            shift, offset, m2 = settled(how, shift, offset, squares)
-            r = rsqrt(how, m2)
+            mean_hi, mean_lo, m2 = finalize(job, mean_hi, mean_lo, squares)
+            r = rsqrt(job, m2)
             for k, c in enumerate(team.chunks):
-                y = xhat_of(x(c), shift, offset, r)
-                y = y.astype(dtype).astype(jnp.float32) if how.round_first else y
+                y = xhat_of(x(c), mean_hi, mean_lo, r)
+                y = y.astype(dtype).astype(jnp.float32) if job.cast_before_scale else y
                 y = y if scales is None else y * scales[k]
                 y = y if biases is None else y + biases[k]
                 y_ref[team.row(i), :, c] = y.astype(dtype)
                 for new_ref in new_refs:
                     new_ref[team.row(i), :, c] = x(c).astype(new_ref.dtype)
-            shift_ref[team.row(i)], offset_ref[team.row(i)], m2_ref[team.row(i)] = shift, offset, m2
+            mean_hi_ref[team.row(i)], mean_lo_ref[team.row(i)], m2_ref[team.row(i)] = mean_hi, mean_lo, m2
             return ()
 
         team.each_row(one, ())
 
     shape = _quartered(x).shape
-    results = [unvarying_result(shape, dtype), *[unvarying_result((rows,), jnp.float32)] * 3]
-    results += [unvarying_result(shape, a.dtype) for a in arriving[1:]]
-    run = _kernel(kernel, plan, arriving, 2 + len(how.units), interpret, results)
-    y, shift, offset, m2, *new = run(*map(_quartered, arriving), *map(_quartered, given))
-    return y.reshape(x.shape), shift, offset, m2, *(a.reshape(x.shape) for a in new)
+    results = [result_without_vma(shape, dtype), *[result_without_vma((rows,), jnp.float32)] * 3]
+    results += [result_without_vma(shape, a.dtype) for a in arriving[1:]]
+    run = _kernel(kernel, plan, arriving, 2 + len(job.prescales), interpret, results)
+    y, mean_hi, mean_lo, m2, *new = run(*map(_quartered, arriving), *map(_quartered, given))
+    return y.reshape(x.shape), mean_hi, mean_lo, m2, *(a.reshape(x.shape) for a in new)
 
 
 def backward(
-    how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, g_stream=None, interpret: Any = None
+    job: Job, grad_shapes: tuple[bool, bool], x, mean_hi, mean_lo, m2, scale, g, g_stream=None, interpret: Any = None
 ):
     """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
 
@@ -215,10 +215,10 @@ def backward(
     n = len(arriving)
     plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving), columns * 4)
     given = [] if scale is None else [_quartered(scale)]
-    count = sum(wanted)
+    count = sum(grad_shapes)
 
     def kernel(*refs):
-        arrays, (shift_ref, offset_ref, m2_ref, *refs) = refs[:n], refs[n:]
+        arrays, (mean_hi_ref, mean_lo_ref, m2_ref, *refs) = refs[:n], refs[n:]
         scale_ref, refs = (refs[0], refs[1:]) if given else (None, refs)
         dx_ref, (sums_refs, refs) = refs[0], (refs[1 : 1 + count], refs[1 + count :])
         rings, partial, arrived, (together, shared) = refs[:n], refs[n], refs[n + 1 : -2], refs[-2:]
@@ -234,24 +234,24 @@ def backward(
 
         def statistics(i):
             row = team.row(jnp.minimum(i, team.rows - 1))
-            return shift_ref[row], offset_ref[row], m2_ref[row]
+            return mean_hi_ref[row], mean_lo_ref[row], m2_ref[row]
 
         def one(i, carry):
-            (shift, offset, m2), sums = carry
+            (mean_hi, mean_lo, m2), sums = carry
             following = statistics(i + 1)  # under way while this row is at work
-            r = rsqrt(how, m2)
+            r = rsqrt(job, m2)
             x, g, *g_stream = (team.arrived(ring, i) for ring in range(n))
-            xhat = lambda c: xhat_of(x(c), shift, offset, r)
+            xhat = lambda c: xhat_of(x(c), mean_hi, mean_lo, r)
             h = lambda c: g(c) * team.shared(shared, c) if given else g(c)
             hx = team.sum(0, i, [h(c) * xhat(c) for c in team.chunks]) * (1.0 / columns)
-            h_mean = team.sum(1, i, [h(c) for c in team.chunks]) * (1.0 / columns) if how.centered else 0.0
+            h_mean = team.sum(1, i, [h(c) for c in team.chunks]) * (1.0 / columns) if job.centered else 0.0
             team.fetch_after(i)
             for c in team.chunks:
                 dx = r * (h(c) - h_mean - xhat(c) * hx)
                 for other in g_stream:
                     dx = dx + other(c)
                 dx_ref[team.row(i), :, c] = dx.astype(dx_ref.dtype)
-            terms = [lambda c: g(c) * xhat(c)] * wanted[0] + [g] * wanted[1]
+            terms = [lambda c: g(c) * xhat(c)] * grad_shapes[0] + [g] * grad_shapes[1]
             sums = [
                 [total + term(c) for total, c in zip(totals, team.chunks, strict=True)]
                 for totals, term in zip(sums, terms, strict=True)
@@ -265,11 +265,11 @@ def backward(
         for sums_ref, totals in zip(sums_refs, sums, strict=True):
             _sum_over_teams(team, together, shared, totals, sums_ref)
 
-    shapes = [unvarying_result(_quartered(x).shape, x.dtype)]
-    shapes += [unvarying_result((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
+    shapes = [result_without_vma(_quartered(x).shape, x.dtype)]
+    shapes += [result_without_vma((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
     more = [plgpu.Barrier(num_arrivals=plan.teams), plgpu.SMEM((_WARPS, columns // _WARPS), jnp.float32)]
     run = _kernel(kernel, plan, arriving, 2, interpret, shapes, more)
-    dx, *sums = run(*map(_quartered, arriving), shift, offset, m2, *given)
+    dx, *sums = run(*map(_quartered, arriving), mean_hi, mean_lo, m2, *given)
     return dx.reshape(x.shape), *(s.sum(0).reshape(columns) for s in sums)
 
 

@@ -1,4 +1,4 @@
-"""The Mosaic TPU room: layer and RMS norm of rows in Pallas. Every array is read once.
+"""The Mosaic TPU backend: layer and RMS norm of rows in Pallas. Every array is read once.
 
 The norm may be that of a residual stream with x added to it: then the stream is written on the way.
 
@@ -19,15 +19,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .rows import Rows, rsqrt, settled, xhat_of
-from .varying import unvarying_result
+from .rows import Job, finalize, rsqrt, xhat_of
+from .varying import result_without_vma
 
 Array = jax.Array
 
 WIDEST = 8192  # columns: 128 such rows, arriving and leaving, fit the VMEM of v5e and newer
 _LANES = 128
 _GROUP = 16  # rows done at once: two float32 tiles, one of 16 bits
-_BLOCK = 2**20  # bytes that a block of x takes in float32, where VMEM has room for that
+_BLOCK = 2**20  # bytes that a block of x takes in float32, where VMEM has backend for that
 _COPIES = 24  # of such a block: x, g and y arriving and leaving while others are at work, and what the compiler spills
 _SMALLEST_VMEM = 16 * 2**20  # of the generations up to v4; newer ones have more
 
@@ -53,7 +53,7 @@ def _vmem() -> int:
         return _SMALLEST_VMEM
 
 
-def refusal(shape: tuple[int, int], *dtypes) -> str | None:
+def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
     """Why there is no kernel for rows of this shape and these dtypes, or None if there is."""
     rows, columns = shape
     if rows == 0 or columns % _LANES or not 0 < columns <= WIDEST:  # others would be copied, to be padded
@@ -62,8 +62,8 @@ def refusal(shape: tuple[int, int], *dtypes) -> str | None:
     return f"arrays are float32 or bfloat16: got {', '.join(wrong)}" if wrong else None
 
 
-def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = False):
-    """y of x (R, D), and the statistics shift, offset and m2 (R,) in float32. Scale and bias are (D,) in float32.
+def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = False):
+    """y of x (R, D), and the statistics mean_hi, mean_lo and m2 (R,) in float32. Scale and bias are (D,) in float32.
 
     With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
     """
@@ -86,14 +86,14 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
                 stream = (x + old[at, :].astype(jnp.float32)).astype(new.dtype)
                 new[at, :] = stream
                 x = stream.astype(jnp.float32)
-            shift, offset, m2 = _statistics(how, x)
-            y = xhat_of(x, shift, offset, rsqrt(how, m2))
-            y = y.astype(dtype).astype(jnp.float32) if how.round_first else y
+            mean_hi, mean_lo, m2 = _statistics(job, x)
+            y = xhat_of(x, mean_hi, mean_lo, rsqrt(job, m2))
+            y = y.astype(dtype).astype(jnp.float32) if job.cast_before_scale else y
             y = y if scale_ref is None else y * scale_ref[...]
             y = y if bias_ref is None else y + bias_ref[...]
             y_ref[at, :] = y.astype(dtype)
             lane = lax.broadcasted_iota(jnp.int32, (_GROUP, _LANES), 1)
-            stats[at, :] = jnp.where(lane == 0, shift, jnp.where(lane == 1, offset, m2))
+            stats[at, :] = jnp.where(lane == 0, mean_hi, jnp.where(lane == 1, mean_lo, m2))
             return ()
 
         lax.fori_loop(0, plan.rows // _GROUP, group, ())
@@ -101,13 +101,13 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
             lanes = slice(k * _LANES, (k + 1) * _LANES)
             stats_ref[:, lanes] = stats[lanes, :].T[:8]
 
-    new = [unvarying_result(x.shape, a.dtype) for a in arriving[1:]]
+    new = [result_without_vma(x.shape, a.dtype) for a in arriving[1:]]
     y, statistics, *new = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, plan.rows),),
         in_specs=[*[_block(plan, columns)] * len(arriving), *[_whole(columns)] * len(given)],
         out_specs=[_block(plan, columns), _along_lanes(plan), *[_block(plan, columns)] * len(new)],
-        out_shape=[unvarying_result(x.shape, dtype), unvarying_result((8, rows), jnp.float32), *new],
+        out_shape=[result_without_vma(x.shape, dtype), result_without_vma((8, rows), jnp.float32), *new],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.limit),
         interpret=interpret,
@@ -116,19 +116,19 @@ def forward(how: Rows, dtype, x: Array, scale, bias, residual: Array | None = No
     return y, statistics[0], statistics[1], statistics[2], *new
 
 
-def _statistics(how: Rows, x: Array) -> tuple[Array, Array, Array]:
-    """The corrected two-pass algorithm, as the XLA room has it, over the rows of a group."""
+def _statistics(job: Job, x: Array) -> tuple[Array, Array, Array]:
+    """The corrected two-pass algorithm, as the XLA backend has it, over the rows of a group."""
     over = lambda a: jnp.sum(a, axis=1, keepdims=True)
-    if not how.centered:
+    if not job.centered:
         zero = jnp.zeros((x.shape[0], 1), jnp.float32)
-        return settled(how, zero, zero, [over(jnp.square(x * unit)) for unit in how.units])
-    shift = over(x) * (1.0 / how.columns)
-    offset = over(x - shift) * (1.0 / how.columns)
-    return settled(how, shift, offset, [over(jnp.square((x - shift) * unit)) for unit in how.units])
+        return finalize(job, zero, zero, [over(jnp.square(x * prescale)) for prescale in job.prescales])
+    mean_hi = over(x) * (1.0 / job.columns)
+    mean_lo = over(x - mean_hi) * (1.0 / job.columns)
+    return finalize(job, mean_hi, mean_lo, [over(jnp.square((x - mean_hi) * prescale)) for prescale in job.prescales])
 
 
 def backward(
-    how: Rows, wanted: tuple[bool, bool], x, shift, offset, m2, scale, g, g_stream=None, interpret: Any = False
+    job: Job, grad_shapes: tuple[bool, bool], x, mean_hi, mean_lo, m2, scale, g, g_stream=None, interpret: Any = False
 ):
     """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
 
@@ -138,9 +138,9 @@ def backward(
     arriving = [x, g] if g_stream is None else [x, g, g_stream]
     n, (rows, columns) = len(arriving), x.shape
     plan = _plan(rows, columns, n - 2)
-    statistics = jnp.stack([shift, offset, m2, *[jnp.zeros_like(m2)] * 5])
+    statistics = jnp.stack([mean_hi, mean_lo, m2, *[jnp.zeros_like(m2)] * 5])
     given = [] if scale is None else [scale.reshape(1, columns)]
-    count = sum(wanted)
+    count = sum(grad_shapes)
 
     def kernel(*refs):
         (x_ref, g_ref, *stream_ref), (stats_ref, *refs) = refs[:n], refs[n:]
@@ -158,18 +158,18 @@ def backward(
 
         def group(i, sums):
             at = pl.ds(pl.multiple_of(i * _GROUP, _GROUP), _GROUP)
-            shift, offset, m2 = (stats[at, k : k + 1] for k in range(3))
-            r = rsqrt(how, m2)
+            mean_hi, mean_lo, m2 = (stats[at, k : k + 1] for k in range(3))
+            r = rsqrt(job, m2)
             g = g_ref[at, :].astype(jnp.float32)
-            xhat = xhat_of(x_ref[at, :].astype(jnp.float32), shift, offset, r)
+            xhat = xhat_of(x_ref[at, :].astype(jnp.float32), mean_hi, mean_lo, r)
             h = g if scale_ref is None else g * scale_ref[...]
             mean = lambda a: jnp.sum(a, axis=1, keepdims=True) * (1.0 / columns)
             d = h - xhat * mean(h * xhat)
-            dx = r * (d - mean(h) if how.centered else d)
+            dx = r * (d - mean(h) if job.centered else d)
             for ref in stream_ref:
                 dx = dx + ref[at, :].astype(jnp.float32)
             dx_ref[at, :] = dx.astype(dx_ref.dtype)
-            terms = [g * xhat] * wanted[0] + [g] * wanted[1]
+            terms = [g * xhat] * grad_shapes[0] + [g] * grad_shapes[1]
             if rows % plan.rows:  # what lies beyond the last row is anything
                 row = block * plan.rows + i * _GROUP + lax.broadcasted_iota(jnp.int32, (_GROUP, 1), 0)
                 terms = [jnp.where(row < rows, term, 0.0) for term in terms]
@@ -185,7 +185,7 @@ def backward(
         grid=(pl.cdiv(rows, plan.rows),),
         in_specs=[*[_block(plan, columns)] * n, _along_lanes(plan), *[_whole(columns)] * len(given)],
         out_specs=[_block(plan, columns), *[eighth] * count],
-        out_shape=[unvarying_result(x.shape, x.dtype), *[unvarying_result((8, columns), jnp.float32)] * count],
+        out_shape=[result_without_vma(x.shape, x.dtype), *[result_without_vma((8, columns), jnp.float32)] * count],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=plan.limit),
         interpret=interpret,

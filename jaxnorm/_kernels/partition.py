@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 _TARGET = "jaxnorm_partitioned"
 
 
-class Across(NamedTuple):
+class Collectives(NamedTuple):
     """How the parts of several devices come together; `names` are mesh axes."""
 
     merged: Callable  # (Statistics, names, Reduction) -> Statistics
@@ -43,25 +43,25 @@ class Across(NamedTuple):
 class _Sharded(NamedTuple):
     """What the text of a custom call stands for."""
 
-    room: Callable  # (call, names, across, *operands) -> results
+    backend: Callable  # (call, names, collectives, *operands) -> results
     platform: str
     call: Call
-    across: Across
+    collectives: Collectives
 
 
 _sharded: dict[bytes, _Sharded] = {}  # by that text. Partitioning follows lowering in one process
 
 
-def partitioned(name: str, platform: str, room: Callable, across: Across) -> Callable:
-    """The lowering of `room(call, names, across, *operands)` to a custom call that XLA partitions.
+def partitioned(name: str, platform: str, backend: Callable, collectives: Collectives) -> Callable:
+    """The lowering of `backend(call, names, collectives, *operands)` to a custom call that XLA partitions.
 
     Each operand and result is sharded like x, the first operand, along the axes where its size is not 1. `names` are
-    the mesh axes that the reduced axes are spread over, for the room to merge over. `name` tells rooms apart.
+    the mesh axes that the reduced axes are spread over, for the backend to merge over. `name` tells backends apart.
     """
 
     def lower(context, *operands, call: Call):
         text = f"{_edition()} {name} {call}"
-        _sharded[text.encode()] = _Sharded(room, platform, call, across)
+        _sharded[text.encode()] = _Sharded(backend, platform, call, collectives)
         results: Any = jax.ffi.ffi_lowering(_TARGET, api_version=2, backend_config=text)(context, *operands)
         rule = mlir.ir.Attribute.parse(_shardy_rule(context.avals_in, context.avals_out))
         results[0].owner.attributes["sdy.sharding_rule"] = rule
@@ -130,21 +130,23 @@ def _symbol(i: int) -> str:
 
 def _partitioned(shapes, shardings, result_shape, result_sharding, text: bytes):
     """The program of one device, and the shardings that its operands and results have."""
-    room, platform, call, across = _sharded[bytes(text)]
+    backend, platform, call, collectives = _sharded[bytes(text)]
     operands, results = _sizes(shapes), _sizes(_parts(result_shape))
     mesh, spec = _spread(operands[0], shardings[0])
     tiles = [math.prod(mesh.shape[name] for name in names) for names in spec]
     local = lambda shape: tuple(n if n == 1 else n // t for n, t in zip(shape, tiles, strict=True))
     names = lambda axes: tuple(name for a in axes for name in spec[a])
-    first, second = (None if s is None else local(s) for s in call.wanted)
-    here, wanted = replace(call, wanted=(first, second)), [s for s in call.wanted if s is not None]
+    first, second = (None if s is None else local(s) for s in call.grad_shapes)
+    here, grad_shapes = replace(call, grad_shapes=(first, second)), [s for s in call.grad_shapes if s is not None]
 
     @alone
     def run(*parts):
-        out = list(room(here, names(call.recipe.how.axes), across, *parts))
-        for i, shape in enumerate(wanted, len(out) - len(wanted)):  # what replicated parameters need of all devices
+        out = list(backend(here, names(call.plan.reduction.axes), collectives, *parts))
+        for i, shape in enumerate(
+            grad_shapes, len(out) - len(grad_shapes)
+        ):  # what replicated parameters need of all devices
             over = names(a for a, n in enumerate(shape) if n == 1)
-            out[i] = across.summed([out[i]], over)[0] if over else out[i]
+            out[i] = collectives.summed([out[i]], over)[0] if over else out[i]
         return tuple(out)
 
     parts = [jax.ShapeDtypeStruct(local(n), s.numpy_dtype()) for n, s in zip(operands, shapes, strict=True)]

@@ -11,17 +11,17 @@ from jax.sharding import PartitionSpec as P
 Array = jax.Array
 
 
-def varying_as(like: Array, a: Array) -> Array:
+def pvary_like(like: Array, a: Array) -> Array:
     """a, marked to vary over the manual mesh axes that `like` varies over, as shard_map wants of a tangent."""
     return _varying_over(varying(like), a)
 
 
 def tangent_like(out: Array, t: Array) -> Array:
     """A tangent with what the type of its primal says besides the shape and the dtype."""
-    return varying_as(out, with_sharding_of(out, t))
+    return pvary_like(out, with_sharding_of(out, t))
 
 
-def varying_together(*arrays: Array) -> tuple[Array, ...]:
+def pvary_all(*arrays: Array) -> tuple[Array, ...]:
     """Arrays marked to vary over all that any of them varies over."""
     over = frozenset().union(*map(varying, arrays))
     return tuple(_varying_over(over, a) for a in arrays)
@@ -33,19 +33,19 @@ def varying(a: Array) -> frozenset:
     return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", frozenset())
 
 
-def sharded_like(x: Array, a: Array) -> Array:
+def shard_like(x: Array, a: Array) -> Array:
     """a, whose axes have x's sizes or size 1, sharded as x is along the former; only types of Explicit meshes say how.
 
     Parameters, masks and gates come to x in this way. JAX resharding is linear: a gradient goes back to where a was.
     """
     sharding = jax.typeof(x).sharding
     spec = [None if n == 1 else entry for n, entry in zip(a.shape, sharding.spec, strict=True)]
-    return resharded(a, sharding.mesh, spec)
+    return reshard_to(a, sharding.mesh, spec)
 
 
 def with_sharding_of(like: Array, a: Array) -> Array:
     """a with the sharding of an array of its rank."""
-    return resharded(a, jax.typeof(like).sharding.mesh, jax.typeof(like).sharding.spec)
+    return reshard_to(a, jax.typeof(like).sharding.mesh, jax.typeof(like).sharding.spec)
 
 
 def broadcast_like(x: Array, a: Array) -> Array:
@@ -66,21 +66,21 @@ def _broadcast(a: Array, shape: tuple[int, ...], sharding: NamedSharding) -> Arr
     return jnp.broadcast_to(a, shape, **where)
 
 
-def sharded_together(x: Array, y: Array) -> tuple[Array, Array]:
+def shard_alike(x: Array, y: Array) -> tuple[Array, Array]:
     """Two arrays of one shape with the sharding of their sum; as y, where JAX has no rule for the sum."""
     first, second = jax.typeof(x).sharding, jax.typeof(y).sharding
     if first == second:
         return x, y
     each = list(zip(first.spec, second.spec, strict=True))
     spec = [b if a is None else a for a, b in each]
-    names = [name for entry in spec for name in entry_names(entry)]
+    names = [name for entry in spec for name in mesh_axes_of(entry)]
     if any(a != b and None not in (a, b) for a, b in each) or len(names) != len(set(names)):
         spec = second.spec
     mesh = first.mesh if second.mesh.empty else second.mesh
-    return resharded(x, mesh, spec), resharded(y, mesh, spec)
+    return reshard_to(x, mesh, spec), reshard_to(y, mesh, spec)
 
 
-def resharded(a: Array, mesh, spec) -> Array:
+def reshard_to(a: Array, mesh, spec) -> Array:
     """a with this sharding in its type."""
     if mesh.empty or tuple(jax.typeof(a).sharding.spec) == tuple(spec):
         return a
@@ -92,24 +92,24 @@ def is_explicit(mesh) -> bool:
     return any(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
-def entry_names(entry) -> tuple[str, ...]:
+def mesh_axes_of(entry) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def unvarying(kind):
+def without_vma(kind):
     """A type without the manual axes that it varies over, for what is lowered where those play no part."""
     if hasattr(kind, "manual_axis_type"):
         return kind.update(manual_axis_type=type(kind.manual_axis_type)())
     return kind.update(vma=frozenset()) if hasattr(kind, "vma") else kind
 
 
-def unsharded(kind):
+def without_sharding(kind):
     """A type of an Explicit mesh that says nothing of how jit spreads it: of others Pallas makes no references."""
     return kind.update(sharding=NamedSharding(kind.sharding.mesh, P(*[None] * kind.ndim)))
 
 
-def unvarying_result(shape, dtype) -> jax.ShapeDtypeStruct:
+def result_without_vma(shape, dtype) -> jax.ShapeDtypeStruct:
     """What such a kernel gives: Pallas wants it said, where shard_map checks these types."""
     if hasattr(jax.sharding, "ManualAxisType"):
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType())  # pyright: ignore

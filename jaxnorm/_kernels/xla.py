@@ -1,4 +1,4 @@
-"""The XLA room: statistics and the affine map in plain `jax.numpy`. What this file computes is what the others must.
+"""The XLA backend: statistics and the affine map in plain `jax.numpy`. What this file computes is what the others must.
 
 Legend: x is any shape; statistics keep the reduced axes with size 1, so that everything broadcasts.
 Accumulation is in `accumulator(x)`: float32, or wider where x is wider.
@@ -31,26 +31,30 @@ class Reduction:
     axes: tuple[int, ...]  # axes of x that the statistics run over, non-negative
     centered: bool = True  # False: the mean is taken as zero (RMS norm)
     one_pass: bool = False  # True: read x once, about a pilot: for columns, where passes are dear
-    unit: float = 1.0  # squares are those of unit * x; a power of two, so exact, that keeps their sum in range
-    large: float | None = None  # if one unit is not enough: the unit for values too large for `unit`; see `units`
+    prescale: float = 1.0  # squares are those of unit * x; a power of two, so exact, that keeps their sum in range
+    large_prescale: float | None = (
+        None  # if one unit is not enough: the unit for values too large for `unit`; see `units`
+    )
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
-    parts: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
+    num_shards: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
     plain: bool = False  # lax operations alone, the same on every platform, for programs that read jaxprs
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Plan:
     """Everything static about normalizing: hashable, so that equal recipes share one trace."""
 
-    how: Reduction
+    reduction: Reduction
     epsilon: float
     scale_offset: float
     dtype: Any  # of the output
-    round_before_scale: bool = False
-    room: str | None = None  # of kernels: "xla", "native", or None for the best
-    activation: Any = None  # f, a name or a function. A room of kernels never sees one: `standardize` puts it around
-    kept: bool = False  # the statistics are kept for a backward pass, and y may as well be made of the same ones
+    cast_before_scale: bool = False
+    backend: str | None = None  # of kernels: "xla", "native", or None for the best
+    activation: Any = None  # f, a name or a function. A kernel backend never sees one: `standardize` puts it around
+    for_backward: bool = (
+        False  # the statistics are kept for a backward pass, and y may as well be made of the same ones
+    )
     gate: str | None = None  # f(gate) multiplies "before" or "after" the norm; None: f is of the output
 
 
@@ -58,12 +62,12 @@ class Statistics(NamedTuple):
     """Count, mean and second moment, the mean held as an unevaluated sum so that x - mean keeps its low bits."""
 
     count: Array  # float32, broadcasts against shift: how many elements, or the sum of their weights
-    shift: Array  # mean == shift + offset, |offset| small beside the spread of x
-    offset: Array
+    mean_hi: Array  # mean == mean_hi + mean_lo, |mean_lo| small beside the spread of x
+    mean_lo: Array
     m2: Array  # real: the sum of |unit * (x - mean)|**2; with two units the square root of the sum of |x - mean|**2
 
 
-def units(epsilon: float, n: int, dtype) -> tuple[float, float | None]:
+def prescales(epsilon: float, n: int, dtype) -> tuple[float, float | None]:
     """The unit for the sum of n squares in float32, or two, for small and for large values, if no single one will do.
 
     |x| may be up to 1e30, so that |x - shift| is up to 2**100.66, and epsilon anything. The sum stays finite if
@@ -85,7 +89,7 @@ def units(epsilon: float, n: int, dtype) -> tuple[float, float | None]:
 FULL = 2.0**127  # a sum of squares up to here has not overflowed
 
 
-def known(*sizes) -> bool:
+def are_static(*sizes) -> bool:
     """Whether sizes are numbers. Under `jax.export` some may be symbols, which can be multiplied but not compared."""
     return all(isinstance(n, int) for n in sizes)
 
@@ -108,14 +112,14 @@ def is_narrow(dtype) -> bool:
     return jnp.dtype(dtype).itemsize == 1 and jnp.issubdtype(dtype, jnp.floating)
 
 
-def by_platform(how: Reduction, *args, default: Callable, **formulas: Callable):
+def by_platform(reduction: Reduction, *args, default: Callable, **formulas: Callable):
     """`lax.platform_dependent`; of a plain reduction the CPU's formula."""
-    if how.plain:
+    if reduction.plain:
         return formulas.get("cpu", default)(*args)
     return lax.platform_dependent(*args, default=default, **formulas)
 
 
-def recomputed(f: Callable, plain: bool) -> Callable:
+def recompute(f: Callable, plain: bool) -> Callable:
     """f, of which the backward pass keeps the arguments alone. `plain` leaves it to JAX what is kept."""
     return f if plain else jax.checkpoint(f, prevent_cse=False)
 
@@ -125,46 +129,48 @@ def accumulator(x: Array):
     return widest(x.dtype, jnp.float32)
 
 
-def square(z: Array) -> Array:
+def abs_squared(z: Array) -> Array:
     """|z|**2, real."""
     return lax.square(z.real) + lax.square(z.imag) if jnp.iscomplexobj(z) else lax.square(z)
 
 
-def scaled_square(a: Array, unit: float | Array) -> Array:
+def scaled_abs_squared(a: Array, prescale: float | Array) -> Array:
     """|unit * a|**2 of a few numbers. Without the maximum XLA would square a single one before it scales it."""
-    if jnp.iscomplexobj(a) or (isinstance(unit, float) and unit == 1.0):
-        return square(_times(a, unit))
-    return lax.square(jnp.maximum(jnp.abs(_times(a, unit)), 0.0))
+    if jnp.iscomplexobj(a) or (isinstance(prescale, float) and prescale == 1.0):
+        return abs_squared(_times(a, prescale))
+    return lax.square(jnp.maximum(jnp.abs(_times(a, prescale)), 0.0))
 
 
-def present(mask: Array | None, weights: Array | None) -> Array | None:
+def valid_mask(mask: Array | None, weights: Array | None) -> Array | None:
     """Where elements count at all. An element of weight zero is as absent as a masked one."""
     if weights is None:
         return mask
     return weights != 0 if mask is None else mask & (weights != 0)
 
 
-def cleaned(x: Array, keep: Array | None) -> Array:
+def finite_where_masked(x: Array, keep: Array | None) -> Array:
     """x in the accumulator's dtype, with 0 for padding: an absent element that is NaN, infinite or beyond 1e30."""
     x = x.astype(accumulator(x))
     return x if keep is None else jnp.where(_usable(x, keep), x, 0.0)
 
 
-def centered(x: Array, keep: Array | None, *mean: Array) -> Array:
+def deviation(x: Array, keep: Array | None, *weighted_mean: Array) -> Array:
     """x minus the parts of its mean in the accumulator's dtype, with such padding as a constant that equals the mean.
 
     Padding then gives the bias: nothing overflows in a loss that multiplies by the mask after it squares the output.
     """
     x = x.astype(accumulator(x))
-    minus = lambda a, *parts: functools.reduce(lambda a, b: a - b, parts, a)
+    minus = lambda a, *split_axes: functools.reduce(lambda a, b: a - b, split_axes, a)
     if keep is None:
-        return minus(x, *mean)
-    values = [lax.stop_gradient(part) for part in mean]
+        return minus(x, *weighted_mean)
+    values = [lax.stop_gradient(part) for part in weighted_mean]
     d = jnp.where(_usable(x, keep), minus(x, *values), 0.0)
-    return minus(d, *(part - value for part, value in zip(mean, values, strict=True)))  # zeros, with the derivatives
+    return minus(
+        d, *(part - value for part, value in zip(weighted_mean, values, strict=True))
+    )  # zeros, with the derivatives
 
 
-def still(x: Array, keep: Array | None, dx: Array) -> Array:
+def zero_where_padding(x: Array, keep: Array | None, dx: Array) -> Array:
     """dx, with 0 for such padding: what `centered` and `cleaned` make of it does not depend on it."""
     return dx if keep is None else jnp.where(_usable(x, keep), dx, 0.0)
 
@@ -173,77 +179,79 @@ def _usable(x: Array, keep: Array) -> Array:
     return keep | (jnp.abs(x.astype(accumulator(x))) <= 1e30)
 
 
-def count(x: Array, mask: Array | None, weights: Array | None, axes: tuple[int, ...]) -> Array:
+def count_valid(x: Array, mask: Array | None, weights: Array | None, axes: tuple[int, ...]) -> Array:
     """The number of present elements, or the sum of their weights, as float32 of broadcastable shape."""
     dtype = jnp.finfo(accumulator(x)).dtype
     ones = jnp.ones((1,) * x.ndim, dtype) if weights is None else weights.astype(dtype)
     kept = ones if mask is None else jnp.where(mask, ones, 0.0)
     total, repeats = kept.sum(axes, keepdims=True), [x.shape[a] for a in axes if kept.shape[a] == 1]
     # Symbolic sizes are multiplied as floats: as the integers that they become in a program they could overflow.
-    for n in [math.prod(repeats)] if known(*repeats) else repeats:
+    for n in [math.prod(repeats)] if are_static(*repeats) else repeats:
         total = total * n
     return total
 
 
-def statistics(x: Array, mask: Array | None, weights: Array | None, how: Reduction) -> Statistics:
+def local_statistics(x: Array, mask: Array | None, weights: Array | None, reduction: Reduction) -> Statistics:
     """The statistics of what this device holds. The formula for rows is chosen for the platform, at lowering."""
-    n = count(x, mask, weights, how.axes)
-    keep = present(mask, weights)
+    n = count_valid(x, mask, weights, reduction.axes)
+    keep = valid_mask(mask, weights)
     args = (x, keep, weights, n)
-    if not how.centered:
-        zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
-        squares = lambda unit: _total(_weight(weights, n) * square(_difference(x, keep, zero) * unit), how.axes)
-        if how.large is None:
-            return Statistics(n, zero, zero, squares(how.unit))
-        m2, unit = in_range(how, squares)
-        return Statistics(n, zero, zero, jnp.sqrt(m2) / unit)
+    if not reduction.centered:
+        zero = jnp.zeros(_reduced_shape(x, reduction.axes), accumulator(x))
+        squares = lambda prescale: _total(
+            _weight(weights, n) * abs_squared(_difference(x, keep, zero) * prescale), reduction.axes
+        )
+        if reduction.large_prescale is None:
+            return Statistics(n, zero, zero, squares(reduction.prescale))
+        m2, prescale = in_range(reduction, squares)
+        return Statistics(n, zero, zero, jnp.sqrt(m2) / prescale)
     if 0 in x.shape:
-        zero = jnp.zeros(_reduced_shape(x, how.axes), accumulator(x))
+        zero = jnp.zeros(_reduced_shape(x, reduction.axes), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
-    by = lambda formula: lambda *args: formula(*args, how)
-    if how.one_pass and keep is None and _sharded_axes(x):
-        return Statistics(n, *in_one_pass(*args, how))
-    if how.one_pass and keep is None:
-        on_gpu = by(in_one_pass_by_parts)
-        return Statistics(n, *by_platform(how, *args, cuda=on_gpu, rocm=on_gpu, default=by(in_one_pass)))
-    if how.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
-        if not _is_long(x, how.axes):
-            return Statistics(n, *two_pass(*args, how))
-        return Statistics(n, *by_platform(how, *args, cpu=by(two_pass_on_cpu), default=by(two_pass)))
-    on_gpu = by(welford if are_last(x, how.axes) else in_one_pass_by_parts)
+    by = lambda formula: lambda *args: formula(*args, reduction)
+    if reduction.one_pass and keep is None and _sharded_axes(x):
+        return Statistics(n, *one_pass(*args, reduction))
+    if reduction.one_pass and keep is None:
+        on_gpu = by(one_pass_by_parts)
+        return Statistics(n, *by_platform(reduction, *args, cuda=on_gpu, rocm=on_gpu, default=by(one_pass)))
+    if reduction.one_pass or keep is not None or _sharded_axes(x):  # Welford's is for rows, and would lose the sharding
+        if not _is_long(x, reduction.axes):
+            return Statistics(n, *two_pass(*args, reduction))
+        return Statistics(n, *by_platform(reduction, *args, cpu=by(two_pass_on_cpu), default=by(two_pass)))
+    on_gpu = by(welford if are_last(x, reduction.axes) else one_pass_by_parts)
     return Statistics(
-        n, *by_platform(how, *args, cpu=by(two_pass_on_cpu), cuda=on_gpu, rocm=on_gpu, default=by(welford))
+        n, *by_platform(reduction, *args, cpu=by(two_pass_on_cpu), cuda=on_gpu, rocm=on_gpu, default=by(welford))
     )
 
 
-def in_one_pass(x, keep, weights, n, how: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
+def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
     """`about` the mean of a sample, where x has one that will do; else in two passes."""
-    sample = _sample(x, how.axes)
+    sample = _spaced_sample(x, reduction.axes)
     if sample is None:
-        return two_pass(x, keep, weights, n, how)
-    size = None if how.large is None else jnp.max(jnp.abs(sample), how.axes, keepdims=True)
-    return about(x, keep, weights, n, sample.mean(how.axes, keepdims=True), how, total, size)
+        return two_pass(x, keep, weights, n, reduction)
+    size = None if reduction.large_prescale is None else jnp.max(jnp.abs(sample), reduction.axes, keepdims=True)
+    return shifted_moments(x, keep, weights, n, sample.mean(reduction.axes, keepdims=True), reduction, total, size)
 
 
-def in_one_pass_by_parts(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+def one_pass_by_parts(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """`in_one_pass` for a GPU, where sums by `parts` keep x - shift out of memory."""
 
     def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
-        apart = parts(a, axes)
+        apart = split_axes(a, axes)
         if not apart:
             return _total(a, axes)
         return _total(lax.optimization_barrier(_total(a, axes[len(apart) :])), apart)
 
-    return in_one_pass(x, keep, weights, n, how, by_parts)
+    return one_pass(x, keep, weights, n, reduction, by_parts)
 
 
-def parts(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+def split_axes(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
     """The first of these axes, over which to sum only after a sum over the others; none where one sum over all will do.
 
     XLA's GPU compiler writes the summands of such sums out, in float32, unless it finds enough threads' work in what
     they come to. Long sums it cuts by itself.
     """
-    if len(axes) < 2 or not known(*x.shape) or _sharded_axes(x):
+    if len(axes) < 2 or not are_static(*x.shape) or _sharded_axes(x):
         return ()
     if not 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15:
         return ()
@@ -255,8 +263,8 @@ def _total(a: Array, axes: tuple[int, ...]) -> Array:
     return a.sum(axes, keepdims=True)
 
 
-def about(
-    x, keep, weights, n, shift, how: Reduction, total: Callable | None = None, size: Array | None = None
+def shifted_moments(
+    x, keep, weights, n, shift, reduction: Reduction, total: Callable | None = None, size: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """In one pass about a `shift` near the mean: the mean as shift + offset, and the second moment.
 
@@ -268,23 +276,27 @@ def about(
     d = _difference(x, keep, shift)
     w = _weight(weights, n)
     total = total or _total
-    offset = mean(d, w, n, how.axes, total)
-    corrections = lambda unit: n * scaled_square(offset, unit)
+    offset = weighted_mean(d, w, n, reduction.axes, total)
+    corrections = lambda prescale: n * scaled_abs_squared(offset, prescale)
     # The unit taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
-    squares = lambda unit: total(w * square(_difference(x, keep, shift, unit)), how.axes)
-    m2, unit = (squares(how.unit), how.unit) if how.large is None else in_range(how, squares, size)
-    correction = corrections(unit)
+    squares = lambda prescale: total(w * abs_squared(_difference(x, keep, shift, prescale)), reduction.axes)
+    m2, prescale = (
+        (squares(reduction.prescale), reduction.prescale)
+        if reduction.large_prescale is None
+        else in_range(reduction, squares, size)
+    )
+    correction = corrections(prescale)
     m2 = m2 - correction
     constant = m2 <= 2.0**-18 * correction
     m2 = jnp.where(constant, 0.0, m2)
     return (
         jnp.where(constant, shift + offset, shift),
         jnp.where(constant, 0.0, offset),
-        m2 if how.large is None else jnp.sqrt(m2) / unit,
+        m2 if reduction.large_prescale is None else jnp.sqrt(m2) / prescale,
     )
 
 
-def in_range(how: Reduction, squares: Callable, size: Array | None = None) -> tuple[Array, Array]:
+def in_range(reduction: Reduction, squares: Callable, size: Array | None = None) -> tuple[Array, Array]:
     """`squares(unit)` in the one of two units that holds them, and that unit.
 
     A TPU sums in both units in one pass over x. On CPU each sum is a pass: the second one is skipped unless a sum in
@@ -294,51 +306,55 @@ def in_range(how: Reduction, squares: Callable, size: Array | None = None) -> tu
     """
 
     def on_cpu(*size):
-        small = squares(how.unit)
-        return in_one_unit(how, small, lax.cond(jnp.all(small <= FULL), lambda: small, lambda: squares(how.large)))
+        small = squares(reduction.prescale)
+        return pick_in_range(
+            reduction, small, lax.cond(jnp.all(small <= FULL), lambda: small, lambda: squares(reduction.large_prescale))
+        )
 
     def on_gpu(size):
-        unit = jnp.minimum(how.unit, lax.reduce_precision(2.0**-20 / size, 8, 0))
-        return squares(unit), unit
+        prescale = jnp.minimum(reduction.prescale, lax.reduce_precision(2.0**-20 / size, 8, 0))
+        return squares(prescale), prescale
 
-    both = lambda *size: in_one_unit(how, squares(how.unit), squares(how.large))
-    if size is None or how.unit > 2.0**-30:
-        return by_platform(how, cpu=on_cpu, default=both)
-    return by_platform(how, size, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=both)
+    both = lambda *size: pick_in_range(reduction, squares(reduction.prescale), squares(reduction.large_prescale))
+    if size is None or reduction.prescale > 2.0**-30:
+        return by_platform(reduction, cpu=on_cpu, default=both)
+    return by_platform(reduction, size, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=both)
 
 
-def in_one_unit(how: Reduction, small: Array, large: Array) -> tuple[Array, Array]:
+def pick_in_range(reduction: Reduction, small: Array, large: Array) -> tuple[Array, Array]:
     """The same of sums of squares in the small and in the large unit."""
-    assert how.large is not None
+    assert reduction.large_prescale is not None
     fits = small <= FULL  # False also for NaN
-    return jnp.where(fits, small, large), jnp.where(fits, how.unit, how.large)
+    return jnp.where(fits, small, large), jnp.where(fits, reduction.prescale, reduction.large_prescale)
 
 
-def two_pass(x, keep, weights, n, how: Reduction, rough: Array | None = None) -> tuple[Array, Array, Array]:
+def two_pass(x, keep, weights, n, reduction: Reduction, rough: Array | None = None) -> tuple[Array, Array, Array]:
     """The corrected two-pass algorithm: the mean, then everything about it, the rounding error of that mean included.
 
     Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7. The first sum is about a
     `rough` mean, if there is one.
     """
-    shift = mean(_difference(x, keep, rough), _weight(weights, n), n, how.axes)
+    shift = weighted_mean(_difference(x, keep, rough), _weight(weights, n), n, reduction.axes)
     if keep is not None or weights is not None:
         # XLA makes a product of the division by n, and contracts it with the subtraction in x - shift. That shift is
         # not rounded, so it is not the one returned. XLA keeps this rounding.
         shift = _rounded(shift)
     shift = shift if rough is None else rough + shift
     size = None
-    if how.large is not None:
-        first = _first(_difference(x, keep, None), how.axes)
+    if reduction.large_prescale is not None:
+        first = _first(_difference(x, keep, None), reduction.axes)
         size = jnp.maximum(jnp.abs(shift), jnp.abs(first))
-    return about(x, keep, weights, n, shift, how, size=size)
+    return shifted_moments(x, keep, weights, n, shift, reduction, size=size)
 
 
-def two_pass_on_cpu(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+def two_pass_on_cpu(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """`two_pass`, long sums about a rough mean: XLA for CPU may add them up in one chain.
 
     At a mean of many deviations that would drift by many of them.
     """
-    return two_pass(x, keep, weights, n, how, _rough_mean(x, keep, how.axes) if _is_long(x, how.axes) else None)
+    return two_pass(
+        x, keep, weights, n, reduction, _rough_mean(x, keep, reduction.axes) if _is_long(x, reduction.axes) else None
+    )
 
 
 def _is_long(x: Array, axes: tuple[int, ...]) -> bool:
@@ -353,21 +369,25 @@ def _rounded(a: Array) -> Array:
     return lax.complex(shorter(a.real), shorter(a.imag)) if jnp.iscomplexobj(a) else shorter(a)
 
 
-def mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Callable | None = None) -> Array:
+def weighted_mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Callable | None = None) -> Array:
     """sum(w x) / n over axes, and 0 where n is 0."""
-    return (total or _total)(w.astype(x.dtype) * x, axes) / safe(n).astype(x.dtype)
+    return (total or _total)(w.astype(x.dtype) * x, axes) / nonzero_divisor(n).astype(x.dtype)
 
 
-def safe(n: Array) -> Array:
+def nonzero_divisor(n: Array) -> Array:
     """n, but 1 where it is 0: a divisor for sums that are 0 there."""
     return jnp.where(n == 0, 1.0, n)
 
 
-def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
+def welford(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """One read of x: a reduction over (count, mean, m2) by the pairwise update, about the first element of each row."""
-    first = _first(x, how.axes).astype(accumulator(x))
-    units = [how.unit] if how.large is None else [how.unit, how.large]
-    z = [_difference(x, keep, first, unit) for unit in units]  # not in `combine`: XLA would square before it scales
+    first = _first(x, reduction.axes).astype(accumulator(x))
+    prescales = (
+        [reduction.prescale] if reduction.large_prescale is None else [reduction.prescale, reduction.large_prescale]
+    )
+    z = [
+        _difference(x, keep, first, prescale) for prescale in prescales
+    ]  # not in `combine`: XLA would square before it scales
     w = jnp.broadcast_to(_weight(weights, n), x.shape)
 
     def combine(a, b):
@@ -378,7 +398,7 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
         out = [total]
         for mean_a, m2_a, mean_b, m2_b in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):  # in each unit
             gap = mean_b - mean_a
-            out += [mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + square(gap) * (n_a * part)]
+            out += [mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + abs_squared(gap) * (n_a * part)]
         return tuple(out)
 
     zero = np.zeros((), n.dtype)
@@ -386,13 +406,13 @@ def welford(x, keep, weights, n, how: Reduction) -> tuple[Array, Array, Array]:
     for a in z:
         operands += [a, jnp.zeros_like(w)]
         start += [np.zeros((), a.dtype), zero]
-    _, *sums = lax.reduce(tuple(operands), tuple(start), combine, how.axes)
-    offset, m2, *of_large = (lax.expand_dims(a, how.axes) for a in sums)
-    if how.large is None:
-        return first, offset / how.unit, m2
+    _, *sums = lax.reduce(tuple(operands), tuple(start), combine, reduction.axes)
+    offset, m2, *of_large = (lax.expand_dims(a, reduction.axes) for a in sums)
+    if reduction.large_prescale is None:
+        return first, offset / reduction.prescale, m2
     offset = jnp.where(m2 <= FULL, offset, of_large[0])
-    m2, unit = in_one_unit(how, m2, of_large[1])
-    return first, offset / unit.astype(offset.dtype), jnp.sqrt(m2) / unit
+    m2, prescale = pick_in_range(reduction, m2, of_large[1])
+    return first, offset / prescale.astype(offset.dtype), jnp.sqrt(m2) / prescale
 
 
 def _first(x: Array, axes: tuple[int, ...]) -> Array:
@@ -402,60 +422,69 @@ def _first(x: Array, axes: tuple[int, ...]) -> Array:
     return x
 
 
-def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, how: Reduction):
+def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, reduction: Reduction):
     """The statistics that y is made of: those kept for the backward pass but for rows on a GPU.
 
     There `in_kernel` lets XLA make one kernel of them and y, which reads x once: 2 passes at inference, not 3. Where
     statistics are kept as well, those two sets would cost a pass more than one for both.
     """
-    if weights is not None or mask is not None or not _is_row(x, how) or not (how.centered or how.large):
+    if (
+        weights is not None
+        or mask is not None
+        or not _is_row(x, reduction)
+        or not (reduction.centered or reduction.large_prescale)
+    ):
         return stats
-    alone = lambda x, n, *stats: in_kernel(x, n, how)
+    alone = lambda x, n, *stats: fused_two_pass(x, n, reduction)
     kept = lambda x, n, *stats: stats
-    return Statistics(stats.count, *by_platform(how, x, *stats, cuda=alone, rocm=alone, default=kept))
+    return Statistics(stats.count, *by_platform(reduction, x, *stats, cuda=alone, rocm=alone, default=kept))
 
 
-def _is_row(x: Array, how: Reduction) -> bool:
+def _is_row(x: Array, reduction: Reduction) -> bool:
     """Whether XLA's GPU compiler may hold the reduced axes in one block of threads: they are the last, and not long."""
-    size = math.prod(x.shape[a] for a in how.axes)
-    mine = how.axis_name is None and not how.one_pass and not _sharded_axes(x)
-    mine = mine and are_last(x, how.axes) and not jnp.iscomplexobj(x)
-    return mine and known(size) and 0 < size <= _LONGEST_ROW and 0 not in x.shape
+    size = math.prod(x.shape[a] for a in reduction.axes)
+    mine = reduction.axis_name is None and not reduction.one_pass and not _sharded_axes(x)
+    mine = mine and are_last(x, reduction.axes) and not jnp.iscomplexobj(x)
+    return mine and are_static(size) and 0 < size <= _LONGEST_ROW and 0 not in x.shape
 
 
 def are_last(x: Array, axes: tuple[int, ...]) -> bool:
     return axes == tuple(range(x.ndim - len(axes), x.ndim))
 
 
-def in_kernel(x, n, how: Reduction) -> tuple[Array, Array, Array]:
+def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """`two_pass` for one kernel of XLA's on a GPU: of a constant row, whose m2 is rounding noise, m2 becomes huge.
 
     So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `about` has, would have XLA cut the kernel in three.
     """
     x = x.astype(accumulator(x))
-    over = lambda a: a.sum(how.axes, keepdims=True)
-    shift = over(x) / n if how.centered else over(x) * 0.0  # if no sum comes before the two others, XLA makes 3 kernels
+    over = lambda a: a.sum(reduction.axes, keepdims=True)
+    shift = (
+        over(x) / n if reduction.centered else over(x) * 0.0
+    )  # if no sum comes before the two others, XLA makes 3 kernels
     d = x - shift
-    if not how.centered:
-        assert how.large is not None  # `statistics_of_output`
-        small, large = over(square(d * how.unit)), over(square(d * how.large))
-        root = jnp.maximum(jnp.sqrt(jnp.minimum(small, FULL)) / how.unit, jnp.sqrt(large) / how.large)
+    if not reduction.centered:
+        assert reduction.large_prescale is not None  # `statistics_of_output`
+        small, large = over(abs_squared(d * reduction.prescale)), over(abs_squared(d * reduction.large_prescale))
+        root = jnp.maximum(
+            jnp.sqrt(jnp.minimum(small, FULL)) / reduction.prescale, jnp.sqrt(large) / reduction.large_prescale
+        )
         return shift, jnp.zeros_like(shift), root
     offset = over(d) / n
-    terms = lambda unit: (over(square(d * unit)), n * scaled_square(offset, unit))
-    if how.large is None:
-        squares, correction = terms(how.unit)
+    terms = lambda prescale: (over(abs_squared(d * prescale)), n * scaled_abs_squared(offset, prescale))
+    if reduction.large_prescale is None:
+        squares, correction = terms(reduction.prescale)
         m2 = squares - correction
         constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
         return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
     # In both units, the small one's terms held below overflow. Then the larger root of the two is the right one, and x
     # is constant if neither unit finds otherwise: a unit in which the terms are out of range does not.
-    small, large = ([jnp.minimum(a, FULL) for a in terms(how.unit)], terms(how.large))
+    small, large = ([jnp.minimum(a, FULL) for a in terms(reduction.prescale)], terms(reduction.large_prescale))
     root, constant = 0.0, 1.0
-    for unit, (squares, correction) in ((how.unit, small), (how.large, large)):
+    for prescale, (squares, correction) in ((reduction.prescale, small), (reduction.large_prescale, large)):
         m2 = squares - correction
         constant *= jnp.minimum(jnp.maximum(2.0**-18 * correction - m2 + 2.0**-126, 0.0) * 2.0**126, 1.0)
-        root = jnp.maximum(jnp.sqrt(jnp.maximum(m2, 0.0)) / unit, root)
+        root = jnp.maximum(jnp.sqrt(jnp.maximum(m2, 0.0)) / prescale, root)
     return shift, offset, root + constant * 2.0**126
 
 
@@ -468,26 +497,26 @@ def _weight(weights: Array | None, n: Array) -> Array:
     return jnp.ones((1,) * n.ndim, n.dtype) if weights is None else weights.astype(n.dtype)
 
 
-def _difference(x: Array, keep: Array | None, shift: Array | None, unit: float | Array = 1.0) -> Array:
+def _difference(x: Array, keep: Array | None, shift: Array | None, prescale: float | Array = 1.0) -> Array:
     """unit * (x - shift) in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
-    scaled = lambda a: a if isinstance(unit, float) and unit == 1.0 else _times(a, unit)
+    scaled = lambda a: a if isinstance(prescale, float) and prescale == 1.0 else _times(a, prescale)
     x = scaled(x.astype(accumulator(x)))
     d = x if shift is None else x - scaled(shift)
     return d if keep is None else jnp.where(keep, d, 0.0)
 
 
-def _times(a: Array, unit: float | Array) -> Array:
-    return a * (unit.astype(a.dtype) if isinstance(unit, jax.Array) else unit)
+def _times(a: Array, prescale: float | Array) -> Array:
+    return a * (prescale.astype(a.dtype) if isinstance(prescale, jax.Array) else prescale)
 
 
-def _sample(x: Array, axes: tuple[int, ...]) -> Array | None:
+def _spaced_sample(x: Array, axes: tuple[int, ...]) -> Array | None:
     """Some 64 elements of each column, evenly spaced: the differences to their mean lose nothing when squared.
 
     Taken by splitting axes, not by slicing them, so that of a sharded axis every device samples its own part. None
     where sizes without divisors leave so few elements that a single outlier among them could spoil the sums, and where
     sizes are unknown.
     """
-    if not known(*(x.shape[a] for a in axes)):
+    if not are_static(*(x.shape[a] for a in axes)):
         return None
     sharded, taken, block = _sharded_axes(x), 1, x
     for a in axes:
@@ -504,12 +533,12 @@ def _sample(x: Array, axes: tuple[int, ...]) -> Array | None:
 def _rough_mean(x: Array, keep: Array | None, axes: tuple[int, ...]) -> Array | None:
     """The mean of the sample's present elements, 0 where there are none; None where there is no sample."""
     sharded = _sharded_axes(x) or (keep is not None and _sharded_axes(keep))  # their samples might not agree
-    sample = None if sharded else _sample(x, axes)
+    sample = None if sharded else _spaced_sample(x, axes)
     if sample is None or keep is None:
         return None if sample is None else sample.mean(axes, keepdims=True)
-    kept = _sample(jnp.broadcast_to(keep, x.shape), axes)
+    kept = _spaced_sample(jnp.broadcast_to(keep, x.shape), axes)
     assert kept is not None
-    return mean(jnp.where(kept > 0, sample, 0.0), kept, kept.sum(axes, keepdims=True), axes)
+    return weighted_mean(jnp.where(kept > 0, sample, 0.0), kept, kept.sum(axes, keepdims=True), axes)
 
 
 def _sharded_axes(x: Array) -> list[int]:
@@ -517,7 +546,7 @@ def _sharded_axes(x: Array) -> list[int]:
     return [a for a, name in enumerate(jax.typeof(x).sharding.spec) if name is not None]
 
 
-def largest(x: Array, keep: Array, axes: tuple[int, ...]) -> Array:
+def max_or_zero(x: Array, keep: Array, axes: tuple[int, ...]) -> Array:
     """The largest present value over `axes`, kept as size 1; 0 where there is none. Of complex values, by part."""
 
     def real(a):

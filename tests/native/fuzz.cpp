@@ -107,7 +107,7 @@ const Format& format(Type type) {
   return formats[int(type)];
 }
 
-// Half a unit in the last place of 1; the smallest normal number; the largest finite one.
+// Half a prescale in the last place of 1; the smallest normal number; the largest finite one.
 double roundoff(Type t) { return std::ldexp(1.0, -format(t).digits); }
 double smallest(Type t) { return std::ldexp(1.0, format(t).low); }
 double largest(Type t) { return std::ldexp(2 - 2 * roundoff(t), format(t).high); }
@@ -294,8 +294,8 @@ struct Failure { std::string what; };
 struct Case {
   View view{};
   Type x_type{}, y_type{}, a_type{};
-  bool centered{}, round_first{}, stream{}, flush{}, outliers{};
-  double epsilon{}, unit{}, devices{};  // devices: as many times what this one has is counted, in what is split
+  bool centered{}, cast_before_scale{}, nontemporal{}, flush{}, outliers{};
+  double epsilon{}, prescale{}, devices{};  // devices: as many times what this one has is counted, in what is split
   std::string values;                   // what x is made of
   Buffer x, g, scale, bias;             // a parameter that is absent has no elements
   std::vector<bool> spoilt;             // statistics with NaN or infinity among their elements
@@ -347,11 +347,11 @@ Case random_case(Random& random) {
   c.view = random_view(random);
   std::tie(c.x_type, c.y_type) = pairs[random.below(8)];
   c.a_type = c.x_type == Type::f64 ? Type::f64 : Type::f32;
-  c.centered = !random.one_in(3), c.round_first = random.one_in(3), c.stream = random.coin(), c.flush = random.coin();
+  c.centered = !random.one_in(3), c.cast_before_scale = random.one_in(3), c.nontemporal = random.coin(), c.flush = random.coin();
   c.epsilon = random.of({1e-6, 1e-6, 1e-12, 1e-30, 0.0, 0.0});
-  const bool whole = random.one_in(4);  // the unit is 1, and squares of large values overflow
+  const bool whole = random.one_in(4);  // the prescale is 1, and squares of large values overflow
   const bool root = c.epsilon < 1e-6 || random.one_in(4);  // m2 is a root, and no squares of floats do
-  c.unit = whole ? 1 : root ? 0 : 0x1p-40, c.devices = random.of({1.0, 3.0});
+  c.prescale = whole ? 1 : root ? 0 : 0x1p-40, c.devices = random.of({1.0, 3.0});
   c.outliers = random.one_in(6);
 
   struct Values { double mean, deviation; };
@@ -359,7 +359,7 @@ Case random_case(Random& random) {
   if (c.x_type == Type::f16) menu.insert(menu.end(), {{1e3, 1}, {0, 1e-6}, {0, 1e4}, {-3e4, 0}});
   else menu.insert(menu.end(), {{1e4, 1}, {1e4, 1e-3}, {0, 1e-30}, {-1e4, 0}});
   if (c.x_type != Type::f16 && !whole) menu.insert(menu.end(), {{0, 1e20}, {1e20, 1e18}, {-1e20, 0}});
-  if (c.x_type != Type::f16 && c.unit == 0)
+  if (c.x_type != Type::f16 && c.prescale == 0)
     menu.insert(menu.end(), {{0, 1e-30}, {1e-30, 1e-32}, {0, 1e-20}, {1e30, 1e28}, {0, 1e30}, {-1e30, 0}, {1e-30, 0}});
   const View& v = c.view;
   const bool alike = random.coin();  // else each statistic has values of its own magnitude
@@ -407,21 +407,21 @@ std::string described(const Case& c) {
   for (int64_t size : {v.B, v.N, v.S, v.G, v.D}) out << size << ", ";
   out << v.P << "), " << format(c.x_type).name << " to " << format(c.y_type).name;
   const std::pair<bool, const char*> options[] = {
-      {c.centered, "centered"},    {c.round_first, "round_first"}, {c.scale.count() > 0, "scale"},
-      {c.bias.count() > 0, "bias"}, {c.stream, "stream"},           {c.flush, "denormals flushed"},
+      {c.centered, "centered"},    {c.cast_before_scale, "cast_before_scale"}, {c.scale.count() > 0, "scale"},
+      {c.bias.count() > 0, "bias"}, {c.nontemporal, "nontemporal"},           {c.flush, "denormals flushed"},
       {c.outliers, "outliers first"}};
   for (const auto& [on, name] : options)
     if (on) out << ", " << name;
-  out << ", epsilon " << c.epsilon << ", unit " << c.unit << ", devices " << c.devices << ", x: " << c.values << "\n";
+  out << ", epsilon " << c.epsilon << ", prescale " << c.prescale << ", devices " << c.devices << ", x: " << c.values << "\n";
   return out.str();
 }
 
 // --- what the kernels give -------------------------------------------------------------------------------------------
 
-enum Output { y, shift, offset, m2, shift_alone, offset_alone, m2_alone, y_given, dx, dscale, dbias, h, hx, dscale_part,
+enum Output { y, mean_hi, mean_lo, m2, shift_alone, offset_alone, m2_alone, y_given, dx, dscale, dbias, h, hx, dscale_part,
               dbias_part, dx_given, outputs };
 const char* const output_names[] = {
-    "y of forward", "shift of forward", "offset of forward", "m2 of forward", "shift of moments", "offset of moments",
+    "y of forward", "mean_hi of forward", "mean_lo of forward", "m2 of forward", "mean_hi of moments", "mean_lo of moments",
     "m2 of moments", "y of normalize", "dx of backward", "dscale of backward", "dbias of backward",
     "h of gradient_sums", "hx of gradient_sums", "dscale of gradient_sums", "dbias of gradient_sums", "dx of gradient"};
 
@@ -438,13 +438,13 @@ std::vector<Buffer> results(const Case& c, const Kernels<A>& kernels, const Thre
     out[i] = Buffer(type, size, Buffer::any(random));
   }
   Job job;
-  job.view = v, job.count = double(v.count()), job.epsilon = c.epsilon, job.unit = c.unit;
-  job.centered = c.centered, job.round_first = c.round_first, job.stream = c.stream;
+  job.view = v, job.count = double(v.count()), job.epsilon = c.epsilon, job.prescale = c.prescale;
+  job.centered = c.centered, job.cast_before_scale = c.cast_before_scale, job.nontemporal = c.nontemporal;
   job.x = c.x.data(), job.g = c.g.data();
   job.scale = c.scale.count() ? c.scale.data() : nullptr, job.bias = c.bias.count() ? c.bias.data() : nullptr;
   const auto with = [&](Output into, const Buffer& s, const Buffer& o, const Buffer& m) {
     Job one = job;
-    one.out = out[into].data(), one.shift = s.data(), one.offset = o.data(), one.m2 = m.data();
+    one.out = out[into].data(), one.mean_hi = s.data(), one.mean_lo = o.data(), one.m2 = m.data();
     return one;
   };
   const auto many = [&](const Buffer& a, bool root = false) {  // the sum over as many devices that have the same
@@ -453,16 +453,16 @@ std::vector<Buffer> results(const Case& c, const Kernels<A>& kernels, const Thre
     return sum;
   };
   const Flush flushed(c.flush);
-  Norm<A>(with(y, out[shift], out[offset], out[m2]), kernels, threads).forward();
+  Norm<A>(with(y, out[mean_hi], out[mean_lo], out[m2]), kernels, threads).forward();
   Job alone = with(y, out[shift_alone], out[offset_alone], out[m2_alone]);
   alone.out = nullptr;
   Norm<A>(alone, kernels, threads).moments();
-  const Buffer all_m2 = many(out[m2_alone], c.unit == 0);
+  const Buffer all_m2 = many(out[m2_alone], c.prescale == 0);
   Job given = with(y_given, out[shift_alone], out[offset_alone], all_m2);
   given.count *= c.devices;
   Norm<A>(given, kernels, threads).normalize();
 
-  Job back = with(dx, out[shift], out[offset], out[m2]);
+  Job back = with(dx, out[mean_hi], out[mean_lo], out[m2]);
   back.bias = nullptr;
   Norm<A>(back, kernels, threads).backward(out[dscale].data<A>(), out[dbias].data<A>());
   given.out = nullptr, given.bias = nullptr;
@@ -496,7 +496,7 @@ Real rounding(Type a, Real n, bool alike = false) {
   return roundoff(a) * (8 + (!alike ? std::sqrt(n) : a == Type::f64 ? n : n / 8));
 }
 
-// Plainly by the definition. The errors allowed are in units of xhat, whatever the magnitude and the mean of x.
+// Plainly by the definition. The errors allowed are in prescales of xhat, whatever the magnitude and the mean of x.
 Truth truth(const Case& c) {
   const View& v = c.view;
   const int64_t groups = v.statistics(), columns = v.parameters(), n = v.count();
@@ -514,17 +514,17 @@ Truth truth(const Case& c) {
   }
   Truth t{Bounds(v.size()), Bounds(v.size()), Bounds(groups), Bounds(groups), Bounds(groups), Bounds(groups),
           Bounds(columns), Bounds(columns), mean};
-  // Where the squares, in their unit, are no longer normal numbers beside epsilon, only NaN is wrong.
+  // Where the squares, in their prescale, are no longer normal numbers beside epsilon, only NaN is wrong.
   std::vector<bool> lost(groups), spoilt = c.spoilt;
   for (int64_t s = 0; s < groups; ++s) {
-    const Real unit = c.unit == 0 ? 1 : c.unit * c.unit, total = var[s] + c.epsilon;
+    const Real prescale = c.prescale == 0 ? 1 : c.prescale * c.prescale, total = var[s] + c.epsilon;
     r[s] = n && total > 0 ? 1 / std::sqrt(total) : 0;
     if (r[s] > largest(c.a_type) / 2) spoilt[s] = true;  // infinite, as it may be for denormals alone
-    // Squares of few different values, or all about a shift that the outliers took far away.
+    // Squares of few different values, or all about a mean_hi that the outliers took far away.
     const bool alike = format(c.x_type).size == 2 || c.outliers || fourth[s] < 1.0001L * var[s] * var[s] ||
                        std::sqrt(var[s]) < 256 * roundoff(c.x_type) * std::fabs(mean[s]);
-    // What is flushed to 0: squares in the unit; or, where any unit will do, differences.
-    const Real flushed = c.unit == 0 ? 4 * tiny / std::sqrt(total) : tiny / (total * unit);
+    // What is flushed to 0: squares in the prescale; or, where any prescale will do, differences.
+    const Real flushed = c.prescale == 0 ? 4 * tiny / std::sqrt(total) : tiny / (total * prescale);
     error[s] = rounding(c.a_type, Real(n), alike) + (total > 0 ? flushed : 0);
     lost[s] = error[s] > 1e-2 || spoilt[s];
     if (spoilt[s]) t.rest.free(s), t.m2.free(s);
@@ -532,8 +532,8 @@ Truth truth(const Case& c) {
     else {
       t.rest.set(s, rest[s], r[s] > 0 ? error[s] / r[s] + tiny : 4 * roundoff(c.a_type) * std::fabs(mean[s]) + tiny);
       // A difference of terms that may be five times as large.
-      const Real wrong = 4 * n * unit * error[s] * total + (c.unit == 0 ? 0 : n * tiny), value = n * var[s] * unit;
-      if (c.unit != 0) t.m2.set(s, value, wrong);
+      const Real wrong = 4 * n * prescale * error[s] * total + (c.prescale == 0 ? 0 : n * tiny), value = n * var[s] * prescale;
+      if (c.prescale != 0) t.m2.set(s, value, wrong);
       else t.m2.low[s] = double(std::sqrt(std::max(value - wrong, Real(0)))), t.m2.high[s] = double(std::sqrt(value + wrong));
     }
   }
@@ -570,7 +570,7 @@ Truth truth(const Case& c) {
     else if (unsure[k]) t.dscale.some(k);
   }
 
-  const bool halves = c.round_first && format(c.y_type).size == 2;
+  const bool halves = c.cast_before_scale && format(c.y_type).size == 2;
   const auto last = [&](Type type, Real value, Real inexact) {  // the rounding of the result, also of a denormal one
     const double denormal = type == Type::f16 ? 0x1p-25 : smallest(type);
     return inexact + roundoff(type) * (std::fabs(value) + inexact) * (type == c.a_type ? 4 : 1.001) + denormal;
@@ -624,12 +624,12 @@ void compare(const Case& c, const Truth& t, const std::vector<Buffer>& out) {
   const auto mean = [&](Output s, Output o, const char* what) {
     compare(t.rest, [&](int64_t i) { return double(out[s][i] - t.mean[i] + out[o][i]); }, Type::f64, what);
   };
-  mean(shift, offset, "mean of forward"), check(t.m2, m2);
+  mean(mean_hi, mean_lo, "mean of forward"), check(t.m2, m2);
   mean(shift_alone, offset_alone, "mean of moments"), check(t.m2, m2_alone);
   check(t.y, y), check(t.y, y_given), check(t.dx, dx), check(t.dx, dx_given), check(t.h, h), check(t.hx, hx);
   check(t.dscale, dscale), check(t.dscale, dscale_part), check(t.dbias, dbias), check(t.dbias, dbias_part);
   if (c.view.count() == 0)  // and the mean of nothing is exactly 0
-    for (Output o : {shift, offset, m2, shift_alone, offset_alone, m2_alone})
+    for (Output o : {mean_hi, mean_lo, m2, shift_alone, offset_alone, m2_alone})
       for (int64_t i = 0; i < out[o].count(); ++i)
         if (out[o][i] != 0) throw Failure{std::string(output_names[o]) + " of nothing is not 0"};
 }
@@ -726,7 +726,7 @@ void check_halves(const InstructionSet& set) {
     const auto buffer = [&](Type type, int64_t size) { return Buffer(type, size, Buffer::before_guard); };
     Buffer x = buffer(Type::f32, n), bias = buffer(Type::f32, n), g = buffer(half, n), y = buffer(half, n);
     const Buffer dx = buffer(Type::f32, n), dscale = buffer(Type::f32, n), dbias = buffer(Type::f32, n);
-    const Buffer shift = buffer(Type::f32, 1), offset = buffer(Type::f32, 1), m2 = buffer(Type::f32, 1);
+    const Buffer mean_hi = buffer(Type::f32, 1), mean_lo = buffer(Type::f32, 1), m2 = buffer(Type::f32, 1);
     for (int64_t i = 0; i < n; ++i) {
       const uint16_t bits = uint16_t(i / 4);
       const double value = of_half(half, bits), size = std::fabs(value), end = std::ldexp(1, format(half).high + 1);
@@ -737,7 +737,7 @@ void check_halves(const InstructionSet& set) {
     }
     Job job;
     job.view = {1, 1, 1, 1, n, 1}, job.count = n, job.epsilon = 1, job.centered = false;
-    job.x = x.data(), job.g = g.data(), job.shift = shift.data(), job.offset = offset.data(), job.m2 = m2.data();
+    job.x = x.data(), job.g = g.data(), job.mean_hi = mean_hi.data(), job.mean_lo = mean_lo.data(), job.m2 = m2.data();
     job.bias = bias.data(), job.out = y.data();
     const Kernels<float>& kernels = *set.of_float(Type::f32, half);
     Norm<float>(job, kernels, Threads::none()).forward();

@@ -32,7 +32,7 @@ def main() -> int:
     from . import devices, run
     from .case import drawn
 
-    cpu.pays = lambda view, dtype: True  # kernels wherever there are some, however small x is
+    cpu.is_profitable = lambda view, dtype: True  # kernels wherever there are some, however small x is
     failed, last = 0, None
     for index in range(args.start, args.start + args.cases):
         if args.devices:

@@ -1,4 +1,4 @@
-"""The CPU room: C++ kernels that XLA calls inside a compiled program, on its own threads.
+"""The CPU backend: C++ kernels that XLA calls inside a compiled program, on its own threads.
 
 This file loads the library, sees a norm as the shape that its kernels know (`View`), and calls them. It knows nothing
 of derivatives, which are the seam's. Legend: (B, N, S, G, D, P) as in view.h; x is of any shape that has such a view.
@@ -22,7 +22,7 @@ import numpy as np
 from jaxlib import xla_client
 
 from ..._install import reinstall
-from ..xla import Reduction, accumulator, known
+from ..xla import Reduction, accumulator, are_static
 
 Array = jax.Array
 
@@ -151,7 +151,7 @@ def view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[in
     >>> view_of((8, 7, 7, 64), (0, 1, 2), frozenset({3})).sizes     # batch norm, channels last
     (1, 1, 392, 64, 1, 1)
     """
-    if not known(*shape):
+    if not are_static(*shape):
         return None
     runs: list[tuple[bool, bool, list[int]]] = []  # neighbouring axes of one kind, those of size 1 left out
     for axis, size in enumerate(shape):
@@ -186,20 +186,20 @@ def view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[in
     return View(tuple(sizes), tuple(parameters))
 
 
-# --- what the room takes ---------------------------------------------------------------------------------------------
+# --- what the kernels take --------------------------------------------------------------------------------------------
 
 _HALVES = ("float16", "bfloat16")
 _PAIRS = {(t, t) for t in (*_HALVES, "float32", "float64")}
 _PAIRS |= {pair for half in _HALVES for pair in ((half, "float32"), ("float32", half))}
 
 
-def refusal(x: Array, how: Reduction, dtype, varying: frozenset[int]) -> str | None:
+def unsupported_reason(x: Array, reduction: Reduction, dtype, varying: frozenset[int]) -> str | None:
     """Why there is no kernel for this x, reduced so, with parameters along the axes `varying`; None if there is."""
     pair = (x.dtype.name, jnp.dtype(dtype).name)
     if pair not in _PAIRS:
         return f"there is no kernel from {pair[0]} to {pair[1]}"
-    if view_of(x.shape, how.axes, varying) is None:
-        return f"no kernel reduces axes {how.axes} of {x.shape} with such parameters without transposing"
+    if view_of(x.shape, reduction.axes, varying) is None:
+        return f"no kernel reduces axes {reduction.axes} of {x.shape} with such parameters without transposing"
     return None
 
 
@@ -208,7 +208,7 @@ def refusal(x: Array, how: Reduction, dtype, varying: frozenset[int]) -> str | N
 SMALLEST, SMALLEST_SLAB = 512, 1024
 
 
-def pays(view: View, dtype) -> bool:
+def is_profitable(view: View, dtype) -> bool:
     """Whether the kernels beat XLA for this shape and dtype: the rule of the default."""
     size, (B, N, S, *_) = math.prod(view.sizes), view.sizes
     few_parameters = B == 1 or 4 * math.prod(view.parameters) <= size
@@ -224,14 +224,15 @@ class Static(NamedTuple):
     view: View
     count: float  # the elements of one statistic, on all devices
     epsilon: float
-    unit: float
+    prescale: float
     centered: bool
-    round_first: bool = False
+    cast_before_scale: bool = False
 
     def attributes(self):
         return dict(
             view=np.array(self.view.sizes, np.int64), count=np.float64(self.count), epsilon=np.float64(self.epsilon),
-            unit=np.float64(self.unit), centered=np.bool_(self.centered), round_first=np.bool_(self.round_first),
+            prescale=np.float64(self.prescale), centered=np.bool_(self.centered),
+            cast_before_scale=np.bool_(self.cast_before_scale),
         )  # fmt: skip
 
 
@@ -261,14 +262,14 @@ def _gradient(x: Array, static: Static) -> tuple:
 
 
 def forward(static: Static, axes, dtype, x, scale, bias) -> tuple[Array, ...]:
-    """y, and shift, offset and m2 of x's rank."""
+    """y, and mean_hi, mean_lo and m2 of x's rank."""
     parameters = (_parameter(p, x, static.view) for p in (scale, bias))
     return _call("forward", static, [(x.shape, dtype), *[_statistics(x, axes)] * 3], x, *parameters)
 
 
-def backward(static: Static, x, shift, offset, m2, scale, g) -> tuple[Array, ...]:
+def backward(static: Static, x, mean_hi, mean_lo, m2, scale, g) -> tuple[Array, ...]:
     """dx, and the gradients of scale and bias for every (b, g, d), of x's rank."""
-    args = (x, g, shift, offset, m2, _parameter(scale, x, static.view))
+    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view))
     return _call("backward", static, [(x.shape, x.dtype), *[_gradient(x, static)] * 2], *args)
 
 
@@ -279,18 +280,18 @@ def moments(static: Static, axes, x) -> tuple[Array, ...]:
     return _call("moments", static, [_statistics(x, axes)] * 3, x)
 
 
-def normalize(static: Static, dtype, x, shift, offset, m2, scale, bias) -> Array:
+def normalize(static: Static, dtype, x, mean_hi, mean_lo, m2, scale, bias) -> Array:
     parameters = (_parameter(p, x, static.view) for p in (scale, bias))
-    return _call("normalize", static, [(x.shape, dtype)], x, shift, offset, m2, *parameters)[0]
+    return _call("normalize", static, [(x.shape, dtype)], x, mean_hi, mean_lo, m2, *parameters)[0]
 
 
-def gradient_sums(static: Static, axes, x, shift, offset, m2, scale, g) -> tuple[Array, ...]:
+def gradient_sums(static: Static, axes, x, mean_hi, mean_lo, m2, scale, g) -> tuple[Array, ...]:
     """The sums of h = g scale and of h xhat for every statistic, and the gradients of scale and bias."""
-    args = (x, g, shift, offset, m2, _parameter(scale, x, static.view))
+    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view))
     return _call("gradient_sums", static, [*[_statistics(x, axes)] * 2, *[_gradient(x, static)] * 2], *args)
 
 
-def gradient(static: Static, x, shift, offset, m2, scale, g, h, hx) -> Array:
+def gradient(static: Static, x, mean_hi, mean_lo, m2, scale, g, h, hx) -> Array:
     """dx, from such sums."""
-    args = (x, g, shift, offset, m2, _parameter(scale, x, static.view), h, hx)
+    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view), h, hx)
     return _call("gradient", static, [(x.shape, x.dtype)], *args)[0]

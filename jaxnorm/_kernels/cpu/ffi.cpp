@@ -1,4 +1,4 @@
-// The room's door: XLA calls these handlers. Everything that comes in is checked here, and whatever goes wrong leaves as
+// The backend's door: XLA calls these handlers. Everything that comes in is checked here, and whatever goes wrong leaves as
 // an error of the call; Python sees an exception.
 
 #include <cstdlib>
@@ -79,7 +79,7 @@ const InstructionSet& instruction_set() {
 }
 
 // An output of so many bytes will not be found in the cache by who reads it next: it is stored past it.
-constexpr int64_t stream_bytes = int64_t(4) << 20;
+constexpr int64_t nontemporal_bytes = int64_t(4) << 20;
 
 struct Invalid {
   std::string what;
@@ -112,8 +112,8 @@ View view_of(ffi::Span<const int64_t> dims) {
 // What the attributes say; the same of every handler.
 struct Call {
   View view;
-  double count, epsilon, unit;
-  bool centered, round_first;
+  double count, epsilon, prescale;
+  bool centered, cast_before_scale;
 };
 
 // A buffer's data, once its size and type are what they must be.
@@ -152,8 +152,8 @@ ffi::Error run(const Call& call, const ffi::ThreadPool& pool, const ffi::AnyBuff
     ffi::ThreadPool own = pool;
     const Threads threads(own.num_threads(), [&own](std::function<void()> task) { own.Schedule(std::move(task)); });
     Job job;
-    job.view = call.view, job.count = call.count, job.epsilon = call.epsilon, job.unit = call.unit;
-    job.centered = call.centered, job.round_first = call.round_first;
+    job.view = call.view, job.count = call.count, job.epsilon = call.epsilon, job.prescale = call.prescale;
+    job.centered = call.centered, job.cast_before_scale = call.cast_before_scale;
     const auto with = [&](auto zero, const auto* kernels) {
       using A = decltype(zero);
       require(kernels != nullptr, "there is no kernel for this pair of dtypes");
@@ -175,17 +175,17 @@ ffi::Error run(const Call& call, const ffi::ThreadPool& pool, const ffi::AnyBuff
 
 // The arguments that every handler has, and how they are bound.
 #define JN_CALL                                                                                                \
-  ffi::ThreadPool pool, ffi::Span<const int64_t> dims, double count, double epsilon, double unit, bool centered, \
-      bool round_first
+  ffi::ThreadPool pool, ffi::Span<const int64_t> dims, double count, double epsilon, double prescale, bool centered, \
+      bool cast_before_scale
 #define JN_BIND                                                                                              \
   ffi::Ffi::Bind()                                                                                           \
       .Ctx<ffi::ThreadPool>()                                                                                \
       .Attr<ffi::Span<const int64_t>>("view")                                                                \
       .Attr<double>("count")                                                                                 \
       .Attr<double>("epsilon")                                                                               \
-      .Attr<double>("unit")                                                                                  \
+      .Attr<double>("prescale")                                                                                  \
       .Attr<bool>("centered")                                                                                \
-      .Attr<bool>("round_first")
+      .Attr<bool>("cast_before_scale")
 #define JN_BODY [&](const auto& arrays, Job & job, const auto& kernels, const Threads& threads)
 
 using In = const ffi::AnyBuffer&;
@@ -193,69 +193,69 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 
 template <class Body> ffi::Error guarded(JN_CALL, In x, const ffi::AnyBuffer* y, Body body) {
   try {
-    return run({view_of(dims), count, epsilon, unit, centered, round_first}, pool, x, type_of(y ? *y : x), body);
+    return run({view_of(dims), count, epsilon, prescale, centered, cast_before_scale}, pool, x, type_of(y ? *y : x), body);
   } catch (const Invalid& error) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what);
   }
 }
-#define JN_ARGS pool, dims, count, epsilon, unit, centered, round_first
+#define JN_ARGS pool, dims, count, epsilon, prescale, centered, cast_before_scale
 
-template <class Arrays> void place_statistics(Job& job, const Arrays& arrays, In shift, In offset, In m2) {
-  job.shift = arrays.statistic(shift), job.offset = arrays.statistic(offset), job.m2 = arrays.statistic(m2);
+template <class Arrays> void place_statistics(Job& job, const Arrays& arrays, In mean_hi, In mean_lo, In m2) {
+  job.mean_hi = arrays.statistic(mean_hi), job.mean_lo = arrays.statistic(mean_lo), job.m2 = arrays.statistic(m2);
 }
 
 void place_output(Job& job, void* out, In buffer) {
-  job.out = out, job.stream = int64_t(buffer.size_bytes()) >= stream_bytes;
+  job.out = out, job.nontemporal = int64_t(buffer.size_bytes()) >= nontemporal_bytes;
 }
 
-ffi::Error forward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, Out y, Out shift, Out offset,
+ffi::Error forward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, Out y, Out mean_hi, Out mean_lo,
                    Out m2) {
   return guarded(JN_ARGS, x, &*y, JN_BODY {
-    place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, *shift, *offset, *m2);
+    place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, *mean_hi, *mean_lo, *m2);
     job.scale = arrays.parameter(scale), job.bias = arrays.parameter(bias);
     Norm(job, kernels, threads).forward();
   });
 }
 
-ffi::Error moments(JN_CALL, ffi::AnyBuffer x, Out shift, Out offset, Out m2) {
+ffi::Error moments(JN_CALL, ffi::AnyBuffer x, Out mean_hi, Out mean_lo, Out m2) {
   return guarded(JN_ARGS, x, nullptr, JN_BODY {
-    place_statistics(job, arrays, *shift, *offset, *m2);
+    place_statistics(job, arrays, *mean_hi, *mean_lo, *m2);
     Norm(job, kernels, threads).moments();
   });
 }
 
-ffi::Error normalize(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer shift, ffi::AnyBuffer offset, ffi::AnyBuffer m2,
+ffi::Error normalize(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo, ffi::AnyBuffer m2,
                      ffi::AnyBuffer scale, ffi::AnyBuffer bias, Out y) {
   return guarded(JN_ARGS, x, &*y, JN_BODY {
-    place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, shift, offset, m2);
+    place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, mean_hi, mean_lo, m2);
     job.scale = arrays.parameter(scale), job.bias = arrays.parameter(bias);
     Norm(job, kernels, threads).normalize();
   });
 }
 
-ffi::Error backward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer shift, ffi::AnyBuffer offset,
+ffi::Error backward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo,
                     ffi::AnyBuffer m2, ffi::AnyBuffer scale, Out dx, Out dscale, Out dbias) {
   return guarded(JN_ARGS, x, &g, JN_BODY {
-    place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, shift, offset, m2);
+    place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, mean_hi, mean_lo, m2);
     job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
     Norm(job, kernels, threads).backward(arrays.gradient(*dscale), arrays.gradient(*dbias));
   });
 }
 
-ffi::Error gradient_sums(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer shift, ffi::AnyBuffer offset,
+ffi::Error gradient_sums(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo,
                          ffi::AnyBuffer m2, ffi::AnyBuffer scale, Out h, Out hx, Out dscale, Out dbias) {
   return guarded(JN_ARGS, x, &g, JN_BODY {
-    place_statistics(job, arrays, shift, offset, m2);
+    place_statistics(job, arrays, mean_hi, mean_lo, m2);
     job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
     Norm(job, kernels, threads)
         .gradient_sums(arrays.statistic(*h), arrays.statistic(*hx), arrays.gradient(*dscale), arrays.gradient(*dbias));
   });
 }
 
-ffi::Error gradient(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer shift, ffi::AnyBuffer offset,
+ffi::Error gradient(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo,
                     ffi::AnyBuffer m2, ffi::AnyBuffer scale, ffi::AnyBuffer h, ffi::AnyBuffer hx, Out dx) {
   return guarded(JN_ARGS, x, &g, JN_BODY {
-    place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, shift, offset, m2);
+    place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, mean_hi, mean_lo, m2);
     job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
     Norm(job, kernels, threads).gradient(arrays.statistic(h), arrays.statistic(hx));
   });

@@ -21,11 +21,11 @@ template <class A> struct Each {
 
 template <class A> struct Pair { A first, second; };
 
-// Sums of x - shift and of (unit (x - shift))^2 over a run of n elements. `scaled` is false where the unit is 1.
+// Sums of x - mean_hi and of (prescale (x - mean_hi))^2 over a run of n elements. `scaled` is false where the prescale is 1.
 template <class T, bool scaled, class A = typename accumulator<T>::type>
-Pair<A> run_sums(const T* x, int64_t n, A shift, A unit) {
+Pair<A> run_sums(const T* x, int64_t n, A mean_hi, A prescale) {
   V<A> s[4]{}, q[4]{};
-  const V<A> from = all(shift), in = all(unit);
+  const V<A> from = all(mean_hi), in = all(prescale);
   over<A, 4>(n, JN_BODY(i, at, u) {
     const V<A> d = at.kept(at.load(x + i) - from), z = scaled ? d * in : d;
     s[u] += d;
@@ -45,11 +45,11 @@ template <class Run> JN_INLINE Pair<double> in_pieces(int64_t n, Run run) {
   return total;
 }
 template <class T, bool scaled, class A = typename accumulator<T>::type>
-Pair<double> row_sums(const T* x, int64_t n, A shift, A unit) {
-  return in_pieces(n, [&](int64_t i, int64_t size) { return run_sums<T, scaled, A>(x + i, size, shift, unit); });
+Pair<double> row_sums(const T* x, int64_t n, A mean_hi, A prescale) {
+  return in_pieces(n, [&](int64_t i, int64_t size) { return run_sums<T, scaled, A>(x + i, size, mean_hi, prescale); });
 }
 
-// The mean of the first few elements: a shift for the others, near their mean but where they are peculiar.
+// The mean of the first few elements: a mean_hi for the others, near their mean but where they are peculiar.
 template <class T, class A = typename accumulator<T>::type> A sample(const T* x, int64_t n) {
   constexpr int few = 16 / sizeof(A);
   if (n >= lanes<A>) {
@@ -61,47 +61,47 @@ template <class T, class A = typename accumulator<T>::type> A sample(const T* x,
   return sum<A>(Part{int(n)}.load(x)) / A(n);
 }
 
-// In one pass about a shift near the mean; `settled` says when that was near enough, and what the sums come to.
+// In one pass about a mean_hi near the mean; `finalize` says when that was near enough, and what the sums come to.
 template <class T, class A = typename accumulator<T>::type>
 Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
   Statistic<A> s{0, 0, 0};
   if (n == 0) return s;
-  if (job.centered) s.shift = sample(x, n);
+  if (job.centered) s.mean_hi = sample(x, n);
   for (bool again = false;; again = true) {
-    Pair<double> sums = row_sums<T, false, A>(x, n, s.shift, A(1));
-    if (const double unit = unit_for<A>(job, sums.second, double(n)); unit != 1) {
-      sums = row_sums<T, true, A>(x, n, s.shift, A(unit));
-      sums.second /= unit * unit;
+    Pair<double> sums = row_sums<T, false, A>(x, n, s.mean_hi, A(1));
+    if (const double prescale = prescale_for<A>(job, sums.second, double(n)); prescale != 1) {
+      sums = row_sums<T, true, A>(x, n, s.mean_hi, A(prescale));
+      sums.second /= prescale * prescale;
     }
-    if (settled(job, sums.first, sums.second, again, s)) return s;
+    if (finalize(job, sums.first, sums.second, again, s)) return s;
   }
 }
 
-// y = ((x - shift) - offset) r scale + bias for `lines` lines, `stride` apart, of n elements; several fetch `ahead`.
-template <class T, class U, bool round_first, bool stream, int lines, class Stat, class Param,
+// y = ((x - mean_hi) - mean_lo) r scale + bias for `lines` lines, `stride` apart, of n elements; several fetch `ahead`.
+template <class T, class U, bool cast_before_scale, bool nontemporal, int lines, class Stat, class Param,
           class A = typename accumulator<T>::type>
-void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset, Stat r,
+void normalize_lines(const T* x, U* y, int64_t n, int64_t stride, int64_t ahead, Stat mean_hi, Stat mean_lo, Stat r,
                      Param scale, Param bias) {
   over<A, 1>(n, JN_BODY(i, at, u) {
-    const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
+    const V<A> from = mean_hi.at(i, at), rest = mean_lo.at(i, at), by = r.at(i, at);
     const V<A> times = scale.at(i, at), plus = bias.at(i, at);
     for (int line = 0; line < lines; ++line) {
       if constexpr (lines > 1) __builtin_prefetch(x + line * stride + i + ahead, 0, 2);
       V<A> xhat = ((at.load(x + line * stride + i) - from) - rest) * by;
-      if constexpr (round_first) xhat = decoded(U{}, encoded(U{}, xhat));
+      if constexpr (cast_before_scale) xhat = decoded(U{}, encoded(U{}, xhat));
       const V<A> v = xhat * times + plus;
-      if constexpr (stream) at.stream(y + line * stride + i, v);
+      if constexpr (nontemporal) at.store_nontemporal(y + line * stride + i, v);
       else at.store(y + line * stride + i, v);
     }
   });
 }
 
 // dx = r (g scale - mean_h - xhat mean_hx), likewise.
-template <class T, class U, bool stream, int lines, class Stat, class Param, class A = typename accumulator<T>::type>
-void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, int64_t ahead, Stat shift, Stat offset,
+template <class T, class U, bool nontemporal, int lines, class Stat, class Param, class A = typename accumulator<T>::type>
+void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, int64_t ahead, Stat mean_hi, Stat mean_lo,
                     Stat r, Stat mean_h, Stat mean_hx, Param scale) {
   over<A, 1>(n, JN_BODY(i, at, u) {
-    const V<A> from = shift.at(i, at), rest = offset.at(i, at), by = r.at(i, at);
+    const V<A> from = mean_hi.at(i, at), rest = mean_lo.at(i, at), by = r.at(i, at);
     const V<A> first = mean_h.at(i, at), second = mean_hx.at(i, at), times = scale.at(i, at);
     for (int line = 0; line < lines; ++line) {
       if constexpr (lines > 1) {
@@ -110,17 +110,17 @@ void gradient_lines(const T* x, const U* g, T* dx, int64_t n, int64_t stride, in
       }
       const V<A> xhat = ((at.load(x + line * stride + i) - from) - rest) * by;
       const V<A> v = by * (at.load(g + line * stride + i) * times - first - xhat * second);
-      if constexpr (stream) at.stream(dx + line * stride + i, v);
+      if constexpr (nontemporal) at.store_nontemporal(dx + line * stride + i, v);
       else at.store(dx + line * stride + i, v);
     }
   });
 }
 
-// Sums of g scale and g scale (x - shift) over a run, the latter times r if `scaled` ...
+// Sums of g scale and g scale (x - mean_hi) over a run, the latter times r if `scaled` ...
 template <class T, class U, bool scaled, class Param, class A = typename accumulator<T>::type>
-Pair<A> run_gradient_sums(const T* x, const U* g, int64_t n, A shift, A r, Param scale) {
+Pair<A> run_gradient_sums(const T* x, const U* g, int64_t n, A mean_hi, A r, Param scale) {
   V<A> h[4]{}, hx[4]{};
-  const V<A> from = all(shift), by = all(r);
+  const V<A> from = all(mean_hi), by = all(r);
   over<A, 4>(n, JN_BODY(i, at, u) {
     const V<A> gs = at.load(g + i) * scale.at(i, at), d = at.load(x + i) - from;
     h[u] += gs;
@@ -135,71 +135,71 @@ template <class T, class U, class Param, class A = typename accumulator<T>::type
 Pair<A> row_gradient_sums(const T* x, const U* g, int64_t n, Statistic<A> s, A r, Param scale) {
   const auto sums = [&](auto scaled) {
     return in_pieces(n, [&](int64_t i, int64_t size) {
-      return run_gradient_sums<T, U, scaled.value>(x + i, g + i, size, s.shift, r, scale.after(i));
+      return run_gradient_sums<T, U, scaled.value>(x + i, g + i, size, s.mean_hi, r, scale.after(i));
     });
   };
   if (r < A(0x1p-40) || r > A(0x1p40)) {
     const Pair<double> of = sums(std::true_type{});
-    return {A(of.first), A(of.second - double(s.offset) * double(r) * of.first)};
+    return {A(of.first), A(of.second - double(s.mean_lo) * double(r) * of.first)};
   }
   const Pair<double> of = sums(std::false_type{});
-  return {A(of.first), A((of.second - double(s.offset) * of.first) * double(r))};
+  return {A(of.first), A((of.second - double(s.mean_lo) * of.first) * double(r))};
 }
 
 // Whether stores past the cache may be used from here on in steps of `step` elements: every vector must be aligned.
-template <class T, class A> bool streams(const Job& job, const T* p, int64_t step) {
+template <class T, class A> bool can_store_nontemporal(const Job& job, const T* p, int64_t step) {
   constexpr int64_t size = sizeof(Stored<T>);
-  return job.stream && reinterpret_cast<uintptr_t>(p) % size == 0 && step * int64_t(sizeof(T)) % size == 0;
+  return job.nontemporal && reinterpret_cast<uintptr_t>(p) % size == 0 && step * int64_t(sizeof(T)) % size == 0;
 }
 
 JN_INLINE void fence(const Job& job) {
 #if defined(__SSE2__)
-  if (job.stream) _mm_sfence();
+  if (job.nontemporal) _mm_sfence();
 #endif
 }
 
 // --- rows ------------------------------------------------------------------------------------------------------------
 
-template <class T, class U, bool round_first> struct Rows {
+template <class T, class U, bool cast_before_scale> struct Rows {
   using A = typename accumulator<T>::type;
 
   const Job& job;
   const View& view = job.view;
   const int64_t n = view.row();
   const T* x = static_cast<const T*>(job.x);
-  A *shift = static_cast<A*>(job.shift), *offset = static_cast<A*>(job.offset), *m2 = static_cast<A*>(job.m2);
+  A *mean_hi = static_cast<A*>(job.mean_hi), *mean_lo = static_cast<A*>(job.mean_lo), *m2 = static_cast<A*>(job.m2);
 
   const A* parameter(const void* table, int64_t row) const {
     return static_cast<const A*>(table) + (row / (view.N * view.G) * view.G + row % view.G) * view.D;
   }
-  Statistic<A> statistic(int64_t row) const { return {shift[row], offset[row], m2[row]}; }
+  Statistic<A> statistic(int64_t row) const { return {mean_hi[row], mean_lo[row], m2[row]}; }
 
-  template <bool stream> void normalize(int64_t row, Statistic<A> s, A r, U* y) const {
-    const Same<A> from(s.shift), rest(s.offset), by(r);
+  template <bool nontemporal> void normalize(int64_t row, Statistic<A> s, A r, U* y) const {
+    const Same<A> from(s.mean_hi), rest(s.mean_lo), by(r);
     const A *scale = parameter(job.scale, row), *bias = parameter(job.bias, row);
     if (view.P == 1) {
-      normalize_lines<T, U, round_first, stream, 1>(x + row * n, y, n, 0, 0, from, rest, by, Each<A>{scale},
+      normalize_lines<T, U, cast_before_scale, nontemporal, 1>(x + row * n, y, n, 0, 0, from, rest, by, Each<A>{scale},
                                                     Each<A>{bias});
       return;
     }
     for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
-      normalize_lines<T, U, round_first, stream, 1>(x + row * n + at, y + at, view.P, 0, 0, from, rest, by,
+      normalize_lines<T, U, cast_before_scale, nontemporal, 1>(x + row * n + at, y + at, view.P, 0, 0, from, rest, by,
                                                     Same<A>(scale[d]), Same<A>(bias[d]));
   }
 
   // `lines` rows that share their scale, which is then loaded once for all.
-  template <bool stream, int lines> void normalize_together(int64_t row, const Statistic<A>* s, const A* r) const {
+  template <bool nontemporal, int lines> void normalize_together(int64_t row, const Statistic<A>* s, const A* r) const {
     const T* at_x = x + row * n;
     U* y = static_cast<U*>(job.out) + row * n;
     const Each<A> scale{parameter(job.scale, row)}, bias{parameter(job.bias, row)};
     V<A> from[lines], rest[lines], by[lines];
-    for (int k = 0; k < lines; ++k) from[k] = all(s[k].shift), rest[k] = all(s[k].offset), by[k] = all(r[k]);
+    for (int k = 0; k < lines; ++k) from[k] = all(s[k].mean_hi), rest[k] = all(s[k].mean_lo), by[k] = all(r[k]);
     over<A, 1>(n, JN_BODY(i, at, u) {
       const V<A> times = scale.at(i, at), plus = bias.at(i, at);
       for (int k = 0; k < lines; ++k) {
         V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k];
-        if constexpr (round_first) xhat = decoded(U{}, encoded(U{}, xhat));
-        if constexpr (stream) at.stream(y + k * n + i, xhat * times + plus);
+        if constexpr (cast_before_scale) xhat = decoded(U{}, encoded(U{}, xhat));
+        if constexpr (nontemporal) at.store_nontemporal(y + k * n + i, xhat * times + plus);
         else at.store(y + k * n + i, xhat * times + plus);
       }
     });
@@ -216,23 +216,23 @@ template <class T, class U, bool round_first> struct Rows {
       for (int k = 0; k < rows; ++k) s[k] = row_statistic(job, x + (row + k) * n, n);
       for (int k = 0; k < rows; ++k) {
         r[k] = rstd<A>(job, s[k].m2);
-        shift[row + k] = s[k].shift, offset[row + k] = s[k].offset, m2[row + k] = s[k].m2;
+        mean_hi[row + k] = s[k].mean_hi, mean_lo[row + k] = s[k].mean_lo, m2[row + k] = s[k].m2;
       }
       U* y = static_cast<U*>(job.out) + row * n;
       if (rows == most && view.P == 1 && view.G == 1 && row / view.N == (row + most - 1) / view.N) {
-        if (streams<U, A>(job, y, n)) normalize_together<true, most>(row, s, r);
+        if (can_store_nontemporal<U, A>(job, y, n)) normalize_together<true, most>(row, s, r);
         else normalize_together<false, most>(row, s, r);
         continue;
       }
       for (int k = 0; k < rows; ++k, y += n)
-        if (streams<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row + k, s[k], r[k], y);
+        if (can_store_nontemporal<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row + k, s[k], r[k], y);
         else normalize<false>(row + k, s[k], r[k], y);
     }
     fence(job);
   }
 
   // `lines` rows that share their scale: their statistics in one pass, then dx, dscale and dbias in another.
-  template <bool stream, int lines> void backward_each(int64_t row, A* dscale, A* dbias) const {
+  template <bool nontemporal, int lines> void backward_each(int64_t row, A* dscale, A* dbias) const {
     const U* g = static_cast<const U*>(job.g) + row * n;
     const T* at_x = x + row * n;
     T* dx = static_cast<T*>(job.out) + row * n;
@@ -242,7 +242,7 @@ template <class T, class U, bool round_first> struct Rows {
       const Statistic<A> s = statistic(row + k);
       const A r = rstd<A>(job, s.m2);
       const auto [h, hx] = row_gradient_sums<T, U>(at_x + k * n, g + k * n, n, s, r, scale);
-      from[k] = all(s.shift), rest[k] = all(s.offset), by[k] = all(r);
+      from[k] = all(s.mean_hi), rest[k] = all(s.mean_lo), by[k] = all(r);
       first[k] = all(job.centered ? h / A(n) : A(0)), second[k] = all(hx / A(n));
     }
     over<A, 1>(n, JN_BODY(i, at, u) {
@@ -253,7 +253,7 @@ template <class T, class U, bool round_first> struct Rows {
         __builtin_prefetch(g + (k + lines) * n + i, 0, 2);
         const V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k], gk = at.load(g + k * n + i);
         const V<A> v = by[k] * (gk * times - first[k] - xhat * second[k]);
-        if constexpr (stream) at.stream(dx + k * n + i, v);
+        if constexpr (nontemporal) at.store_nontemporal(dx + k * n + i, v);
         else at.store(dx + k * n + i, v);
         ds += gk * xhat;
         db += gk;
@@ -264,7 +264,7 @@ template <class T, class U, bool round_first> struct Rows {
   }
 
   // A row whose scale is the same along each of D runs of P elements.
-  template <bool stream> void backward_runs(int64_t row, A* dscale, A* dbias) const {
+  template <bool nontemporal> void backward_runs(int64_t row, A* dscale, A* dbias) const {
     const U* g = static_cast<const U*>(job.g) + row * n;
     T* dx = static_cast<T*>(job.out) + row * n;
     const A* scale = parameter(job.scale, row);
@@ -276,9 +276,9 @@ template <class T, class U, bool round_first> struct Rows {
       dscale[d] += of_gx, dbias[d] += of_g;
       h += scale[d] * of_g, hx += scale[d] * of_gx;
     }
-    const Same<A> from(s.shift), rest(s.offset), by(r), first(job.centered ? h / A(n) : A(0)), second(hx / A(n));
+    const Same<A> from(s.mean_hi), rest(s.mean_lo), by(r), first(job.centered ? h / A(n) : A(0)), second(hx / A(n));
     for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
-      gradient_lines<T, U, stream, 1>(x + row * n + at, g + at, dx + at, view.P, 0, 0, from, rest, by, first, second,
+      gradient_lines<T, U, nontemporal, 1>(x + row * n + at, g + at, dx + at, view.P, 0, 0, from, rest, by, first, second,
                                       Same<A>(scale[d]));
   }
 
@@ -286,13 +286,13 @@ template <class T, class U, bool round_first> struct Rows {
     constexpr int together = 4;
     for (int64_t row = first; row < last;) {
       const int64_t group = row % view.G * view.D;
-      const bool stream = streams<T, A>(job, static_cast<T*>(job.out) + row * n, view.P == 1 ? n : view.P);
+      const bool nontemporal = can_store_nontemporal<T, A>(job, static_cast<T*>(job.out) + row * n, view.P == 1 ? n : view.P);
       if (view.P > 1) {
-        if (stream) backward_runs<true>(row, dscale + group, dbias + group);
+        if (nontemporal) backward_runs<true>(row, dscale + group, dbias + group);
         else backward_runs<false>(row, dscale + group, dbias + group);
         ++row;
       } else if (view.G == 1 && row + together <= last) {
-        if (stream) backward_each<true, together>(row, dscale, dbias);
+        if (nontemporal) backward_each<true, together>(row, dscale, dbias);
         else backward_each<false, together>(row, dscale, dbias);
         row += together;
       } else {
@@ -304,7 +304,7 @@ template <class T, class U, bool round_first> struct Rows {
 };
 
 template <class T, class U> void rows_forward(const Job& job, int64_t first, int64_t last) {
-  if (job.round_first && sizeof(U) == 2) Rows<T, U, sizeof(U) == 2>{job}.forward(first, last);
+  if (job.cast_before_scale && sizeof(U) == 2) Rows<T, U, sizeof(U) == 2>{job}.forward(first, last);
   else Rows<T, U, false>{job}.forward(first, last);
 }
 
@@ -315,7 +315,7 @@ void rows_backward(const Job& job, int64_t first, int64_t last, A* dscale, A* db
 
 // --- slabs -----------------------------------------------------------------------------------------------------------
 
-// The lines of a block in groups of 4, then one by one: call(offset into x, Lines) with Lines::value in {4, 1}.
+// The lines of a block in groups of 4, then one by one: call(position in x, Lines) with Lines::value in {4, 1}.
 template <int lines> struct Lines { static constexpr int value = lines; };
 
 template <class Call> JN_INLINE void over_lines(const View& view, const Block& b, Call call) {
@@ -325,7 +325,7 @@ template <class Call> JN_INLINE void over_lines(const View& view, const Block& b
   for (; left > 0; --left, at += stride) call(at, Lines<1>{});
 }
 
-// The planes of a block: call(offset into x, column) for each column of each line.
+// The planes of a block: call(position in x, column) for each column of each line.
 template <class Call> JN_INLINE void over_planes(const View& view, const Block& b, Call call) {
   for (int64_t line = 0; line < b.lines; ++line) {
     const int64_t at = b.slab * view.slab() + (b.first + line * b.step) * view.line();
@@ -334,21 +334,21 @@ template <class Call> JN_INLINE void over_planes(const View& view, const Block& 
 }
 
 template <class T, bool scaled, class A = typename accumulator<T>::type>
-void slab_sums_in(const Job& job, const Block& b, int64_t run, A unit, const A* shift, A* total, A* square) {
+void slab_sums_in(const Job& job, const Block& b, int64_t run, A prescale, const A* mean_hi, A* total, A* square) {
   const T* x = static_cast<const T*>(job.x);
   const int64_t stride = b.step * job.view.line();
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
-      const auto [s, q] = row_sums<T, scaled, A>(x + at, run, shift[k], unit);
+      const auto [s, q] = row_sums<T, scaled, A>(x + at, run, mean_hi[k], prescale);
       total[k] += A(s), square[k] += A(q);
     });
     return;
   }
-  const V<A> in = all(unit);
+  const V<A> in = all(prescale);
   over_lines(job.view, b, [&](int64_t from, auto lines) {
     over<A, 1>(b.end - b.begin, JN_BODY(i, at, u) {
       const int64_t k = b.begin + i;
-      const V<A> about = at.load(shift + k);
+      const V<A> about = at.load(mean_hi + k);
       V<A> s{}, q{};
       for (int line = 0; line < lines.value; ++line) {
         __builtin_prefetch(x + from + line * stride + i + b.ahead, 0, 2);
@@ -363,9 +363,9 @@ void slab_sums_in(const Job& job, const Block& b, int64_t run, A unit, const A* 
 }
 
 template <class T, class A = typename accumulator<T>::type>
-void slab_sums(const Job& job, const Block& b, int64_t run, A unit, const A* shift, A* total, A* square) {
-  if (unit == 1) slab_sums_in<T, false>(job, b, run, unit, shift, total, square);
-  else slab_sums_in<T, true>(job, b, run, unit, shift, total, square);
+void slab_sums(const Job& job, const Block& b, int64_t run, A prescale, const A* mean_hi, A* total, A* square) {
+  if (prescale == 1) slab_sums_in<T, false>(job, b, run, prescale, mean_hi, total, square);
+  else slab_sums_in<T, true>(job, b, run, prescale, mean_hi, total, square);
 }
 
 template <class T, class U, class A = typename accumulator<T>::type>
@@ -375,7 +375,7 @@ void slab_gradient_sums(const Job& job, const Block& b, const Columns<A>& c, A* 
   const int64_t stride = b.step * job.view.line();
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
-      const Statistic<A> s{c.shift[k], c.offset[k], 0};
+      const Statistic<A> s{c.mean_hi[k], c.mean_lo[k], 0};
       const auto [of_g, of_gx] = row_gradient_sums<T, U>(x + at, g + at, job.view.P, s, c.r[k], Same<A>(1));
       total_gx[k] += of_gx, total_g[k] += of_g;
     });
@@ -384,13 +384,13 @@ void slab_gradient_sums(const Job& job, const Block& b, const Columns<A>& c, A* 
   over_lines(job.view, b, [&](int64_t from, auto lines) {
     over<A, 1>(b.end - b.begin, JN_BODY(i, at, u) {
       const int64_t k = b.begin + i;
-      const V<A> shift = at.load(c.shift + k), offset = at.load(c.offset + k), r = at.load(c.r + k);
+      const V<A> mean_hi = at.load(c.mean_hi + k), mean_lo = at.load(c.mean_lo + k), r = at.load(c.r + k);
       V<A> gx{}, gs{};
       for (int line = 0; line < lines.value; ++line) {
         __builtin_prefetch(x + from + line * stride + i + b.ahead, 0, 2);
         __builtin_prefetch(g + from + line * stride + i + b.ahead, 0, 2);
         const V<A> one = at.load(g + from + line * stride + i);
-        gx += one * (((at.load(x + from + line * stride + i) - shift) - offset) * r);
+        gx += one * (((at.load(x + from + line * stride + i) - mean_hi) - mean_lo) * r);
         gs += one;
       }
       at.store(total_gx + k, at.load(total_gx + k) + gx);
@@ -399,22 +399,22 @@ void slab_gradient_sums(const Job& job, const Block& b, const Columns<A>& c, A* 
   });
 }
 
-template <class T, class U, bool round_first, bool stream, class A = typename accumulator<T>::type>
+template <class T, class U, bool cast_before_scale, bool nontemporal, class A = typename accumulator<T>::type>
 void slab_normalize_by(const Job& job, const Block& b, const Columns<A>& c) {
   const T* x = static_cast<const T*>(job.x);
   U* y = static_cast<U*>(job.out);
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
-      normalize_lines<T, U, round_first, stream, 1>(x + at, y + at, job.view.P, 0, 0, Same<A>(c.shift[k]),
-                                                    Same<A>(c.offset[k]), Same<A>(c.r[k]), Same<A>(c.scale[k]),
+      normalize_lines<T, U, cast_before_scale, nontemporal, 1>(x + at, y + at, job.view.P, 0, 0, Same<A>(c.mean_hi[k]),
+                                                    Same<A>(c.mean_lo[k]), Same<A>(c.r[k]), Same<A>(c.scale[k]),
                                                     Same<A>(c.bias[k]));
     });
     return;
   }
   const auto each = [&](const A* table) { return Each<A>{table + b.begin}; };
   over_lines(job.view, b, [&](int64_t at, auto lines) {
-    normalize_lines<T, U, round_first, stream, lines.value>(x + at, y + at, b.end - b.begin, b.step * job.view.line(),
-                                                            b.ahead, each(c.shift), each(c.offset), each(c.r),
+    normalize_lines<T, U, cast_before_scale, nontemporal, lines.value>(x + at, y + at, b.end - b.begin, b.step * job.view.line(),
+                                                            b.ahead, each(c.mean_hi), each(c.mean_lo), each(c.r),
                                                             each(c.scale), each(c.bias));
   });
 }
@@ -423,31 +423,33 @@ template <class T, class U, class A = typename accumulator<T>::type>
 void slab_normalize(const Job& job, const Block& b, const Columns<A>& c) {
   const U* y = static_cast<const U*>(job.out);
   const int64_t step = job.view.P > 1 ? job.view.P : job.view.line();
-  const bool stream = streams<U, A>(job, y, step) && b.begin * int64_t(sizeof(U)) % int64_t(sizeof(Stored<U>)) == 0;
+  const bool aligned = b.begin * int64_t(sizeof(U)) % int64_t(sizeof(Stored<U>)) == 0;
+  const bool nontemporal = aligned && can_store_nontemporal<U, A>(job, y, step);
   constexpr bool half = sizeof(U) == 2;
-  if (half && job.round_first)
-    return stream ? slab_normalize_by<T, U, half, true>(job, b, c) : slab_normalize_by<T, U, half, false>(job, b, c);
-  stream ? slab_normalize_by<T, U, false, true>(job, b, c) : slab_normalize_by<T, U, false, false>(job, b, c);
+  if (half && job.cast_before_scale)
+    nontemporal ? slab_normalize_by<T, U, half, true>(job, b, c) : slab_normalize_by<T, U, half, false>(job, b, c);
+  else
+    nontemporal ? slab_normalize_by<T, U, false, true>(job, b, c) : slab_normalize_by<T, U, false, false>(job, b, c);
   fence(job);
 }
 
-template <class T, class U, bool stream, class A = typename accumulator<T>::type>
+template <class T, class U, bool nontemporal, class A = typename accumulator<T>::type>
 void slab_gradient_by(const Job& job, const Block& b, const Columns<A>& c) {
   const T* x = static_cast<const T*>(job.x);
   const U* g = static_cast<const U*>(job.g);
   T* dx = static_cast<T*>(job.out);
   if (job.view.P > 1) {
     over_planes(job.view, b, [&](int64_t at, int64_t k) {
-      gradient_lines<T, U, stream, 1>(x + at, g + at, dx + at, job.view.P, 0, 0, Same<A>(c.shift[k]),
-                                      Same<A>(c.offset[k]), Same<A>(c.r[k]), Same<A>(c.mean_h[k]),
+      gradient_lines<T, U, nontemporal, 1>(x + at, g + at, dx + at, job.view.P, 0, 0, Same<A>(c.mean_hi[k]),
+                                      Same<A>(c.mean_lo[k]), Same<A>(c.r[k]), Same<A>(c.mean_h[k]),
                                       Same<A>(c.mean_hx[k]), Same<A>(c.scale[k]));
     });
     return;
   }
   const auto each = [&](const A* table) { return Each<A>{table + b.begin}; };
   over_lines(job.view, b, [&](int64_t at, auto lines) {
-    gradient_lines<T, U, stream, lines.value>(x + at, g + at, dx + at, b.end - b.begin, b.step * job.view.line(),
-                                              b.ahead, each(c.shift), each(c.offset), each(c.r), each(c.mean_h),
+    gradient_lines<T, U, nontemporal, lines.value>(x + at, g + at, dx + at, b.end - b.begin, b.step * job.view.line(),
+                                              b.ahead, each(c.mean_hi), each(c.mean_lo), each(c.r), each(c.mean_h),
                                               each(c.mean_hx), each(c.scale));
   });
 }
@@ -456,8 +458,9 @@ template <class T, class U, class A = typename accumulator<T>::type>
 void slab_gradient(const Job& job, const Block& b, const Columns<A>& c) {
   const T* dx = static_cast<const T*>(job.out);
   const int64_t step = job.view.P > 1 ? job.view.P : job.view.line();
-  const bool stream = streams<T, A>(job, dx, step) && b.begin * int64_t(sizeof(T)) % int64_t(sizeof(Stored<T>)) == 0;
-  stream ? slab_gradient_by<T, U, true>(job, b, c) : slab_gradient_by<T, U, false>(job, b, c);
+  const bool aligned = b.begin * int64_t(sizeof(T)) % int64_t(sizeof(Stored<T>)) == 0;
+  const bool nontemporal = aligned && can_store_nontemporal<T, A>(job, dx, step);
+  nontemporal ? slab_gradient_by<T, U, true>(job, b, c) : slab_gradient_by<T, U, false>(job, b, c);
   fence(job);
 }
 

@@ -107,7 +107,7 @@ template <class A> class Norm {
   static constexpr int64_t width_cut = 512;   // columns of a task: what there is for each stays in the first cache
   static constexpr int64_t longest = 1024;    // lines of a task: a longer chain of terms that round alike drifts
   static constexpr int64_t far = 2048;        // elements to fetch ahead of a line, which ends and goes on elsewhere
-  static constexpr int64_t samples = 64;      // lines that the shift of a slab is taken from, by elements of a group
+  static constexpr int64_t samples = 64;      // lines that the mean_hi of a slab is taken from, by elements of a group
 
   static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -132,7 +132,7 @@ template <class A> class Norm {
 
   // Of no elements: every statistic is 0.
   void no_moments() {
-    for (void* a : {job_.shift, job_.offset, job_.m2}) std::fill_n(static_cast<A*>(a), view_.statistics(), A(0));
+    for (void* a : {job_.mean_hi, job_.mean_lo, job_.m2}) std::fill_n(static_cast<A*>(a), view_.statistics(), A(0));
   }
 
   // run(first, last, threads, dscale, dbias) over examples [first, last) that share their parameters, each run with
@@ -207,40 +207,40 @@ template <class A> class Norm {
 
   A* statistics(void* of, int64_t slab) const { return static_cast<A*>(of) + slab * view_.G; }
 
-  // In one pass about a shift near the mean, again about the mean itself where the shift was not near enough.
+  // In one pass about a mean_hi near the mean, again about the mean itself where the mean_hi was not near enough.
   void moments(int64_t slab, const Threads& threads) {
-    A *shift = statistics(job_.shift, slab), *offset = statistics(job_.offset, slab), *m2 = statistics(job_.m2, slab);
-    std::fill_n(shift, view_.G, A(0)), std::fill_n(offset, view_.G, A(0)), std::fill_n(m2, view_.G, A(0));
+    A *mean_hi = statistics(job_.mean_hi, slab), *mean_lo = statistics(job_.mean_lo, slab), *m2 = statistics(job_.m2, slab);
+    std::fill_n(mean_hi, view_.G, A(0)), std::fill_n(mean_lo, view_.G, A(0)), std::fill_n(m2, view_.G, A(0));
     if (view_.count() == 0) return;
-    if (job_.centered) sample(slab, shift);
+    if (job_.centered) sample(slab, mean_hi);
     bool done = false;
     for (bool again = false; !done; again = true) {
-      const Vector about = spread(shift);
-      const auto in_unit = [&](A unit) {
+      const Vector about = spread(mean_hi);
+      const auto in_prescale = [&](A prescale) {
         return sums(slab, threads, [&](const Block& b, A* s, A* q) {
-          kernels_.sums(job_, b, view_.P, unit, about.data(), s, q);
+          kernels_.sums(job_, b, view_.P, prescale, about.data(), s, q);
         });
       };
-      auto [total, square] = in_unit(A(1));
-      for (const double unit : {small_unit, large_unit}) {
-        const auto needs = [&, n = double(view_.S * view_.P)](double q) { return unit_for<A>(job_, q, n) == unit; };
+      auto [total, square] = in_prescale(A(1));
+      for (const double prescale : {small_prescale, large_prescale}) {
+        const auto needs = [&, n = double(view_.S * view_.P)](double q) { return prescale_for<A>(job_, q, n) == prescale; };
         if (std::none_of(square.begin(), square.end(), needs)) continue;
-        const Doubles scaled = in_unit(A(unit)).second;
+        const Doubles scaled = in_prescale(A(prescale)).second;
         for (size_t k = 0; k < square.size(); ++k)
-          if (needs(square[k])) square[k] = scaled[k] / (unit * unit);
+          if (needs(square[k])) square[k] = scaled[k] / (prescale * prescale);
       }
       const Doubles s = by_group(total), q = by_group(square);
       done = true;
       for (int64_t g = 0; g < view_.G; ++g) {
-        Statistic<A> one{shift[g], offset[g], m2[g]};
-        if (!settled(job_, s[g], q[g], again, one)) done = false;
-        shift[g] = one.shift, offset[g] = one.offset, m2[g] = one.m2;
+        Statistic<A> one{mean_hi[g], mean_lo[g], m2[g]};
+        if (!finalize(job_, s[g], q[g], again, one)) done = false;
+        mean_hi[g] = one.mean_hi, mean_lo[g] = one.mean_lo, m2[g] = one.m2;
       }
     }
   }
 
   // The mean of some evenly spaced lines, and of the first pixels of their planes.
-  void sample(int64_t slab, A* shift) {
+  void sample(int64_t slab, A* mean_hi) {
     const int64_t lines = std::min(view_.S, std::max<int64_t>(1, samples / view_.D)), step = view_.S / lines;
     const int64_t run = view_.P == 1 ? 1 : std::min<int64_t>(view_.P, 64);
     const Vector zero(view_.columns());
@@ -248,7 +248,7 @@ template <class A> class Norm {
     const Block some{slab, 0, step, lines, 0, view_.columns(), 0};
     kernels_.sums(job_, some, run, A(1), zero.data(), total.data(), square.data());
     const Doubles s = by_group(total);
-    for (int64_t g = 0; g < view_.G; ++g) shift[g] = A(s[g] / double(lines * run * view_.D));
+    for (int64_t g = 0; g < view_.G; ++g) mean_hi[g] = A(s[g] / double(lines * run * view_.D));
   }
 
   // A value for each column from one for each group.
@@ -258,19 +258,19 @@ template <class A> class Norm {
     return columns;
   }
 
-  // The columns of one slab, with room for what its tables point at.
+  // The columns of one slab, with backend for what its tables point at.
   struct Tables {
-    Vector shift, offset, r, mean_h, mean_hx;
+    Vector mean_hi, mean_lo, r, mean_h, mean_hx;
     Columns<A> columns;
   };
   Tables tables(int64_t slab) const {
     Tables t;
-    t.shift = spread(statistics(job_.shift, slab)), t.offset = spread(statistics(job_.offset, slab));
+    t.mean_hi = spread(statistics(job_.mean_hi, slab)), t.mean_lo = spread(statistics(job_.mean_lo, slab));
     Vector r(view_.G);
     for (int64_t g = 0; g < view_.G; ++g) r[g] = rstd<A>(job_, statistics(job_.m2, slab)[g]);
     t.r = spread(r.data());
     const int64_t at = slab / view_.N * view_.columns();
-    t.columns = {t.shift.data(), t.offset.data(), t.r.data(), static_cast<const A*>(job_.scale) + at,
+    t.columns = {t.mean_hi.data(), t.mean_lo.data(), t.r.data(), static_cast<const A*>(job_.scale) + at,
                  static_cast<const A*>(job_.bias) + at, nullptr, nullptr};
     return t;
   }

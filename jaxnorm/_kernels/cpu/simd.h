@@ -127,7 +127,7 @@ struct Whole {
     __builtin_memcpy(p, &out, sizeof out);
   }
   // Past the cache. p lies at a multiple of the vector's size.
-  template <class T, class W> JN_INLINE void stream(T* p, W v) const {
+  template <class T, class W> JN_INLINE void store_nontemporal(T* p, W v) const {
     const Stored<T> out = encoded(T{}, v);
 #if defined(__SSE2__)
     if constexpr (sizeof out == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), as<__m128i>(out));
@@ -173,7 +173,7 @@ struct Part {
     pieces<T>(p, &out);
 #endif
   }
-  template <class T, class W> JN_INLINE void stream(T* p, W v) const { store(p, v); }
+  template <class T, class W> JN_INLINE void store_nontemporal(T* p, W v) const { store(p, v); }
 
  private:
   JN_INLINE unsigned bits() const { return (1u << size) - 1; }

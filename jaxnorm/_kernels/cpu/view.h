@@ -1,4 +1,4 @@
-// What every file of this room shares: the shape of a problem, and the table of kernels that an instruction set fills.
+// What every file of this backend shares: the shape of a problem, and the table of kernels that an instruction set fills.
 //
 // Every norm is seen as one shape, row-major,
 //
@@ -38,51 +38,52 @@ template <> struct accumulator<double> { using type = double; };
 
 enum class Type { f32, bf16, f16, f64 };
 
-// A statistic as the library keeps it: mean == shift + offset, and m2 the sum of (unit (x - mean))^2. A unit of 0 says
-// that no unit keeps all squares in A's range: then m2 is the root of the sum of (x - mean)^2.
-template <class A> struct Statistic { A shift, offset, m2; };
+// A statistic as the library keeps it: mean == mean_hi + mean_lo, and m2 the sum of (prescale (x - mean))^2. A prescale
+// of 0 says that none keeps all squares in A's range: then m2 is the root of the sum of (x - mean)^2.
+template <class A> struct Statistic { A mean_hi, mean_lo, m2; };
 
 // One value for each column of a slab, and what a kernel needs of the statistics there.
-template <class A> struct Columns { const A *shift, *offset, *r, *scale, *bias, *mean_h, *mean_hx; };
+template <class A> struct Columns { const A *mean_hi, *mean_lo, *r, *scale, *bias, *mean_h, *mean_hx; };
 
 struct Job {
   View view;
   const void *x = nullptr, *g = nullptr;                         // x of type T; the cotangent of y, of type U
   void *out = nullptr;                                           // y (U) or dx (T)
-  void *shift = nullptr, *offset = nullptr, *m2 = nullptr;       // (B, N, G), A
+  void *mean_hi = nullptr, *mean_lo = nullptr, *m2 = nullptr;       // (B, N, G), A
   const void *scale = nullptr, *bias = nullptr;                  // (B, G, D), A: never null, ones and zeros stand in
-  double epsilon = 0, unit = 1, count = 0;                       // count: elements of a statistic, on all devices
-  bool centered = true, round_first = false;
-  bool stream = false;                                           // the output is too large to stay in the cache
+  double epsilon = 0, prescale = 1, count = 0;                       // count: elements of a statistic, on all devices
+  bool centered = true, cast_before_scale = false;
+  bool nontemporal = false;                                           // the output is too large to stay in the cache
 };
 
 // r = 1 / sqrt(var + epsilon); 0 where that is 1 / 0, and where nothing was counted; NaN where m2 overflowed.
 template <class A> inline A rstd(const Job& job, A m2) {
   if (!__builtin_isfinite(m2)) return A(__builtin_nan(""));
-  const double unit = job.unit == 0 ? 1.0 : job.unit, square = job.unit == 0 ? double(m2) * double(m2) : double(m2);
-  const double v = job.count == 0 ? 0.0 : square / job.count + job.epsilon * unit * unit;
-  return v == 0 ? A(0) : A(unit / __builtin_sqrt(v));
+  const bool root = job.prescale == 0;
+  const double prescale = root ? 1.0 : job.prescale, square = root ? double(m2) * double(m2) : double(m2);
+  const double v = job.count == 0 ? 0.0 : square / job.count + job.epsilon * prescale * prescale;
+  return v == 0 ? A(0) : A(prescale / __builtin_sqrt(v));
 }
 
-// Sums of n squares are made in x's own units, or else in this one. One that overflowed, or nearly so, needs a small
-// unit. One whose terms were flushed to zero needs a large one, unless it is nothing beside epsilon.
-constexpr double small_unit = 0x1p-64, large_unit = 0x1p64;
-template <class A> inline double unit_for(const Job& job, double square, double n) {
+// Sums of n squares are made without a prescale, or else with one of these. One that overflowed, or nearly so, needs a small
+// prescale. One whose terms were flushed to zero needs a large one, unless it is nothing beside epsilon.
+constexpr double small_prescale = 0x1p-64, large_prescale = 0x1p64;
+template <class A> inline double prescale_for(const Job& job, double square, double n) {
   if (sizeof(A) == 8) return 1;
-  if (!(square < 1e37)) return small_unit;
-  return job.unit == 0 && job.epsilon < 0x1p-80 && square < n * 0x1p-102 ? large_unit : 1;
+  if (!(square < 1e37)) return small_prescale;
+  return job.prescale == 0 && job.epsilon < 0x1p-80 && square < n * 0x1p-102 ? large_prescale : 1;
 }
 
-// From sums about s.shift, of x - shift and of (x - shift)^2, to the statistic: the formula, and the rule for constants,
-// are those of `about` in xla.py. False where the shift was so far from the mean that the two terms of m2 cancel: then
-// the shift is brought to the mean, for the caller to sum again.
-template <class A> inline bool settled(const Job& job, double sum, double square, bool again, Statistic<A>& s) {
-  const double n = double(job.view.count()), offset = job.centered ? sum / n : 0.0;
-  const double correction = n * offset * offset, m2 = square - correction;
+// From sums about s.mean_hi, of x - mean_hi and of (x - mean_hi)^2, to the statistic: the formula, and the rule for constants,
+// are those of `about` in xla.py. False where the mean_hi was so far from the mean that the two terms of m2 cancel: then
+// the mean_hi is brought to the mean, for the caller to sum again.
+template <class A> inline bool finalize(const Job& job, double sum, double square, bool again, Statistic<A>& s) {
+  const double n = double(job.view.count()), mean_lo = job.centered ? sum / n : 0.0;
+  const double correction = n * mean_lo * mean_lo, m2 = square - correction;
   const bool constant = m2 <= 0x1p-18 * correction, far = !again && correction > 4 * m2;
-  if (constant || far) s.shift += A(offset);
-  s.offset = constant ? A(0) : A(offset);
-  s.m2 = constant ? A(0) : A(job.unit == 0 ? __builtin_sqrt(m2) : m2 * job.unit * job.unit);
+  if (constant || far) s.mean_hi += A(mean_lo);
+  s.mean_lo = constant ? A(0) : A(mean_lo);
+  s.m2 = constant ? A(0) : A(job.prescale == 0 ? __builtin_sqrt(m2) : m2 * job.prescale * job.prescale);
   return !far;
 }
 
@@ -94,9 +95,9 @@ template <class A> struct Kernels {
   // Rows [first, last): statistics and y; statistics given, dx, and sums over the rows added to (G, D) dscale, dbias.
   void (*rows_forward)(const Job&, int64_t first, int64_t last);
   void (*rows_backward)(const Job&, int64_t first, int64_t last, A* dscale, A* dbias);
-  // Sums down the columns, added to `sum` and `square`: of x - shift and (unit (x - shift))^2 over the first `run`
+  // Sums down the columns, added to `sum` and `square`: of x - mean_hi and (prescale (x - mean_hi))^2 over the first `run`
   // elements of each column's P ...
-  void (*sums)(const Job&, const Block&, int64_t run, A unit, const A* shift, A* sum, A* square);
+  void (*sums)(const Job&, const Block&, int64_t run, A prescale, const A* mean_hi, A* sum, A* square);
   // ... and of g xhat and g.
   void (*gradient_sums)(const Job&, const Block&, const Columns<A>&, A* gx, A* g);
   // y, and dx = r (g scale - mean_h - xhat mean_hx).
