@@ -85,6 +85,8 @@ def forward(how: Setting, o: dict) -> dict:
     s, b = s + np.zeros(x.shape), o.get("bias", 0.0) + np.zeros(x.shape)
     xhat = d * r
     z = xhat * s + b
+    if how.activation is not None and not how.gate:
+        z = np.where(absent & ~(np.abs(z) < 1e4), 0.0, z)  # an activation may overflow beyond
     y = z * f(gate) if how.gate == "after" else z if how.gate else f(z)
     return dict(locals())
 
