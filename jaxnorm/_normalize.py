@@ -394,7 +394,7 @@ def _reduce_before_broadcast(terms: list[Array], x: Array, plain: bool) -> Array
     """The sum of a bracket's terms. Where it is far smaller than x, the sums in their transposes are of its cotangent.
 
     XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share; barriers
-    keep them apart. The sum over x is by `xla.parts` where it has some.
+    keep them apart. The sum over x is by `split_axes` where it has some.
     """
     bracket = functools.reduce(lambda a, b: a + b, terms)
     ratio = math.prod(n for n, m in zip(x.shape, bracket.shape, strict=True) if m == 1 != n)
