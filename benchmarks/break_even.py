@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxnorm as jn
-from jaxnorm._kernels import cpu
+from jaxnorm._backends import cpu
 
 ROOMS = ("xla", "native")
 ROWS = ((1, 16), (2, 32), (4, 64), (4, 128), (8, 128), (16, 256), (64, 256), (256, 1024), (4096, 8))

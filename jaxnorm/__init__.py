@@ -1,31 +1,31 @@
 """jaxnorm: normalization for JAX, exact on any device layout. Pure functions, specs, and Flax layers over them."""
 
-from ._batch import BatchNorm as BatchNorm
-from ._batch import batch_norm as batch_norm
-from ._gated import gated_rms_norm as gated_rms_norm
-from ._group import GroupNorm as GroupNorm
-from ._group import group_norm as group_norm
-from ._instance import InstanceNorm as InstanceNorm
-from ._instance import instance_norm as instance_norm
-from ._kernels import Backend as Backend
-from ._kernels import backends as backends
-from ._layer import LayerNorm as LayerNorm
-from ._layer import layer_norm as layer_norm
-from ._moments import Moments as Moments
-from ._moments import merge as merge
-from ._moments import merge_across as merge_across
-from ._moments import moments as moments
-from ._normalize import Affine as Affine
-from ._normalize import as_affine as as_affine
-from ._normalize import normalize as normalize
-from ._residual import add_layer_norm as add_layer_norm
-from ._residual import add_rms_norm as add_rms_norm
-from ._rms import RMSNorm as RMSNorm
-from ._rms import rms_norm as rms_norm
-from ._spec import Norm as Norm
-from ._spec import RunningStats as RunningStats
-from ._state import sync_state as sync_state
-from ._state import update_state as update_state
+from ._backends.select import Backend as Backend
+from ._backends.select import backends as backends
+from ._core.types import Affine as Affine
+from ._core.types import Moments as Moments
+from ._core.types import RunningStats as RunningStats
+from ._norms.base import Norm as Norm
+from ._norms.batch import BatchNorm as BatchNorm
+from ._norms.batch import batch_norm as batch_norm
+from ._norms.gated import gated_rms_norm as gated_rms_norm
+from ._norms.group import GroupNorm as GroupNorm
+from ._norms.group import group_norm as group_norm
+from ._norms.instance import InstanceNorm as InstanceNorm
+from ._norms.instance import instance_norm as instance_norm
+from ._norms.layer import LayerNorm as LayerNorm
+from ._norms.layer import layer_norm as layer_norm
+from ._norms.residual import add_layer_norm as add_layer_norm
+from ._norms.residual import add_rms_norm as add_rms_norm
+from ._norms.rms import RMSNorm as RMSNorm
+from ._norms.rms import rms_norm as rms_norm
+from ._ops.moments import merge as merge
+from ._ops.moments import merge_across as merge_across
+from ._ops.moments import moments as moments
+from ._ops.normalize import as_affine as as_affine
+from ._ops.normalize import normalize as normalize
+from ._ops.running import sync_state as sync_state
+from ._ops.running import update_state as update_state
 
 __version__ = "0.1.0"
 

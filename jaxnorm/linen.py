@@ -30,19 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
 
-from ._install import missing_flax
+from ._core.install import missing_flax
 
 try:
     from flax import linen as nn
 except ImportError as error:
     raise missing_flax("jaxnorm.linen", error) from error
 
-from . import _flax
-from ._activation import Activation
-from ._checks import as_array, refuse_array
-from ._flax import Axes, Initializer, Layout
-from ._habits import explained
-from ._spec import RunningStats
+from ._core.arrays import as_array
+from ._core.checks import refuse_array
+from ._core.explain import explained
+from ._core.types import RunningStats
+from ._layers import flax_rules
+from ._layers.flax_rules import Axes, Initializer, Layout
+from ._ops.activation import Activation
 
 Array = jax.Array
 Dtype = Any
@@ -72,16 +73,16 @@ class _Norm(nn.Module):
     def _parameters(self, shape: tuple[int, ...], features: tuple[int, ...], scale, bias) -> tuple[Any, Any]:
         """Flax's parameters, made in Flax's order, or those given in their place; with x's rank."""
         layer: Any = self
-        _flax.check_not_both(self, scale=(layer.use_scale, scale), bias=(layer.use_bias, bias))
+        flax_rules.check_not_both(self, scale=(layer.use_scale, scale), bias=(layer.use_bias, bias))
         width = tuple(shape[a] for a in features)
         if layer.use_scale:
-            init = layer.scale_init or _flax.unit_scale(self.scale_offset)
+            init = layer.scale_init or flax_rules.unit_scale(self.scale_offset)
             scale = self.param("scale", init, width, layer.param_dtype)
         if layer.use_bias:
             bias = self.param("bias", layer.bias_init, width, layer.param_dtype)
         return (
-            _flax.broadcast_param(self, "scale", scale, shape, features, layer.use_scale),
-            _flax.broadcast_param(self, "bias", bias, shape, features, layer.use_bias),
+            flax_rules.broadcast_param(self, "scale", scale, shape, features, layer.use_scale),
+            flax_rules.broadcast_param(self, "bias", bias, shape, features, layer.use_bias),
         )
 
     @nn.nowrap
@@ -122,9 +123,11 @@ class _RowNorm(_Norm):
         x = as_array(x)
         layout = self._layout(x.ndim)
         scale, bias = self._parameters(x.shape, layout.features, scale, bias)
-        dtype = _flax.output_dtype(self, x, scale, bias)  # pyright: ignore[reportAttributeAccessIssue]
+        dtype = flax_rules.output_dtype(self, x, scale, bias)  # pyright: ignore[reportAttributeAccessIssue]
         with self._initializing_quietly():
-            return _flax.normalized(self, layout, x, scale, bias, mask=mask, dtype=dtype, axis_name=self._axis_name())
+            return flax_rules.normalized(
+                self, layout, x, scale, bias, mask=mask, dtype=dtype, axis_name=self._axis_name()
+            )
 
 
 class LayerNorm(_RowNorm):
@@ -160,7 +163,7 @@ class LayerNorm(_RowNorm):
 
     @nn.nowrap
     def _layout(self, ndim: int) -> Layout:
-        return _flax.layer_norm(self, ndim)
+        return flax_rules.layer_norm_layout(self, ndim)
 
 
 class RMSNorm(_RowNorm):
@@ -199,7 +202,7 @@ class RMSNorm(_RowNorm):
 
     @nn.nowrap
     def _layout(self, ndim: int) -> Layout:
-        return _flax.rms_norm(self, ndim)
+        return flax_rules.rms_norm_layout(self, ndim)
 
 
 class GatedRMSNorm(_Norm):
@@ -249,10 +252,12 @@ class GatedRMSNorm(_Norm):
           ValueError: scale is given to a layer that has its own.
         """
         x = as_array(x)
-        features = _flax.canonical(self, "axis", x.ndim, self.axis)
+        features = flax_rules.canonical(self, "axis", x.ndim, self.axis)
         scale, _ = self._parameters(x.shape, features, scale, None)
-        dtype = _flax.output_dtype(self, x, scale)
-        return _flax.gated(self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self._axis_name())
+        dtype = flax_rules.output_dtype(self, x, scale)
+        return flax_rules.apply_gated_rms_norm(
+            self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self._axis_name()
+        )
 
 
 class GroupNorm(_RowNorm):
@@ -297,7 +302,7 @@ class GroupNorm(_RowNorm):
 
     @nn.nowrap
     def _layout(self, ndim: int) -> Layout:
-        return _flax.group_norm(self, ndim, self.num_groups, self.group_size)
+        return flax_rules.group_norm_layout(self, ndim, self.num_groups, self.group_size)
 
 
 class InstanceNorm(_RowNorm):
@@ -338,7 +343,7 @@ class InstanceNorm(_RowNorm):
 
     @nn.nowrap
     def _layout(self, ndim: int) -> Layout:
-        return _flax.instance_norm(self, ndim)
+        return flax_rules.instance_norm_layout(self, ndim)
 
 
 class BatchNorm(_Norm):
@@ -417,25 +422,25 @@ class BatchNorm(_Norm):
         unsaid = self.use_running_average is None and use_running_average is None
         if not (self.frozen and unsaid):
             use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
-        train = False if self.frozen else _flax.training(use_running_average)
+        train = False if self.frozen else flax_rules.training(use_running_average)
         x = as_array(x)
-        features = _flax.batch_features(self, x)
+        features = flax_rules.batch_features(self, x)
         shape = tuple(x.shape[a] for a in features)
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         stored = {
             "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, dtype),
             "var": self.variable("batch_stats", "var", jnp.ones, shape, dtype),
         }
-        if _flax.needs_count(self):
+        if flax_rules.needs_count(self):
             stored["count"] = self.variable("batch_stats", "count", jnp.zeros, shape, jnp.float32)
         stats = RunningStats(**{name: variable.value for name, variable in stored.items()})
-        _flax.check_width(self, "batch_stats", stats.mean.shape, x.shape, features)
+        flax_rules.check_width(self, "batch_stats", stats.mean.shape, x.shape, features)
         scale, bias = self._parameters(x.shape, features, scale, bias)
         update_stats = update_stats and not self.is_initializing()
         with self._initializing_quietly():
-            y, stats = _flax.batch_norm(
+            y, stats = flax_rules.apply_batch_norm(
                 self, x, scale, bias, stats, train=train, mask=mask, weights=weights, update_stats=update_stats,
-                dtype=_flax.output_dtype(self, x, scale, bias), axis_name=self._axis_name(),
+                dtype=flax_rules.output_dtype(self, x, scale, bias), axis_name=self._axis_name(),
             )  # fmt: skip
         if train is not False and update_stats:
             for name, variable in stored.items():

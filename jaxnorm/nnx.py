@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
 
-from ._install import missing_flax
+from ._core.install import missing_flax
 
 try:
     from flax import nnx
@@ -37,13 +37,15 @@ try:
 except ImportError as error:
     raise missing_flax("jaxnorm.nnx", error) from error
 
-from . import _flax
-from ._activation import Activation
-from ._checks import as_array, refuse_array, shown, to_python
-from ._flax import Axes, Initializer, Layout
-from ._group import canonicalize_group_count
-from ._habits import explained
-from ._spec import RunningStats
+from ._core.arrays import as_array
+from ._core.channels import canonicalize_group_count
+from ._core.checks import refuse_array
+from ._core.explain import explained
+from ._core.messages import shown, to_python
+from ._core.types import RunningStats
+from ._layers import flax_rules
+from ._layers.flax_rules import Axes, Initializer, Layout
+from ._ops.activation import Activation
 
 Array = jax.Array
 Dtype = Any
@@ -83,7 +85,9 @@ class _Norm(nnx.Module):
                 f"{name}: num_features must be an int >= 0, or several; got {shown(given['num_features'])}. "
                 f"Write {name}(64, rngs=nnx.Rngs(0))."
             )
-        makers = dict(scale=given["scale_init"] or _flax.unit_scale(given["scale_offset"]), bias=given["bias_init"])
+        makers = dict(
+            scale=given["scale_init"] or flax_rules.unit_scale(given["scale_offset"]), bias=given["bias_init"]
+        )
         for name, make in makers.items():
             param = nnx.data(None)
             if given[f"use_{name}"]:
@@ -94,23 +98,23 @@ class _Norm(nnx.Module):
 
     def _parameters(self, shape: tuple[int, ...], features: tuple[int, ...], scale, bias) -> tuple[Any, Any]:
         """The parameters, or those given in their place; with x's rank."""
-        _flax.check_not_both(self, scale=(self.scale is not None, scale), bias=(self.bias is not None, bias))
+        flax_rules.check_not_both(self, scale=(self.scale is not None, scale), bias=(self.bias is not None, bias))
         scale = scale if self.scale is None else self.scale[...]
         bias = bias if self.bias is None else self.bias[...]
         return (
-            _flax.broadcast_param(self, "scale", scale, shape, features, self.scale is not None),
-            _flax.broadcast_param(self, "bias", bias, shape, features, self.bias is not None),
+            flax_rules.broadcast_param(self, "scale", scale, shape, features, self.scale is not None),
+            flax_rules.broadcast_param(self, "bias", bias, shape, features, self.bias is not None),
         )
 
     def _output_dtype(self, args: tuple):
         """What Flax would return for (x, ..., scale, bias), of which `promote_dtype` sees the shapes and dtypes."""
         if self.promote_dtype is dtypes.promote_dtype:
-            return _flax.output_dtype(self, *args)
+            return flax_rules.output_dtype(self, *args)
 
         def output(*args):
             with jax.numpy_dtype_promotion("standard"):
                 x, *others = self.promote_dtype(args, dtype=self.dtype)
-            return jnp.zeros((), _flax.output_dtype(self, x, *others[2 * isinstance(self, BatchNorm) :]))
+            return jnp.zeros((), flax_rules.output_dtype(self, x, *others[2 * isinstance(self, BatchNorm) :]))
 
         return jax.eval_shape(output, *args).dtype
 
@@ -139,7 +143,7 @@ class _RowNorm(_Norm):
         layout = self._layout(x.shape)
         scale, bias = self._parameters(x.shape, layout.features, scale, bias)
         args = (x, scale) if isinstance(self, RMSNorm) and bias is None else (x, scale, bias)
-        return _flax.normalized(
+        return flax_rules.normalized(
             self, layout, x, scale, bias, mask=mask, dtype=self._output_dtype(args), axis_name=self.axis_name
         )
 
@@ -175,7 +179,7 @@ class LayerNorm(_RowNorm):
         self._build(locals())
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
-        return _flax.layer_norm(self, len(shape))
+        return flax_rules.layer_norm_layout(self, len(shape))
 
 
 class RMSNorm(_RowNorm):
@@ -211,7 +215,7 @@ class RMSNorm(_RowNorm):
         self._build(locals())
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
-        return _flax.rms_norm(self, len(shape))
+        return flax_rules.rms_norm_layout(self, len(shape))
 
 
 class GatedRMSNorm(_Norm):
@@ -259,10 +263,10 @@ class GatedRMSNorm(_Norm):
           TypeError: x has not as many features as the layer.
         """
         x = as_array(x)
-        features = _flax.canonical(self, "axis", x.ndim, self.axis)
+        features = flax_rules.canonical(self, "axis", x.ndim, self.axis)
         scale, _ = self._parameters(x.shape, features, scale, None)
         dtype = self._output_dtype((x, scale))
-        return _flax.gated(self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self.axis_name)
+        return flax_rules.apply_gated_rms_norm(self, x, gate, scale, mask=mask, dtype=dtype, axis_name=self.axis_name)
 
 
 class GroupNorm(_RowNorm):
@@ -305,7 +309,7 @@ class GroupNorm(_RowNorm):
         axis: int = -1, scale_offset: float = 0.0, activation: Activation | None = None,
         implementation: str | None = None,
     ):  # fmt: skip
-        _flax.check_groups(num_groups, group_size)
+        flax_rules.check_groups(num_groups, group_size)
         num_features = to_python(num_features)
         if not isinstance(num_features, int):
             raise ValueError(
@@ -317,8 +321,8 @@ class GroupNorm(_RowNorm):
         self._build(locals())
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
-        layout = _flax.group_norm(self, len(shape), self.num_groups, None)
-        _flax.check_width(self, "num_features", (self.num_groups * self.group_size,), shape, layout.features)
+        layout = flax_rules.group_norm_layout(self, len(shape), self.num_groups, None)
+        flax_rules.check_width(self, "num_features", (self.num_groups * self.group_size,), shape, layout.features)
         return layout
 
 
@@ -359,7 +363,7 @@ class InstanceNorm(_RowNorm):
         self._build(locals())
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
-        return _flax.instance_norm(self, len(shape))
+        return flax_rules.instance_norm_layout(self, len(shape))
 
 
 class BatchNorm(_Norm):
@@ -415,7 +419,7 @@ class BatchNorm(_Norm):
         shape = self._build(locals())
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
-        self.count = nnx.BatchStat(jnp.zeros(shape, jnp.float32)) if _flax.needs_count(self) else nnx.data(None)
+        self.count = nnx.BatchStat(jnp.zeros(shape, jnp.float32)) if flax_rules.needs_count(self) else nnx.data(None)
 
     @explained("call")
     def __call__(
@@ -443,12 +447,12 @@ class BatchNorm(_Norm):
                 "model.eval(), nnx.view(model, use_running_average=False), or norm(x, use_running_average=False)."
             )
         x = as_array(x)
-        features = _flax.batch_features(self, x)
+        features = flax_rules.batch_features(self, x)
         stored = (self.mean, self.var) if self.count is None else (self.mean, self.var, self.count)
         stats = RunningStats(*(variable[...] for variable in stored))
         scale, bias = self._parameters(x.shape, features, scale, bias)
-        train = False if self.frozen else _flax.training(use)
-        y, stats = _flax.batch_norm(
+        train = False if self.frozen else flax_rules.training(use)
+        y, stats = flax_rules.apply_batch_norm(
             self, x, scale, bias, stats, train=train, mask=mask, weights=weights, update_stats=update_stats,
             dtype=self._output_dtype((x, stats.mean, stats.var, scale, bias)), axis_name=self.axis_name,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import oracle
 from jax import Array
 
 import jaxnorm as jn
-from jaxnorm._activation import NAMED
+from jaxnorm._ops.activation import NAMED
 
 
 @dataclass(frozen=True)

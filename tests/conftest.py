@@ -90,7 +90,7 @@ def pytest_configure(config):
     backend = config.getoption("--backend")
     if backend == "absent":
         os.environ["JAXNORM_NATIVE"] = "0"
-    from jaxnorm._kernels import cpu
+    from jaxnorm._backends import cpu
 
     if backend == "native":
         assert cpu.library().loaded, cpu.library().reason

@@ -13,9 +13,13 @@ import pytest
 from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
 
 import jaxnorm as jn
-from jaxnorm import _moments
-from jaxnorm._kernels import xla
-from jaxnorm._normalize import rsqrt, rsqrt_of_root
+from jaxnorm._core import collectives
+from jaxnorm._core.arithmetic import prescales
+from jaxnorm._core.formulas import fused_two_pass, one_pass, one_pass_by_parts, two_pass, welford
+from jaxnorm._core.masks import count_valid
+from jaxnorm._core.types import Reduction, Statistics
+from jaxnorm._ops.formula import rsqrt, rsqrt_of_root
+from jaxnorm._ops.statistics import statistics
 
 NCHW = [by_name[name] for name in ("layer-nchw", "group-nchw", "instance-nchw", "batch-nchw")]
 MAGNITUDES = (1e-30, 1e-20, 1e-13, 1.0, 1e19, 1e30)
@@ -101,7 +105,7 @@ def check_magnitudes(row, dtype, rng):
 def test_any_magnitude_merged_over_devices(how, rng, monkeypatch):
     """Also where each device has another: 8 of them, or of the parts of a batch."""
     if how == "two sums":
-        monkeypatch.setattr(_moments, "_SLOT_BYTES", 0)
+        monkeypatch.setattr(collectives, "SLOT_BYTES", 0)
     norm = jn.BatchNorm(epsilon=0.0, axis_name="d" if how in ("slots", "two sums") else None)
     norm = replace(norm, virtual_batch_size=4) if how == "ghosts" else norm
     params, state = norm.init(5)
@@ -142,7 +146,7 @@ def test_units():
     largest, smallest = math.log2(2e30), -126  # of x - shift, and of what is not flushed to 0
     for n in (1, 2, 40, 300, 512, 4096, 1 << 14, 10**5, 1 << 18, 1 << 20, 1 << 24, 1 << 28):
         for epsilon in (0.0, 1e-30, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1.0):
-            small, large = xla.prescales(epsilon, n, np.float32)
+            small, large = prescales(epsilon, n, np.float32)
             top = small if large is None else large
             assert math.log2(n) + 2 * (largest + math.log2(top)) < 128
             assert all(math.frexp(unit)[0] == 0.5 for unit in (small, large or small))
@@ -153,9 +157,9 @@ def test_units():
                 sums = 127 - 2 * math.log2(small)
                 assert math.log2(n) + smallest - 2 * math.log2(large) <= sums - 22
                 assert n > 1 << 16 or epsilon or math.log2(small) + math.log2(1e-37) > -63
-    assert xla.prescales(1e-6, 26_000, np.float32)[1] is None  # default epsilons, and sizes that are common
-    assert xla.prescales(1e-5, 100_000, np.float32)[1] is None
-    assert xla.prescales(0.0, 512, np.float64)[1] is None
+    assert prescales(1e-6, 26_000, np.float32)[1] is None  # default epsilons, and sizes that are common
+    assert prescales(1e-5, 100_000, np.float32)[1] is None
+    assert prescales(0.0, 512, np.float64)[1] is None
 
 
 @pytest.mark.parametrize("values", [{}, {"weights": True}], ids=["plain", "weights"])
@@ -247,14 +251,14 @@ def test_no_epsilon_is_allowed_even_where_nothing_varies(rng):
     assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(jnp.sin(jn.layer_norm(x, epsilon=0.0))))(x)))
 
 
-@pytest.mark.parametrize("formula", [xla.two_pass, xla.welford])
+@pytest.mark.parametrize("formula", [two_pass, welford])
 @pytest.mark.parametrize("mean", MEANS)
 def test_the_formulas_of_each_platform_agree(formula, mean, rng):
     """What runs on GPU and TPU only is run here by name."""
     x = draw(rng, (16, 7, 300), mean)
     for axes in ((2,), (1, 2), (0, 2)):
-        n = xla.count_valid(x, None, None, axes)
-        shift, offset, m2 = jax.jit(lambda x, n, axes=axes: formula(x, None, None, n, xla.Reduction(axes)))(x, n)
+        n = count_valid(x, None, None, axes)
+        shift, offset, m2 = jax.jit(lambda x, n, axes=axes: formula(x, None, None, n, Reduction(axes)))(x, n)
         true = x.astype(np.float64)
         got = np.float64(shift) + np.float64(offset)
         np.testing.assert_allclose(
@@ -264,20 +268,20 @@ def test_the_formulas_of_each_platform_agree(formula, mean, rng):
 
 
 def in_kernel(x, keep, weights, n, how):
-    return xla.fused_two_pass(x, n, how)
+    return fused_two_pass(x, n, how)
 
 
 def merged_parts(x, keep, weights, n, how):
-    return _moments.statistics(replace(how, one_pass=True, num_shards=8), x, keep, weights)[1:]
+    return statistics(replace(how, one_pass=True, num_shards=8), x, keep, weights)[1:]
 
 
 BRANCHES = {  # and the error of each, where nothing is constant
-    "two_pass": (xla.two_pass, ((2,), (1, 2), (0, 1)), 2e-6),  # CPU
+    "two_pass": (two_pass, ((2,), (1, 2), (0, 1)), 2e-6),  # CPU
     # TPU, and on a GPU the statistics of rows that are kept; one chain of sums on CPU, a tree there
-    "welford": (xla.welford, ((2,), (0,)), 6e-6),
+    "welford": (welford, ((2,), (0,)), 6e-6),
     "in_kernel": (in_kernel, ((2,), (1, 2)), 2e-6),  # on a GPU the statistics of rows that y is made of
-    "in_one_pass": (xla.one_pass, ((0, 1), (0,)), 2e-6),  # batch norm
-    "in_one_pass_by_parts": (xla.one_pass_by_parts, ((0, 1), (0,)), 2e-6),  # on a GPU, and there what is no row
+    "in_one_pass": (one_pass, ((0, 1), (0,)), 2e-6),  # batch norm
+    "in_one_pass_by_parts": (one_pass_by_parts, ((0, 1), (0,)), 2e-6),  # on a GPU, and there what is no row
     "merged_parts": (merged_parts, ((0, 1), (0,)), 2e-6),  # batch norm of a batch that jit spreads over devices
 }
 EXTREMES = {
@@ -303,13 +307,13 @@ def test_each_platform_s_formula_holds_at_the_extremes(branch, epsilon, rng):
     formula, kinds_of_axes, error = BRANCHES[branch]
     shape = (64, 32, 300)
     for axes in kinds_of_axes:
-        unit, large = xla.prescales(epsilon, math.prod(shape[a] for a in axes), np.float32)
-        how = xla.Reduction(axes, prescale=unit, large_prescale=large)
+        unit, large = prescales(epsilon, math.prod(shape[a] for a in axes), np.float32)
+        how = Reduction(axes, prescale=unit, large_prescale=large)
 
         @jax.jit
         def output(x, how=how):
-            n = xla.count_valid(x, None, None, how.axes)
-            stats = xla.Statistics(n, *formula(x, None, None, n, how))
+            n = count_valid(x, None, None, how.axes)
+            stats = Statistics(n, *formula(x, None, None, n, how))
             one = how.large_prescale is None
             r = rsqrt(stats.m2, n, how.prescale, epsilon) if one else rsqrt_of_root(stats.m2, n, epsilon)
             return ((x - stats.mean_hi) - stats.mean_lo) * r
@@ -327,12 +331,12 @@ def test_each_platform_s_formula_holds_at_the_extremes(branch, epsilon, rng):
 
 @pytest.mark.parametrize("epsilon", [1e-12, 0.0])
 def test_rows_of_rms_norm_on_a_gpu_hold_at_the_extremes(epsilon, rng):
-    unit, large = xla.prescales(epsilon, 300, np.float32)
-    how = xla.Reduction((1,), centered=False, prescale=unit, large_prescale=large)
+    unit, large = prescales(epsilon, 300, np.float32)
+    how = Reduction((1,), centered=False, prescale=unit, large_prescale=large)
 
     @jax.jit
     def output(x):
-        shift, offset, root = xla.fused_two_pass(x, jnp.full((1, 1), 300.0), how)
+        shift, offset, root = fused_two_pass(x, jnp.full((1, 1), 300.0), how)
         return ((x - shift) - offset) * rsqrt_of_root(root, jnp.full((1, 1), 300.0), epsilon)
 
     for magnitude in MAGNITUDES:

@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from test_native import run_python
 
 import jaxnorm as jn
-from jaxnorm._kernels import cpu
+from jaxnorm._backends import cpu
 
 f32 = jnp.float32
 

@@ -21,7 +21,7 @@ from test_native import kernels_in
 import jaxnorm as jn
 from jaxnorm import linen as jnn
 from jaxnorm import nnx as jnnx
-from jaxnorm._activation import NAMED
+from jaxnorm._ops.activation import NAMED
 
 BACKENDS = [None, "xla"]  # None is the native one here, wherever it takes a call; see conftest
 

@@ -15,13 +15,14 @@ import jax
 import pytest
 
 import jaxnorm as jn
-from jaxnorm import _install
-from jaxnorm._kernels import cpu, mosaic
+from jaxnorm._backends import cpu
+from jaxnorm._backends.pallas import adapter as mosaic
+from jaxnorm._core import install as _install
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REPOSITORY = PYPROJECT["project"]["urls"]["Repository"]
-THIRD_PARTY = ROOT / "jaxnorm" / "_kernels" / "cpu" / "third_party"
+THIRD_PARTY = ROOT / "jaxnorm" / "_backends" / "cpu" / "third_party"
 
 
 # --- kernels that do not fit jaxlib -----------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_importing_jaxnorm_with_kernels_that_xla_refuses_leaves_jax_working(tmp_
     """In a process of its own, where no backend has started: the registration must not wait in a queue either."""
     shutil.copytree(ROOT / "jaxnorm", tmp_path / "jaxnorm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     library = build(tmp_path, "0, 1", (0, 99))
-    library.rename(tmp_path / "jaxnorm" / "_kernels" / "cpu" / library.name)
+    library.rename(tmp_path / "jaxnorm" / "_backends" / "cpu" / library.name)
     code = f"""
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]

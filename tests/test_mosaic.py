@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
 from benchmarks import compiled
-from jaxnorm._kernels import mosaic_gpu, mosaic_tpu
-from jaxnorm._kernels.rows import Job, rows_of
-from jaxnorm._kernels.xla import prescales
+from jaxnorm._backends.pallas import gpu as mosaic_gpu
+from jaxnorm._backends.pallas import tpu as mosaic_tpu
+from jaxnorm._backends.pallas.rows import Job, rows_of
+from jaxnorm._core.arithmetic import prescales
 
 UNIT = 2.0**-40
 

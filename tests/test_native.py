@@ -21,9 +21,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
-from jaxnorm._kernels import cpu
-from jaxnorm._kernels.call import varying_axes
-from jaxnorm._kernels.xla import Reduction
+from jaxnorm._backends import cpu
+from jaxnorm._backends.call import varying_axes
+from jaxnorm._core.types import Reduction
 
 pytestmark = pytest.mark.skipif(not cpu.library().loaded, reason=cpu.library().reason)
 

@@ -385,7 +385,7 @@ with joined(address, 2, int(process), 2):
     import jax, numpy as np
     from catalogue import EACH
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-    from jaxnorm._kernels import cpu
+    from jaxnorm._backends import cpu
     from test_processes import case
     cpu.is_profitable = lambda view, dtype: True  # however small
 

@@ -13,7 +13,7 @@ from test_devices import close, collectives, mesh_of, placed
 from test_native import run_python
 
 import jaxnorm as jn
-from jaxnorm._kernels import partition
+from jaxnorm._backends import partition
 
 
 def step(params, x, g, epsilon=1e-5):

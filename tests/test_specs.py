@@ -244,24 +244,48 @@ def test_jaxnorm_needs_no_flax_and_costs_little_beside_jax():
     assert len(loaded) < 40, loaded
 
 
+# What the files of a folder may import from, beside their own folder. `_core` imports nothing of the package.
+MAY_IMPORT = {
+    "_core": (),
+    "_backends": ("_core",),
+    "_ops": ("_core", "_backends"),
+    "_norms": ("_core", "_ops", "_backends.select"),
+    "_layers": ("_core", "_ops", "_norms"),
+    "demo": (),
+    "": ("_core", "_backends", "_ops", "_norms", "_layers"),  # the faces: __init__, linen, nnx
+}
+
+
 def test_arrows_point_down():
-    """Each module imports only from floors below it, and the mathematics knows nothing of Flax."""
-    floors = ["_exported", "_kernels", "_checks", "_habits", "_moments", "_stream", "_activation", "_normalize"]
-    floors += ["_spec", "_state", "_sync"]
-    norms = ["_batch", "_layer", "_rms", "_group", "_instance"]
-    for path in PACKAGE.glob("_*.py"):
-        tree = ast.parse(path.read_text())
-        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
-        imported = {(n.module or a.name).split(".")[0] for n in nodes for a in n.names}
-        if path.stem in floors:
-            assert imported <= set(floors[: floors.index(path.stem)]), path.name
-        elif path.stem in norms:
-            assert imported <= set(floors), path.name
-
-
-def test_the_only_collectives_are_in_moments():
+    """Every file imports from the folders below its own, a norm from no other norm, and Flax is for layers alone."""
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "_moments.py" and "demo" not in str(path):
+        module = path.relative_to(PACKAGE).with_suffix("").parts
+        folder = module[0] if len(module) > 1 else "demo" if module[0] == "demo" else ""
+        assert folder in MAY_IMPORT, f"{path}: say in MAY_IMPORT what this folder may import"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                outside = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                outside = [node.module or ""]
+            elif isinstance(node, ast.ImportFrom):
+                base = module[: len(module) - node.level] if path.stem != "__init__" else module[: -node.level]
+                for alias in node.names:
+                    target = [*base, *(node.module.split(".") if node.module else []), alias.name]
+                    name = ".".join(target[:-1]) or target[0]
+                    own = folder not in ("", "_norms") and target[0] == folder
+                    own = own or name in ("_norms", "_norms.base") and folder == "_norms"
+                    assert own or name.startswith(MAY_IMPORT[folder]) and MAY_IMPORT[folder], (str(path), name)
+                continue
+            else:
+                continue
+            for name in outside:
+                flax_may = folder in ("_layers", "demo") or path.stem in ("linen", "nnx")
+                assert flax_may or name.split(".")[0] not in ("flax", "optax", "torch"), (str(path), name)
+
+
+def test_the_only_collectives_are_in_one_file():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "collectives.py" and "demo" not in str(path):
             text = path.read_text()
             for name in ("psum", "pmean", "pmax", "all_gather", "ppermute", "all_to_all"):
                 assert f"lax.{name}(" not in text, (path.name, name)

@@ -16,9 +16,11 @@ from test_devices import collectives, mesh_of, placed
 from test_memory import kept_bytes
 
 import jaxnorm as jn
-from jaxnorm import _normalize
-from jaxnorm._kernels import mosaic, mosaic_tpu, registry
-from jaxnorm._kernels.fused import Fused
+from jaxnorm._backends import registry
+from jaxnorm._backends.pallas import adapter as mosaic
+from jaxnorm._backends.pallas import tpu as mosaic_tpu
+from jaxnorm._backends.primitives import Fused
+from jaxnorm._ops import by_kernel, epilogue
 
 ADDED = {"rms": jn.add_rms_norm, "layer": jn.add_layer_norm}
 f32, bf16 = np.float32, ml_dtypes.bfloat16
@@ -43,8 +45,10 @@ def run(monkeypatch) -> list[str]:
     monkeypatch.setattr(mosaic, "_loaded", lambda module: kernels)
     backend = registry._mosaic("cpu", "interpreted", partitions=True)._replace(unsupported_reason=lambda *_: None)
     monkeypatch.setitem(registry.BACKENDS, "interpreted", backend)
-    was = _normalize._fused
-    monkeypatch.setattr(_normalize, "_fused", Fused(was._output, was._tangent, was._add, was._collectives))
+    was = by_kernel.primitives
+    again = Fused(was._output, was._tangent, was._add, was._collectives)
+    for module in (by_kernel, epilogue):
+        monkeypatch.setattr(module, "primitives", again)
     return asked
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .._install import extra
+from jaxnorm._core.install import extra
 
 NEEDS = {"matplotlib": "matplotlib", "optax": "optax", "rich": "rich", "sklearn": "scikit-learn"}
 TITLES = {"none": "no normalization", "batch": "batch norm", "layer": "layer norm"}
@@ -108,7 +108,7 @@ def devices(parser: Parser, wanted: int | None) -> list:
 
 
 def check(parser: Parser, options) -> None:
-    from . import _data, _plot
+    from jaxnorm.demo import _data, _plot
 
     count = len(options.devices)
     if options.batch_size < count:
@@ -155,7 +155,7 @@ def run(parser: Parser, options) -> None:
     from jax.sharding import Mesh
     from rich.console import Console
 
-    from . import _data, _plot, _train
+    from jaxnorm.demo import _data, _plot, _train
 
     console = Console(highlight=False, markup=False, emoji=False)
     mesh = Mesh(np.array(options.devices), ("data",))

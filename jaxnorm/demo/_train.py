@@ -21,8 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
-
-from ._data import Batch
+from jaxnorm.demo._data import Batch
 
 STRIDES = (1, 1, 1, 1, 2, 1, 1, 1)  # one convolution each
 CHANNELS, CLASSES = 24, 10

@@ -23,11 +23,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .._install import extra
-from .__main__ import Parser, finish, positive, rate, steps, whole
-from .__main__ import seed as number
-from ._data import TRAIN
-from ._together import HEARTBEAT, joined, launch, meet, say
+from jaxnorm._core.install import extra
+from jaxnorm.demo.__main__ import Parser, finish, positive, rate, steps, whole
+from jaxnorm.demo.__main__ import seed as number
+from jaxnorm.demo._data import TRAIN
+from jaxnorm.demo._together import HEARTBEAT, joined, launch, meet, say
 
 NEEDS = {"optax": "optax", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
 MOST = 64  # processes on one machine, and devices of each
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         doing = "listen on" if options.process == 0 else "reach process 0 at"
         parser.error(f"argument --address: cannot {doing} {options.address}: {error.strerror or error}.")
     with joined(options.address, options.processes, options.process, options.devices, options.heartbeat):
-        from . import _process
+        from jaxnorm.demo import _process
 
         _process.train(options)
     return 0

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--worst", action="store_true", help="print the largest errors as parts of what is allowed")
     args = parser.parse_args()
 
-    from jaxnorm._kernels import cpu
+    from jaxnorm._backends import cpu
 
     from . import devices, run
     from .case import drawn

@@ -19,7 +19,7 @@ from .expected import expected
 BACKENDS = {
     "kernels": None,
     "xla": "xla",
-}  # by default, and with `_kernels.cpu.is_profitable` always true: kernels where there are
+}  # by default, and with `_backends.cpu.is_profitable` always true: kernels where there are
 
 
 def check(case: Case) -> None:

@@ -1,0 +1,74 @@
+"""One use of a fused primitive: everything static about it, and its optional operands packed and unpacked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from .._core.types import Plan
+
+Array = jax.Array
+Shape = tuple[int, ...]
+
+# The operands of the three primitives, in order; an absent one is None. Statistics, scale and bias have x's rank.
+# Those of backends that add a residual first: backward then gets the stream as x, and that stream's own cotangent.
+FORWARD = ("x", "scale", "bias")
+TANGENT = ("x", "mean_hi", "mean_lo", "m2", "scale", "dx", "dscale", "dbias")
+BACKWARD = ("x", "mean_hi", "mean_lo", "m2", "scale", "g")
+FORWARD_OF_SUM, BACKWARD_OF_SUM = (*FORWARD, "residual"), (*BACKWARD, "g_stream")
+_PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias"})  # these broadcast against x
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is static about one use of a primitive."""
+
+    plan: Plan
+    names: tuple[str, ...]  # of the operands that are there
+    grad_shapes: tuple[Shape | None, Shape | None] = (
+        None,
+        None,
+    )  # of backward: the shapes of scale and bias, where wanted
+    of_sum: bool = False  # of tangent: x is a residual stream, whose tangent comes out beside that of y
+
+    def of(self, name: str, operands: Sequence) -> Any:
+        """The operand of that name, or None."""
+        return operands[self.names.index(name)] if name in self.names else None
+
+    def unpacked(self, operands: Sequence, order: tuple[str, ...]) -> list[Any]:
+        """All operands in order, None for those that are absent."""
+        there = dict(zip(self.names, operands, strict=True))
+        return [there.get(name) for name in order]
+
+    def is_parameter(self, i: int) -> bool:
+        return self.names[i] in _PARAMETERS
+
+    def varying(self, operands: Sequence) -> frozenset[int]:
+        """The axes along which parameters, or the gradients wanted of them, have more than one value."""
+        shapes = [a.shape for i, a in enumerate(operands) if self.is_parameter(i)]
+        shapes += [s for s in self.grad_shapes if s is not None]
+        return frozenset(a for shape in shapes for a, n in enumerate(shape) if n != 1)
+
+    def over(self, names: tuple[str, ...]) -> Call:
+        """The same with its statistics over the devices along these mesh axes as well."""
+        return replace(self, plan=replace(self.plan, reduction=replace(self.plan.reduction, axis_name=names)))
+
+    def batched(self, size: int) -> Call:
+        """The same with a new axis in front, of so many."""
+        reduction = replace(self.plan.reduction, axes=tuple(a + 1 for a in self.plan.reduction.axes))
+        first, second = (None if s is None else (size, *s) for s in self.grad_shapes)
+        return replace(self, plan=replace(self.plan, reduction=reduction), grad_shapes=(first, second))
+
+
+def packed(order: tuple[str, ...], operands: Sequence) -> tuple[tuple[str, ...], list]:
+    """The names and values of the operands that are there."""
+    there = [(name, a) for name, a in zip(order, operands, strict=True) if a is not None]
+    return tuple(name for name, _ in there), [a for _, a in there]
+
+
+def varying_axes(*parameters: Array | None) -> frozenset[int]:
+    """The axes along which a scale or a bias, of x's rank, has more than one value."""
+    return frozenset(a for p in parameters if p is not None for a, size in enumerate(p.shape) if size != 1)

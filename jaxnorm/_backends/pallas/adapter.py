@@ -1,0 +1,111 @@
+"""Adapter from the norm primitives to the Pallas kernels for GPU and TPU.
+
+Pallas is imported when a backend is named, not with jaxnorm. These backends are not used by default: the kernels
+compile for their targets but have not been benchmarked on hardware.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from ..._core.dtypes import accumulator
+from ..._core.types import Reduction
+from ..call import BACKWARD_OF_SUM, FORWARD_OF_SUM, Call
+from .rows import Job, rows_of
+
+Array = jax.Array
+
+
+_DISTRIBUTIONS = {"absl": "absl-py"}  # modules that Pallas imports, where pip knows them by another name
+
+
+@functools.cache
+def _loaded(backend: str) -> ModuleType | str:
+    """The kernels, or why they cannot be had."""
+    module = f"{__package__}.{backend.removeprefix('mosaic_')}"
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError, TypeError) as error:  # Pallas moves quickly from one JAX to the next
+        package = ((isinstance(error, ModuleNotFoundError) and error.name) or "jax").partition(".")[0]
+        if package not in ("jax", "jaxlib"):
+            package = _DISTRIBUTIONS.get(package, package)
+            return f"Pallas needs {package}, which is not installed. Write: pip install {package}"
+        return f"jax {jax.__version__} lacks the Pallas API that {module} needs: {error}"
+
+
+def _kernels(backend: str) -> ModuleType:
+    kernels = _loaded(backend)
+    assert isinstance(kernels, ModuleType)  # or the backend would have been refused
+    return kernels
+
+
+def unavailable_reason(backend: str) -> str | None:
+    kernels = _loaded(backend)
+    return kernels if isinstance(kernels, str) else None
+
+
+def unsupported_reason(backend: str, x: Array, reduction: Reduction, dtype, varying: frozenset[int]) -> str | None:
+    shape = rows_of(x.shape, reduction.axes, varying)
+    if shape is None:
+        axes = reduction.axes
+        return f"its kernels are for rows, the last axes of x with parameters along them, not {axes} of {x.shape}"
+    return _kernels(backend).unsupported_reason(shape, x.dtype, dtype)
+
+
+def supports(backend: str, call: Call, operands, by_default: bool) -> bool:
+    x, reduction = operands[0], call.plan.reduction
+    if call.plan.backend != backend:
+        return False
+    shape = rows_of(x.shape, reduction.axes, call.varying(operands))
+    dtypes = (a.dtype for a in operands if a.shape == x.shape)
+    return shape is not None and _kernels(backend).unsupported_reason(shape, *dtypes) is None
+
+
+def forward(backend: str, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
+    """y and the statistics, of rows that are whole on this device, and the new stream where there is a residual."""
+    x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
+    job, shape = _static(call, operands)
+    along = functools.partial(_along, x, call.plan.reduction.axes)
+    residual = None if residual is None else residual.reshape(shape)
+    y, mean_hi, mean_lo, m2, *new = _kernels(backend).forward(
+        job, call.plan.dtype, x.reshape(shape), along(scale), along(bias), residual
+    )
+    kept = tuple(1 if a in call.plan.reduction.axes else n for a, n in enumerate(x.shape))
+    return y.reshape(x.shape), *(s.reshape(kept) for s in (mean_hi, mean_lo, m2)), *(a.reshape(x.shape) for a in new)
+
+
+def backward(backend: str, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
+    """dx, with the cotangent of a stream added where there is one, and those gradients of scale and bias wanted."""
+    x, *statistics, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
+    job, shape = _static(call, operands)
+    scale = _along(x, call.plan.reduction.axes, scale)
+    statistics = (s.reshape(shape[0]) for s in statistics)
+    grad_shapes = tuple(s is not None for s in call.grad_shapes)
+    g_stream = None if g_stream is None else g_stream.reshape(shape)
+    dx, *gradients = _kernels(backend).backward(
+        job, grad_shapes, x.reshape(shape), *statistics, scale, g.reshape(shape), g_stream
+    )
+    full = tuple(n if a in call.plan.reduction.axes else 1 for a, n in enumerate(x.shape))
+    summed = lambda d, shape: d.reshape(full).sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
+    return dx.reshape(x.shape), *map(summed, gradients, [s for s in call.grad_shapes if s is not None])
+
+
+def _static(call: Call, operands) -> tuple[Job, tuple[int, int]]:
+    plan, reduction = call.plan, call.plan.reduction
+    shape = rows_of(operands[0].shape, reduction.axes, call.varying(operands))
+    assert shape is not None  # a part of x is of rows as x is
+    prescales = reduction.prescale, reduction.large_prescale
+    return Job(shape[1], plan.epsilon, reduction.centered, plan.cast_before_scale, *prescales), shape
+
+
+def _along(x: Array, axes, p: Array | None) -> Array | None:
+    """A scale or bias for every column."""
+    if p is None:
+        return None
+    full = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
+    return jnp.broadcast_to(p.astype(accumulator(x)), full).reshape(-1)

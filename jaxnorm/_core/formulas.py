@@ -1,0 +1,299 @@
+"""The formulas for mean and second moment: in one pass about a sample mean, in two passes, and Welford's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .arithmetic import FULL, abs_squared, nonzero_divisor, pick_in_range, scaled_abs_squared, scaled_by
+from .dtypes import accumulator, are_static
+from .platforms import by_platform
+from .types import Reduction
+
+Array = jax.Array
+
+
+_LONG_SUM = 1 << 13  # elements from which a sum is taken about a rough mean
+
+
+_ENOUGH_SUMS = 1 << 14  # sums at once from which on XLA keeps their summands out of a GPU's memory; likewise
+
+
+def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
+    """`about` the mean of a sample, where x has one that will do; else in two passes."""
+    sample = _spaced_sample(x, reduction.axes)
+    if sample is None:
+        return two_pass(x, keep, weights, n, reduction)
+    size = None if reduction.large_prescale is None else jnp.max(jnp.abs(sample), reduction.axes, keepdims=True)
+    return shifted_moments(x, keep, weights, n, sample.mean(reduction.axes, keepdims=True), reduction, total, size)
+
+
+def one_pass_by_parts(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
+    """`in_one_pass` for a GPU, where sums by `parts` keep x - shift out of memory."""
+
+    def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
+        apart = split_axes(a, axes)
+        if not apart:
+            return total_over(a, axes)
+        return total_over(lax.optimization_barrier(total_over(a, axes[len(apart) :])), apart)
+
+    return one_pass(x, keep, weights, n, reduction, by_parts)
+
+
+def split_axes(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The first of these axes, over which to sum only after a sum over the others; none where one sum over all will do.
+
+    XLA's GPU compiler writes the summands of such sums out, in float32, unless it finds enough threads' work in what
+    they come to. Long sums it cuts by itself.
+    """
+    if len(axes) < 2 or not are_static(*x.shape) or sharded_axes(x):
+        return ()
+    if not 256 <= math.prod(x.shape[a] for a in axes) < 1 << 15:
+        return ()
+    enough = lambda k: x.size >= _ENOUGH_SUMS * math.prod(x.shape[a] for a in axes[k:])
+    return axes[: next(filter(enough, range(1, len(axes))), 1)]
+
+
+def total_over(a: Array, axes: tuple[int, ...]) -> Array:
+    return a.sum(axes, keepdims=True)
+
+
+def shifted_moments(
+    x, keep, weights, n, shift, reduction: Reduction, total: Callable | None = None, size: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """In one pass about a `shift` near the mean: the mean as shift + offset, and the second moment.
+
+    offset = sum(w (x - shift)) / n;   m2 = sum(w |x - shift|**2) - n |offset|**2
+
+    An m2 below the rounding noise of its own two terms is that of a constant x: then the mean is that constant, to the
+    bit, and m2 is 0. With two units its root is returned; `size` is then that of some elements of x.
+    """
+    d = difference(x, keep, shift)
+    w = weight_of(weights, n)
+    total = total or total_over
+    offset = weighted_mean(d, w, n, reduction.axes, total)
+    corrections = lambda prescale: n * scaled_abs_squared(offset, prescale)
+    # The unit taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
+    squares = lambda prescale: total(w * abs_squared(difference(x, keep, shift, prescale)), reduction.axes)
+    m2, prescale = (
+        (squares(reduction.prescale), reduction.prescale)
+        if reduction.large_prescale is None
+        else in_range(reduction, squares, size)
+    )
+    correction = corrections(prescale)
+    m2 = m2 - correction
+    constant = m2 <= 2.0**-18 * correction
+    m2 = jnp.where(constant, 0.0, m2)
+    return (
+        jnp.where(constant, shift + offset, shift),
+        jnp.where(constant, 0.0, offset),
+        m2 if reduction.large_prescale is None else jnp.sqrt(m2) / prescale,
+    )
+
+
+def in_range(reduction: Reduction, squares: Callable, size: Array | None = None) -> tuple[Array, Array]:
+    """`squares(unit)` in the one of two units that holds them, and that unit.
+
+    A TPU sums in both units in one pass over x. On CPU each sum is a pass: the second one is skipped unless a sum in
+    the first unit has overflowed. On a GPU a third sum costs a pass. Unless epsilon is close to 0, the unit there is
+    taken from the `size` of some elements. If they mislead, the sum overflows and y is NaN, which values below
+    1e28 / sqrt(n) never do.
+    """
+
+    def on_cpu(*size):
+        small = squares(reduction.prescale)
+        return pick_in_range(
+            reduction, small, lax.cond(jnp.all(small <= FULL), lambda: small, lambda: squares(reduction.large_prescale))
+        )
+
+    def on_gpu(size):
+        prescale = jnp.minimum(reduction.prescale, lax.reduce_precision(2.0**-20 / size, 8, 0))
+        return squares(prescale), prescale
+
+    both = lambda *size: pick_in_range(reduction, squares(reduction.prescale), squares(reduction.large_prescale))
+    if size is None or reduction.prescale > 2.0**-30:
+        return by_platform(reduction, cpu=on_cpu, default=both)
+    return by_platform(reduction, size, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=both)
+
+
+def two_pass(x, keep, weights, n, reduction: Reduction, rough: Array | None = None) -> tuple[Array, Array, Array]:
+    """The corrected two-pass algorithm: the mean, then everything about it, the rounding error of that mean included.
+
+    Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7. The first sum is about a
+    `rough` mean, if there is one.
+    """
+    shift = weighted_mean(difference(x, keep, rough), weight_of(weights, n), n, reduction.axes)
+    if keep is not None or weights is not None:
+        # XLA makes a product of the division by n, and contracts it with the subtraction in x - shift. That shift is
+        # not rounded, so it is not the one returned. XLA keeps this rounding.
+        shift = _rounded(shift)
+    shift = shift if rough is None else rough + shift
+    size = None
+    if reduction.large_prescale is not None:
+        first = _first(difference(x, keep, None), reduction.axes)
+        size = jnp.maximum(jnp.abs(shift), jnp.abs(first))
+    return shifted_moments(x, keep, weights, n, shift, reduction, size=size)
+
+
+def two_pass_on_cpu(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
+    """`two_pass`, long sums about a rough mean: XLA for CPU may add them up in one chain.
+
+    At a mean of many deviations that would drift by many of them.
+    """
+    return two_pass(
+        x, keep, weights, n, reduction, _rough_mean(x, keep, reduction.axes) if is_long(x, reduction.axes) else None
+    )
+
+
+def is_long(x: Array, axes: tuple[int, ...]) -> bool:
+    size = math.prod(x.shape[a] for a in axes)
+    return isinstance(size, int) and size >= _LONG_SUM
+
+
+def _rounded(a: Array) -> Array:
+    """a with three bits fewer."""
+    kind = jnp.finfo(a.dtype)
+    shorter = lambda a: lax.reduce_precision(a, kind.nexp, kind.nmant - 3)
+    return lax.complex(shorter(a.real), shorter(a.imag)) if jnp.iscomplexobj(a) else shorter(a)
+
+
+def weighted_mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Callable | None = None) -> Array:
+    """sum(w x) / n over axes, and 0 where n is 0."""
+    return (total or total_over)(w.astype(x.dtype) * x, axes) / nonzero_divisor(n).astype(x.dtype)
+
+
+def welford(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
+    """One read of x: a reduction over (count, mean, m2) by the pairwise update, about the first element of each row."""
+    first = _first(x, reduction.axes).astype(accumulator(x))
+    prescales = (
+        [reduction.prescale] if reduction.large_prescale is None else [reduction.prescale, reduction.large_prescale]
+    )
+    z = [
+        difference(x, keep, first, prescale) for prescale in prescales
+    ]  # not in `combine`: XLA would square before it scales
+    w = jnp.broadcast_to(weight_of(weights, n), x.shape)
+
+    def combine(a, b):
+        (n_a, *a), (n_b, *b) = a, b
+        total = n_a + n_b
+        # No jnp.where in here: it is lowered to a call, and an unused reduction with calls crashes XLA's GPU compiler.
+        part = n_b / lax.select(total == 0, jnp.ones_like(total), total)
+        out = [total]
+        for mean_a, m2_a, mean_b, m2_b in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):  # in each unit
+            gap = mean_b - mean_a
+            out += [mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + abs_squared(gap) * (n_a * part)]
+        return tuple(out)
+
+    zero = np.zeros((), n.dtype)
+    operands, start = [w], [zero]
+    for a in z:
+        operands += [a, jnp.zeros_like(w)]
+        start += [np.zeros((), a.dtype), zero]
+    _, *sums = lax.reduce(tuple(operands), tuple(start), combine, reduction.axes)
+    offset, m2, *of_large = (lax.expand_dims(a, reduction.axes) for a in sums)
+    if reduction.large_prescale is None:
+        return first, offset / reduction.prescale, m2
+    offset = jnp.where(m2 <= FULL, offset, of_large[0])
+    m2, prescale = pick_in_range(reduction, m2, of_large[1])
+    return first, offset / prescale.astype(offset.dtype), jnp.sqrt(m2) / prescale
+
+
+def _first(x: Array, axes: tuple[int, ...]) -> Array:
+    """The first element along `axes`."""
+    for a in axes:
+        x = lax.slice_in_dim(x, 0, 1, axis=a)
+    return x
+
+
+def are_last(x: Array, axes: tuple[int, ...]) -> bool:
+    return axes == tuple(range(x.ndim - len(axes), x.ndim))
+
+
+def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
+    """`two_pass` for one kernel of XLA's on a GPU: of a constant row, whose m2 is rounding noise, m2 becomes huge.
+
+    So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `about` has, would have XLA cut the kernel in three.
+    """
+    x = x.astype(accumulator(x))
+    over = lambda a: a.sum(reduction.axes, keepdims=True)
+    shift = (
+        over(x) / n if reduction.centered else over(x) * 0.0
+    )  # if no sum comes before the two others, XLA makes 3 kernels
+    d = x - shift
+    if not reduction.centered:
+        assert reduction.large_prescale is not None  # `statistics_of_output`
+        small, large = over(abs_squared(d * reduction.prescale)), over(abs_squared(d * reduction.large_prescale))
+        root = jnp.maximum(
+            jnp.sqrt(jnp.minimum(small, FULL)) / reduction.prescale, jnp.sqrt(large) / reduction.large_prescale
+        )
+        return shift, jnp.zeros_like(shift), root
+    offset = over(d) / n
+    terms = lambda prescale: (over(abs_squared(d * prescale)), n * scaled_abs_squared(offset, prescale))
+    if reduction.large_prescale is None:
+        squares, correction = terms(reduction.prescale)
+        m2 = squares - correction
+        constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
+        return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
+    # In both units, the small one's terms held below overflow. Then the larger root of the two is the right one, and x
+    # is constant if neither unit finds otherwise: a unit in which the terms are out of range does not.
+    small, large = ([jnp.minimum(a, FULL) for a in terms(reduction.prescale)], terms(reduction.large_prescale))
+    root, constant = 0.0, 1.0
+    for prescale, (squares, correction) in ((reduction.prescale, small), (reduction.large_prescale, large)):
+        m2 = squares - correction
+        constant *= jnp.minimum(jnp.maximum(2.0**-18 * correction - m2 + 2.0**-126, 0.0) * 2.0**126, 1.0)
+        root = jnp.maximum(jnp.sqrt(jnp.maximum(m2, 0.0)) / prescale, root)
+    return shift, offset, root + constant * 2.0**126
+
+
+def weight_of(weights: Array | None, n: Array) -> Array:
+    return jnp.ones((1,) * n.ndim, n.dtype) if weights is None else weights.astype(n.dtype)
+
+
+def difference(x: Array, keep: Array | None, shift: Array | None, prescale: float | Array = 1.0) -> Array:
+    """unit * (x - shift) in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
+    scaled = lambda a: a if isinstance(prescale, float) and prescale == 1.0 else scaled_by(a, prescale)
+    x = scaled(x.astype(accumulator(x)))
+    d = x if shift is None else x - scaled(shift)
+    return d if keep is None else jnp.where(keep, d, 0.0)
+
+
+def _spaced_sample(x: Array, axes: tuple[int, ...]) -> Array | None:
+    """Some 64 elements of each column, evenly spaced: the differences to their mean lose nothing when squared.
+
+    Taken by splitting axes, not by slicing them, so that of a sharded axis every device samples its own part. None
+    where sizes without divisors leave so few elements that a single outlier among them could spoil the sums, and where
+    sizes are unknown.
+    """
+    if not are_static(*(x.shape[a] for a in axes)):
+        return None
+    sharded, taken, block = sharded_axes(x), 1, x
+    for a in axes:
+        size = x.shape[a]
+        most = size if a in sharded else max(64 // taken, 1)
+        part = max(k for k in range(1, min(size, most) + 1) if size % k == 0)
+        split = block.reshape(*block.shape[:a], part, size // part, *block.shape[a + 1 :])
+        block, taken = lax.index_in_dim(split, 0, a + 1, keepdims=False), taken * part
+    if taken < min(16, math.prod(x.shape[a] for a in axes)):
+        return None
+    return block.astype(accumulator(x))
+
+
+def _rough_mean(x: Array, keep: Array | None, axes: tuple[int, ...]) -> Array | None:
+    """The mean of the sample's present elements, 0 where there are none; None where there is no sample."""
+    sharded = sharded_axes(x) or (keep is not None and sharded_axes(keep))  # their samples might not agree
+    sample = None if sharded else _spaced_sample(x, axes)
+    if sample is None or keep is None:
+        return None if sample is None else sample.mean(axes, keepdims=True)
+    kept = _spaced_sample(jnp.broadcast_to(keep, x.shape), axes)
+    assert kept is not None
+    return weighted_mean(jnp.where(kept > 0, sample, 0.0), kept, kept.sum(axes, keepdims=True), axes)
+
+
+def sharded_axes(x: Array) -> list[int]:
+    """The axes that are sharded as far as types tell, which they do on Explicit meshes."""
+    return [a for a, name in enumerate(jax.typeof(x).sharding.spec) if name is not None]

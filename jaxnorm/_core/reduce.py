@@ -1,0 +1,100 @@
+"""The statistics of what one device holds: which formula, on which platform. This is the reference implementation.
+
+Every other backend must match it. Accumulation is in `accumulator(x)`: float32, or wider where x is wider.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .arithmetic import abs_squared
+from .dtypes import accumulator, are_static
+from .formulas import (
+    are_last,
+    difference,
+    fused_two_pass,
+    in_range,
+    is_long,
+    one_pass,
+    one_pass_by_parts,
+    sharded_axes,
+    total_over,
+    two_pass,
+    two_pass_on_cpu,
+    weight_of,
+    welford,
+)
+from .masks import count_valid, valid_mask
+from .platforms import by_platform
+from .types import Reduction, Statistics
+
+Array = jax.Array
+
+
+_LONGEST_ROW = 1 << 14  # elements of a row up to which XLA makes one kernel for a GPU; measured by its compiler
+
+
+def local_statistics(x: Array, mask: Array | None, weights: Array | None, reduction: Reduction) -> Statistics:
+    """The statistics of what this device holds. The formula for rows is chosen for the platform, at lowering."""
+    n = count_valid(x, mask, weights, reduction.axes)
+    keep = valid_mask(mask, weights)
+    args = (x, keep, weights, n)
+    if not reduction.centered:
+        zero = jnp.zeros(reduced_shape(x, reduction.axes), accumulator(x))
+        squares = lambda prescale: total_over(
+            weight_of(weights, n) * abs_squared(difference(x, keep, zero) * prescale), reduction.axes
+        )
+        if reduction.large_prescale is None:
+            return Statistics(n, zero, zero, squares(reduction.prescale))
+        m2, prescale = in_range(reduction, squares)
+        return Statistics(n, zero, zero, jnp.sqrt(m2) / prescale)
+    if 0 in x.shape:
+        zero = jnp.zeros(reduced_shape(x, reduction.axes), accumulator(x))
+        return Statistics(n, zero, zero, zero.real)
+    by = lambda formula: lambda *args: formula(*args, reduction)
+    if reduction.one_pass and keep is None and sharded_axes(x):
+        return Statistics(n, *one_pass(*args, reduction))
+    if reduction.one_pass and keep is None:
+        on_gpu = by(one_pass_by_parts)
+        return Statistics(n, *by_platform(reduction, *args, cuda=on_gpu, rocm=on_gpu, default=by(one_pass)))
+    if reduction.one_pass or keep is not None or sharded_axes(x):  # Welford's is for rows, and would lose the sharding
+        if not is_long(x, reduction.axes):
+            return Statistics(n, *two_pass(*args, reduction))
+        return Statistics(n, *by_platform(reduction, *args, cpu=by(two_pass_on_cpu), default=by(two_pass)))
+    on_gpu = by(welford if are_last(x, reduction.axes) else one_pass_by_parts)
+    return Statistics(
+        n, *by_platform(reduction, *args, cpu=by(two_pass_on_cpu), cuda=on_gpu, rocm=on_gpu, default=by(welford))
+    )
+
+
+def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, reduction: Reduction):
+    """The statistics that y is made of: those kept for the backward pass but for rows on a GPU.
+
+    There `in_kernel` lets XLA make one kernel of them and y, which reads x once: 2 passes at inference, not 3. Where
+    statistics are kept as well, those two sets would cost a pass more than one for both.
+    """
+    if (
+        weights is not None
+        or mask is not None
+        or not _is_row(x, reduction)
+        or not (reduction.centered or reduction.large_prescale)
+    ):
+        return stats
+    alone = lambda x, n, *stats: fused_two_pass(x, n, reduction)
+    kept = lambda x, n, *stats: stats
+    return Statistics(stats.count, *by_platform(reduction, x, *stats, cuda=alone, rocm=alone, default=kept))
+
+
+def _is_row(x: Array, reduction: Reduction) -> bool:
+    """Whether XLA's GPU compiler may hold the reduced axes in one block of threads: they are the last, and not long."""
+    size = math.prod(x.shape[a] for a in reduction.axes)
+    mine = reduction.axis_name is None and not reduction.one_pass and not sharded_axes(x)
+    mine = mine and are_last(x, reduction.axes) and not jnp.iscomplexobj(x)
+    return mine and are_static(size) and 0 < size <= _LONGEST_ROW and 0 not in x.shape
+
+
+def reduced_shape(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(1 if a in axes else size for a, size in enumerate(x.shape))

@@ -1,0 +1,201 @@
+"""What a norm is: hyperparameters that make parameters and a state, and apply them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from .._backends.select import check_implementation
+from .._core.arrays import as_dtype
+from .._core.checks import canonicalize_epsilon, canonicalize_flags, canonicalize_number, refuse_array
+from .._core.explain import explained
+from .._core.messages import shown, to_python
+from .._core.types import Affine, Features, Params, RunningStats
+from .._ops.activation import check_activation_name
+
+Array = jax.Array
+
+
+State = TypeVar("State")
+
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Norm(Protocol):
+    """A normalization, as hyperparameters: frozen, hashable, compared by value, free of arrays.
+
+    ```
+    params, state = norm.init(features)
+    y, state = norm.apply(params, state, x, train=True)
+    ```
+
+    `init` makes the parameters and the state from the feature shape alone; it touches no data and no axis name.
+    `apply` is pure. It returns the output, of x's shape, and the new state, whose tree, shapes and dtypes are those of
+    the old. A norm without state takes and returns `()`; it accepts `train` and does not need it. The means of
+    distributing, masking and differentiating it are those of the function of the same name.
+
+    Parameters and running statistics may also be dicts with the same names, as Flax has them and as a checkpoint that
+    is restored without a template does: `{"scale", "bias"}`, where a missing one is None, and `{"mean", "var"}` with or
+    without `"count"`. A state given as a dict is returned as one.
+    """
+
+    def init(self, features: Features) -> tuple[Affine, Any]:
+        """Parameters (ones and zeros, None where absent) and state for a feature shape."""
+        ...
+
+    def apply(
+        self, params: Params, state: Any, x: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[Array, Any]:
+        """The normalized x and the state after it."""
+        ...
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def spec(cls: type[T]) -> type[T]:
+    """Make a frozen, keyword-only dataclass whose constructor explains a wrong call."""
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    cls.__init__ = explained("spec")(cls.__init__)
+    return cls
+
+
+def scale_and_bias(norm: str, params: Params) -> tuple[Any, Any]:
+    """Return the scale and the bias in params: an `Affine`, a dict, or None."""
+    if params is None:
+        return None, None
+    if type(params) is Affine or (type(params) is tuple and len(params) == 2):
+        return params
+    if isinstance(params, Mapping) and {*params} <= {"scale", "bias"}:
+        return params.get("scale"), params.get("bias")
+    if isinstance(params, (RunningStats, Mapping)) and "mean" in (
+        params if isinstance(params, Mapping) else params._fields
+    ):
+        raise TypeError(
+            f"{norm}: params and state are swapped: got running statistics as params. Write {_order(norm)}."
+        )
+    raise TypeError(
+        f"{norm}: params must be jaxnorm.Affine(scale, bias), a dict of the two, or None; got {shown(params)}. "
+        f"Write {_order(norm)}."
+    )
+
+
+def refuse_params_as_state(norm: str, state) -> None:
+    if type(state) is Affine or (isinstance(state, Mapping) and {*state} & {"scale", "bias"}):
+        raise TypeError(f"{norm}: params and state are swapped: got parameters as state. Write {_order(norm)}.")
+
+
+def _order(norm: str) -> str:
+    if norm == "batch_norm":
+        return "batch_norm(x, params, state, train=True)"
+    return "norm.as_affine(params, state)" if norm.endswith("as_affine") else "norm.apply(params, state, x)"
+
+
+@spec
+class Spec:
+    """The hyperparameters that all norms have. Fields not about parameters are the function's keyword arguments."""
+
+    use_scale: bool = True
+    use_bias: bool = True
+    param_dtype: Any = jnp.float32
+    scale_offset: float = 0.0
+    activation: Any = None
+    dtype: Any = None
+    implementation: str | None = None
+
+    _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
+
+    def __post_init__(self):
+        # One spelling for each value (a dtype may be jnp.float32 or "float32"), so that equal specs are equal.
+        name = type(self).__name__
+        for field in dataclasses.fields(self):
+            value = given = getattr(self, field.name)
+            if field.name == "param_dtype" or (field.name == "dtype" and value is not None):
+                value = as_dtype(name, value, field.name)
+            elif isinstance(field.default, bool):
+                (value,) = canonicalize_flags(name, **{field.name: value})
+            else:
+                value = to_python(value)
+            refuse_array(name, field.name, value, field.default)
+            if value is not given:
+                object.__setattr__(self, field.name, value)
+        canonicalize_epsilon(name, self.options()["epsilon"])
+        canonicalize_number(name, "scale_offset", self.scale_offset, "1.0")
+        check_activation_name(name, self.activation)
+        check_implementation(name, self.implementation)
+
+    if not TYPE_CHECKING:  # for type checkers a spec is not callable
+
+        def __call__(self, *args, **options):
+            raise TypeError(
+                f"{type(self).__name__}: a spec is not called, it holds no parameters. Write y, state = "
+                "norm.apply(params, state, x), with params, state = norm.init(features)."
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the function of the same name."""
+        about_params = ("use_scale", "use_bias", "param_dtype")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in about_params}
+
+    def _made(self, features: Features) -> tuple[Affine, tuple[int, ...]]:
+        """Parameters for `features`, an int or a shape, and that shape: effective scale 1 and bias 0."""
+        name, sizes = type(self).__name__, to_python(features)
+        shape = sizes if isinstance(sizes, tuple) else (sizes,)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            at = self._axes()[-1] if self._axes() else -1
+            of_x = getattr(features, "shape", ())
+            width = of_x[at] if -len(of_x) <= at < len(of_x) else 64
+            raise ValueError(f"{name}.init: features must be ints >= 0, got {shown(features)}. Write init({width}).")
+        self._check_features(shape)
+        scale = jnp.full(shape, 1.0 - self.scale_offset, self.param_dtype) if self.use_scale else None
+        return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None), shape
+
+    def _axes(self) -> tuple[int, ...]:
+        axis = getattr(self, "axis", -1)
+        return axis if isinstance(axis, tuple) else (axis,)
+
+    def _check_features(self, shape: tuple[int, ...]) -> None:
+        """Raise if features have more axes than `axis` names, as x.shape has. Some norms allow `_spare_axes` more."""
+        axes = self._axes()
+        if len(shape) > len(axes) + self._spare_axes:
+            of_x = tuple(shape[a] for a in axes if -len(shape) <= a < len(shape))
+            write = of_x[0] if len(of_x) == 1 else of_x
+            axis = axes[0] if len(axes) == 1 else axes
+            raise ValueError(
+                f"{type(self).__name__}.init: features are the sizes of x along axis={axis} alone, got {shown(shape)}. "
+                f"Write init({write})."
+            )
+
+
+@spec
+class RowSpec(Spec):
+    """What the norms without state share: statistics of each example's own, the same in training and at inference."""
+
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+
+    @explained("init")
+    def init(self, features: Features) -> tuple[Affine, tuple[()]]:
+        """Parameters for `features`, an int or a shape: effective scale 1 and bias 0. The state is `()`.
+
+        Raises:
+          ValueError: features are not ints >= 0, or have more axes than `axis` names.
+        """
+        return self._made(features)[0], ()
+
+    @explained("apply")
+    def apply(
+        self, params: Params, state: State, x: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[Array, State]:
+        """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
+        refuse_params_as_state(type(self).__name__, state)
+        scale, bias = scale_and_bias(type(self).__name__, params)
+        return self._function(x, scale, bias, mask=mask, **self.options()), state
+
+    def _function(self, x, scale, bias, **options) -> Array:
+        raise NotImplementedError

@@ -1,0 +1,349 @@
+"""Batch normalization: every channel by its mean and variance over the batch, and by running ones at inference.
+
+Legend: N batch, C channels, F the feature shape (C,), n the number of elements of a channel, t the number of updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from .._backends.select import check_implementation
+from .._core.arrays import (
+    align_boolean_mask,
+    align_param,
+    align_weights,
+    as_float_array,
+    axis_that_fits,
+    canonicalize_axes,
+    canonicalize_dtype,
+)
+from .._core.checks import (
+    canonicalize_epsilon,
+    canonicalize_flags,
+    canonicalize_min_count,
+    canonicalize_number,
+    check_momentum,
+    warn_if_single,
+)
+from .._core.explain import explained
+from .._core.masks import finite_padding, valid_mask
+from .._core.mesh import active_axis_names, explain_unbound_axis
+from .._core.messages import shown
+from .._core.types import Affine, Features, Moments, Params, Reduction, RunningStats, Statistics
+from .._core.vma import shard_like
+from .._ops.activation import Activation, check_activation
+from .._ops.normalize import as_affine, normalize_given
+from .._ops.plan import make_plan
+from .._ops.running import accumulate, as_given, as_stats, is_stats, update, update_state
+from .._ops.sharing import canonicalize_sync, standardize_shared
+from .base import Spec, refuse_params_as_state, scale_and_bias, spec
+
+Array = jax.Array
+State = TypeVar("State", bound=RunningStats | Moments | Mapping[str, Any])
+
+
+@explained("function")
+def batch_norm(
+    x,
+    params: Params,
+    state: State,
+    *,
+    train,
+    axis: int | Sequence[int] = -1,
+    momentum: float | Array | None = 0.99,
+    epsilon: float = 1e-5,
+    scale_offset: float = 0.0,
+    activation: Activation | None = None,
+    mask=None,
+    weights=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    sync: str | int | Sequence[Sequence[int]] = "global",
+    virtual_batch_size: int | None = None,
+    update_stats: bool = True,
+    min_count: float | None = None,
+    frozen: bool = False,
+    skip_nonfinite: bool = False,
+    zero_debias: bool = False,
+    unbiased_running_var: bool = False,
+    dtype=None,
+    implementation: str | None = None,
+) -> tuple[Array, State]:
+    """Batch normalization, synchronized over devices where `axis_name` says so.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
+
+    In training mean and var are those of the batch over every axis but the channels', and
+    `running = running + (1 - momentum) * (batch - running)`. At inference they are the running ones.
+
+    Args:
+      x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
+      params: `Affine(scale, bias)`, each (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)), or
+        None; None for neither. A dict {"scale", "bias"} does as well, a missing one being None.
+      state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in. A
+        dict {"mean", "var"}, with or without "count", does as well, and comes back as a dict.
+        A variance that is nothing beside epsilon may be recorded as 0. In training also `Moments`, which those of the
+        batch are merged into, for one `update_state` after many micro-batches.
+      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
+      axis: the channel axis, or axes, at any position.
+      momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
+        schedule computes, which may be traced. None: the exact cumulative statistics, those
+        of all elements seen so far (needs `state.count`).
+      epsilon: added to the variance, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
+        trace in the statistics, the state, or any gradient, be they NaN; finite ones are still normalized.
+        A float mask holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it
+        is traced, so that its values are not known, it makes the output NaN.
+      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable. Negative ones are refused
+        unless they are traced; then the result means nothing.
+      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
+        inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
+        that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
+      axis_index_groups: the same as a `sync` of lists, by Flax's name.
+      sync: who of axis_name normalizes together. "global": all; "local": each device by itself; an int: so many
+        neighbours, where the last of several axes runs fastest (the chips of one host, for axis_name=("host", "chip"));
+        or lists of indices. Whoever does, the running statistics take the merged ones of everything, and are the same
+        on all devices; "local" costs that small all-reduce alone, with nothing waiting for it, and none backward.
+      virtual_batch_size: ghost batch norm: normalize each run of so many examples (the last may be shorter) by its own
+        statistics, on its own device; the running ones take the merged statistics of the whole batch, as with `sync`.
+      update_stats: False leaves the state as it was.
+      min_count: a channel with fewer elements than this leaves its state as it was.
+      frozen: normalize by the running statistics and never update them, in training too.
+      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
+      zero_debias: correct the running statistics for their start, as Adam does: after t updates their weights sum to 1,
+        with nothing of the initial values (needs `state.count`).
+      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one. Inference is one elementwise pass, which
+        XLA runs for every backend, since it fuses it with what follows.
+
+    Returns:
+      An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
+
+    Raises:
+      ValueError: a bad axis, momentum, epsilon, backend, sync or virtual_batch_size; params, state or mask that fit x
+        nowhere.
+      TypeError: a dtype that cannot hold the result; a train that is no bool.
+      NameError: axis_name is not bound here.
+
+    Warns:
+      UserWarning: one element per channel in training, where the output is the bias alone.
+
+    Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167. Ghost batches: Hoffer, Hubara, Soudry,
+    "Train longer, generalize better" (2017), arXiv:1705.08741.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> state = jn.RunningStats(np.zeros(1, "f"), np.ones(1, "f"))
+    >>> y, state = jn.batch_norm(np.array([[1.], [3.]], "f"), None, state, train=True, momentum=0.9, epsilon=0.)
+    >>> print(y, state.mean.round(3))
+    [[-1.]
+     [ 1.]] [0.2]
+    """
+    norm = "batch_norm"
+    x = as_float_array(norm, x, rank=1, layout="(batch, ..., channels)")
+    channels = canonicalize_axes(norm, x.ndim, axis)
+    features = tuple(x.shape[a] for a in channels)
+    scale, bias = scale_and_bias(norm, params)
+    update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = canonicalize_flags(
+        norm, update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
+        unbiased_running_var=unbiased_running_var,
+    )  # fmt: skip
+    old: Any = _checked_state(norm, state, channels, x, needs_count=momentum is None or zero_debias)
+    check_momentum(norm, momentum)
+    min_count = canonicalize_min_count(norm, min_count)
+    check_implementation(norm, implementation)
+    epsilon = canonicalize_epsilon(norm, epsilon)
+    scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
+    train = False if frozen and train is None else _checked_flag(norm, train)
+    check_activation(norm, activation, x.shape, x.dtype)
+    seen, mask = align_boolean_mask(norm, x, mask)
+    weights = align_weights(norm, weights, x.shape)
+    sync = canonicalize_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
+    if isinstance(old, Moments) and (frozen or train is not True):
+        raise TypeError(
+            f"{norm}: there are no running statistics in the Moments given as a state: they gather what training sees. "
+            "Write train=True, and jaxnorm.update_state(state, moments) afterwards."
+        )
+
+    def by_running() -> Array:
+        return normalize_given(
+            seen, old.mean, old.var, scale, bias, valid_mask(mask, weights), axis=channels, epsilon=epsilon,
+            scale_offset=scale_offset, activation=activation, dtype=dtype, implementation=implementation,
+        )  # fmt: skip
+
+    if frozen or train is False:
+        return by_running(), as_given(state, old)
+
+    scale = align_param(norm, "scale", scale, x.shape, channels)
+    bias = align_param(norm, "bias", bias, x.shape, channels)
+    scale, bias, mask, weights = (None if a is None else shard_like(x, a) for a in (scale, bias, mask, weights))
+    args = (finite_padding(seen, mask, weights), scale, bias, mask, weights)
+    out = canonicalize_dtype(norm, dtype, x, scale, bias)
+    axes = tuple(a for a in range(x.ndim) if a not in channels)
+    if axis_name is None:
+        warn_if_single(norm, x, axes, "channel in training")
+    reduction = Reduction(axes, one_pass=True)
+    names = active_axis_names(axis_name)
+    plan = make_plan(x, names, epsilon, scale_offset, out, reduction, implementation, activation=activation)
+    with explain_unbound_axis(norm, axis_name):
+        y, stats = standardize_shared(norm, plan, args, axis_name, sync, virtual_batch_size, whole=update_stats)
+    new = old
+    if update_stats:
+        batch = _as_batch_moments(stats, features, plan.reduction)
+        if isinstance(old, Moments):
+            new = accumulate(old, batch, skip_nonfinite)
+        else:
+            new = update(old, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+    if train is not True:
+        y = jnp.where(train, y, by_running())
+        new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, old)
+    return y, as_given(state, new)
+
+
+def _as_batch_moments(stats: Statistics, features, reduction: Reduction) -> Moments:
+    """In x's own units and of the feature shape; the count takes part in the sharding of the others."""
+    m2 = (
+        stats.m2 / reduction.prescale / reduction.prescale if reduction.large_prescale is None else jnp.square(stats.m2)
+    )
+    count = stats.count + jnp.zeros_like(stats.m2)
+    moments = Moments(count, stats.mean_hi + stats.mean_lo, m2)
+    return Moments(*(a.reshape(features) for a in moments))
+
+
+def _checked_flag(norm: str, train):
+    if isinstance(train, (bool, np.bool_)):
+        return bool(train)
+    if isinstance(train, (jax.Array, np.ndarray)) and train.dtype == jnp.bool_ and train.ndim == 0:
+        return train
+    if train is None:
+        raise TypeError(f"{norm}: train is missing. Write train=True in training and train=False at inference.")
+    raise TypeError(f"{norm}: train must be a bool or a scalar bool array, got {shown(train)}. Write train=True.")
+
+
+def _checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_count: bool):
+    features = tuple(x.shape[a] for a in channels)
+    if not isinstance(state, (RunningStats, Moments)):
+        refuse_params_as_state(norm, state)
+        if not is_stats(state):
+            several = isinstance(state, (tuple, list)) and len(state) in (2, 3)
+            write = f"params, state = jaxnorm.BatchNorm().init({features})"
+            write = "state=jaxnorm.RunningStats(*state)" if several else write
+            raise TypeError(
+                f"{norm}: state must be a jaxnorm.RunningStats, or a dict of mean and var (and count); "
+                f"got {shown(state)}. Write {write}."
+            )
+        state = as_stats(state)
+    state = jax.tree.map(jnp.asarray, state)
+    for what, a in state._asdict().items():
+        if a is not None and a.shape != features:
+            axis = axis_that_fits(a.shape, x.shape, channels)
+            write = f"jaxnorm.BatchNorm(...).init({features}), or set axis= to the channel axis"
+            write = write if axis is None else f"axis={axis}, where x has {x.shape[axis]}"
+            raise ValueError(
+                f"{norm}: state.{what} of shape {a.shape} does not fit the {features} features of x {x.shape}. "
+                f"Write {write}."
+            )
+    if needs_count and state.count is None:
+        raise ValueError(
+            f"{norm}: momentum=None and zero_debias=True need state.count, which is None. "
+            f"Write state._replace(count=jnp.zeros({features}))."
+        )
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
+        raise TypeError(
+            f"{norm}: a complex x needs a complex running mean, got {state.mean.dtype}. "
+            "Write state._replace(mean=state.mean.astype(jnp.complex64))."
+        )
+    return state
+
+
+@spec
+class BatchNorm(Spec):
+    """The hyperparameters of `batch_norm`, said once. See `jaxnorm.Norm` for what a spec does.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.BatchNorm(momentum=0.9)
+    >>> params, state = norm.init(1)
+    >>> y, state = norm.apply(params, state, np.array([[1.], [3.]]), train=True)
+    >>> print(y.round(3), state.mean.round(3))
+    [[-1.]
+     [ 1.]] [0.2]
+    """
+
+    axis: int | tuple[int, ...] = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    sync: Any = "global"
+    virtual_batch_size: int | None = None
+    min_count: float | None = None
+    frozen: bool = False
+    skip_nonfinite: bool = False
+    zero_debias: bool = False
+    unbiased_running_var: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_momentum("BatchNorm", self.momentum)
+        canonicalize_min_count("BatchNorm", self.min_count)
+        canonicalize_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
+
+    @explained("init")
+    def init(self, features: Features) -> tuple[Affine, RunningStats]:
+        """Parameters and running statistics for `features`, an int or a shape: scale 1, bias 0; mean 0, var 1.
+
+        Raises:
+          ValueError: features are not ints >= 0, or have more axes than `axis` names.
+        """
+        params, shape = self._made(features)
+        f32 = jnp.float32
+        count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None
+        return params, RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
+
+    @explained("apply")
+    def apply(
+        self, params: Params, state: State, x: ArrayLike, *, train: Any = None, mask: Any = None, weights: Any = None,
+        update_stats: bool = True,
+    ) -> tuple[Array, State]:  # fmt: skip
+        """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
+        refuse_params_as_state("BatchNorm.apply", state)
+        scale, bias = scale_and_bias("BatchNorm.apply", params)
+        call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
+        return batch_norm(x, Affine(scale, bias), state, **call, **self.options())
+
+    def update_state(self, state: State, moments: Any) -> State:
+        """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
+
+        >>> import jaxnorm as jn
+        >>> norm = jn.BatchNorm(momentum=0.5)
+        >>> norm.update_state(norm.init(1)[1], jn.moments([[2.], [6.]], axes=0)).mean.tolist()
+        [2.0]
+        """
+        reduction = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
+        return (
+            state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in reduction})
+        )
+
+    def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
+        """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.
+
+        >>> import jaxnorm as jn
+        >>> norm = jn.BatchNorm(epsilon=0.)
+        >>> norm.as_affine(*norm.init(1)).scale.tolist()
+        [1.0]
+        """
+        scale, bias = scale_and_bias("BatchNorm.as_affine", params)
+        if not is_stats(state) or "var" not in (stats := as_stats(state))._fields:
+            raise TypeError(
+                f"BatchNorm.as_affine: state must be a jaxnorm.RunningStats, got {shown(state)}. Write "
+                "norm.as_affine(params, state)."
+            )
+        return as_affine(stats.mean, stats.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset)

@@ -1,0 +1,137 @@
+"""Group normalization: every example by the mean and variance of groups of its channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from .._core.arrays import as_float_array, canonicalize_axes, refuse_a_shape
+from .._core.channels import canonicalize_group_count, spans_devices, split_channels
+from .._core.checks import warn_if_single
+from .._core.explain import explained
+from .._core.messages import shown, to_python
+from .._core.types import Affine, Features
+from .._ops.activation import Activation
+from .._ops.rows import normalize_rows
+from .base import RowSpec, spec
+
+Array = jax.Array
+
+
+@explained("function")
+def group_norm(
+    x,
+    scale=None,
+    bias=None,
+    *,
+    num_groups: int | None = None,
+    group_size: int | None = None,
+    axis: int = -1,
+    reduction_axes: int | Sequence[int] | None = None,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    activation: Activation | None = None,
+    mask=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    dtype=None,
+    implementation: str | None = None,
+) -> Array:
+    """Group normalization.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
+
+    with mean and var over each group of C / G neighbouring channels and over the other `reduction_axes`. One group is
+    layer norm over everything but the batch; C groups are instance norm.
+
+    Args:
+      x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
+      scale: of shape (C,), or of a shape that broadcasts against x; None is 1.
+      bias: the same; None is 0.
+      num_groups: G, the number of groups. Give it or group_size.
+      group_size: C / G, the number of channels in a group.
+      axis: the channel axis, at any position.
+      reduction_axes: the axes reduced, the channel axis among them; None is all but the batch axis 0.
+      epsilon: added to the variance, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
+        trace in the statistics or in any gradient, be they NaN; a group with nothing in it gives the bias.
+      axis_name: a mapped axis, or several, over which the reduced axes are sharded (in whole groups).
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      An array of x's shape.
+
+    Raises:
+      ValueError: groups that do not divide the channels; a bad axis, epsilon or backend; a scale, bias or mask that
+        fits x nowhere.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Wu, He, "Group Normalization" (2018), arXiv:1803.08494.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> jn.group_norm(np.array([[1., 3., 10., 30.]]), num_groups=2).round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+    refuse_a_shape("group_norm", "scale", scale)
+    x = as_float_array("group_norm", x, rank=2, layout="(batch, ..., channels)")
+    (channel,) = canonicalize_axes("group_norm", x.ndim, axis, most=1)
+    groups = canonicalize_group_count("group_norm", x.shape[channel], num_groups, group_size, x.shape)
+    given = [a for a in range(x.ndim) if a != 0 or a == channel] if reduction_axes is None else reduction_axes
+    given = canonicalize_axes("group_norm", x.ndim, given, what="reduction_axes")
+    if channel not in given:
+        raise ValueError(
+            f"group_norm: reduction_axes={shown(to_python(reduction_axes))} must include the channel axis {channel}, "
+            f"whose groups are reduced. Write reduction_axes={tuple(sorted((*given, channel)))}."
+        )
+    # In the view the channel axis c is two: the groups at c, and the channels of a group at c + 1.
+    reduced = tuple(a if a < channel else a + 1 for a in given)
+
+    if axis_name is None:
+        shape = (*x.shape[:channel], groups, x.shape[channel] // max(groups, 1), *x.shape[channel + 1 :])
+        warn_if_single("group_norm", jax.ShapeDtypeStruct(shape, x.dtype), reduced, "group")
+    return normalize_rows(
+        "group_norm", x, scale, bias, reduced, (channel,), epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
+        view=lambda a: split_channels(a, x.shape, channel, groups), spans_devices=spans_devices(x, channel, groups),
+    )  # fmt: skip
+
+
+@spec
+class GroupNorm(RowSpec):
+    """The hyperparameters of `group_norm`, said once. 32 groups, as in the paper, unless told otherwise.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.GroupNorm(num_groups=2)
+    >>> params, state = norm.init(4)
+    >>> norm.apply(params, state, np.array([[1., 3., 10., 30.]]))[0].round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    num_groups: int | None = None
+    group_size: int | None = None
+    axis: int = -1
+    reduction_axes: int | tuple[int, ...] | None = None
+    epsilon: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_groups is None and self.group_size is None:
+            object.__setattr__(self, "num_groups", 32)
+
+    @explained("init")
+    def init(self, features: Features) -> tuple[Affine, tuple[()]]:
+        """Parameters for `features` channels, which the groups must divide."""
+        params, shape = self._made(features)
+        canonicalize_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)
+        return params, ()
+
+    def _function(self, x, scale, bias, **options) -> Array:
+        return group_norm(x, scale, bias, **options)

@@ -1,0 +1,103 @@
+"""Instance normalization: every example and channel by its own mean and variance over space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from .._core.arrays import as_float_array, canonicalize_axes
+from .._core.checks import warn_if_single
+from .._core.explain import explained
+from .._core.messages import shown, to_python
+from .._ops.activation import Activation
+from .._ops.rows import normalize_rows
+from .base import RowSpec, spec
+
+Array = jax.Array
+
+
+@explained("function")
+def instance_norm(
+    x,
+    scale=None,
+    bias=None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    activation: Activation | None = None,
+    mask=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    dtype=None,
+    implementation: str | None = None,
+) -> Array:
+    """Instance normalization.
+
+        y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
+
+    with mean and var over every axis but the batch axis 0 and the channel axis.
+
+    Args:
+      x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
+      scale: of shape (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)); None is 1.
+      bias: the same; None is 0.
+      axis: the channel axis, or axes, at any position but 0.
+      epsilon: added to the variance, in units of x squared; >= 0.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
+        trace in the statistics or in any gradient, be they NaN; an instance with nothing in it gives the bias.
+      axis_name: a mapped axis, or several, over which the spatial axes are sharded.
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      An array of x's shape.
+
+    Raises:
+      ValueError: a bad axis, epsilon, or backend; a scale, bias or mask that fits x nowhere.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), arXiv:1607.08022.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> jn.instance_norm(np.array([[[1., 10.], [3., 30.]]])).round(3).tolist()
+    [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+    x = as_float_array("instance_norm", x, rank=2, layout="(batch, ..., channels)")
+    channels = canonicalize_axes("instance_norm", x.ndim, axis)
+    if 0 in channels:
+        raise ValueError(
+            f"instance_norm: axis={shown(to_python(axis))} is the batch axis 0 of x {x.shape}. "
+            "Write axis=-1 for channels."
+        )
+    axes = tuple(a for a in range(1, x.ndim) if a not in channels)
+    if axis_name is None:
+        warn_if_single("instance_norm", x, axes, "instance and channel")
+    return normalize_rows(
+        "instance_norm", x, scale, bias, axes, channels, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+@spec
+class InstanceNorm(RowSpec):
+    """The hyperparameters of `instance_norm`, said once.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.InstanceNorm(use_scale=False, use_bias=False)
+    >>> params, state = norm.init(2)
+    >>> norm.apply(params, state, np.array([[[1., 10.], [3., 30.]]]))[0].round(3).tolist()
+    [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+
+    axis: int | tuple[int, ...] = -1
+    epsilon: float = 1e-6
+
+    def _function(self, x, scale, bias, **options) -> Array:
+        return instance_norm(x, scale, bias, **options)

@@ -1,0 +1,167 @@
+"""A residual stream taken one step on, and normalized: what stands between any two parts of a transformer.
+
+Legend: x is what the last part made, residual the stream before it, new_residual the stream after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from .._core.arrays import as_float_array, canonicalize_axes, canonicalize_dtype
+from .._core.checks import check_cast
+from .._core.explain import explained
+from .._ops.activation import Activation
+from .._ops.rows import normalize_stream
+
+Array = jax.Array
+
+
+@explained("function")
+def add_rms_norm(
+    x,
+    residual,
+    scale=None,
+    bias=None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    cast: str = "after_scale",
+    activation: Activation | None = None,
+    mask=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    dtype=None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """The residual stream with x added to it, and its RMS norm.
+
+        new_residual = x + residual;   y = rms_norm(new_residual, scale, bias, ...)
+
+    The sum is taken in float32 or wider and rounded once, to the stream's own dtype, and what is normalized is the
+    stream as it is returned: `y` is the same to the bit whether the two are written together or apart, and the backward
+    pass keeps `new_residual` alone. For a stream in float32 under parts in bfloat16 give a float32 residual: y is in
+    x's dtype.
+
+    Args:
+      x: array of any shape of rank 1 or more, to add. Integers are promoted to float32.
+      residual: the stream so far, of x's shape; its dtype is the stream's.
+      scale: as for `rms_norm`.
+      bias: the same.
+      axis: the axis or axes normalized over.
+      epsilon: as for `rms_norm`.
+      scale_offset: the same.
+      cast: the same.
+      activation: of y; see `layer_norm`. The stream has none.
+      mask: True where an element counts in the norm; see `rms_norm`. The stream is the sum everywhere.
+      axis_name: a mapped axis, or several, over which the normalized axes are sharded.
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      dtype: of y; None is x's. That of new_residual is residual's.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      y and new_residual, each of x's shape.
+
+    Raises:
+      ValueError: a residual of another shape; and what `rms_norm` raises.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467, before each part as in
+    Xiong et al., "On Layer Normalization in the Transformer Architecture" (2020), arXiv:2002.04745.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> y, stream = jn.add_rms_norm(np.array([[1., -3.]]), np.array([[1., 1.]]), epsilon=0.)
+    >>> y.round(3).tolist(), stream.tolist()
+    ([[1.0, -1.0]], [[2.0, -2.0]])
+    """
+    check_cast("add_rms_norm", cast)
+    return _normalized(
+        "add_rms_norm", x, residual, scale, bias, axis, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
+        centered=False, cast_before_scale=cast == "before_scale",
+    )  # fmt: skip
+
+
+@explained("function")
+def add_layer_norm(
+    x,
+    residual,
+    scale=None,
+    bias=None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    activation: Activation | None = None,
+    mask=None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups=None,
+    dtype=None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """The residual stream with x added to it, and its layer norm.
+
+        new_residual = x + residual;   y = layer_norm(new_residual, scale, bias, ...)
+
+    Sums, dtypes, masks and what is kept are those of `add_rms_norm`. Where the norm comes after each part (the first
+    transformers, BERT), y is the next stream, and new_residual is left alone.
+
+    Args:
+      x: array of any shape of rank 1 or more, to add. Integers are promoted to float32.
+      residual: the stream so far, of x's shape; its dtype is the stream's.
+      scale: as for `layer_norm`.
+      bias: the same.
+      axis: the axis or axes normalized over.
+      epsilon: as for `layer_norm`.
+      scale_offset: the same.
+      activation: of y; see `layer_norm`. The stream has none.
+      mask: True where an element counts in the norm; see `layer_norm`. The stream is the sum everywhere.
+      axis_name: a mapped axis, or several, over which the normalized axes are sharded.
+      axis_index_groups: groups of indices along axis_name that normalize together.
+      dtype: of y; None is x's. That of new_residual is residual's.
+      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+
+    Returns:
+      y and new_residual, each of x's shape.
+
+    Raises:
+      ValueError: a residual of another shape; and what `layer_norm` raises.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450; before or after each part: Xiong et al.,
+    "On Layer Normalization in the Transformer Architecture" (2020), arXiv:2002.04745.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> y, stream = jn.add_layer_norm(np.array([[1., 2.]]), np.array([[1., 4.]]))
+    >>> y.round(3).tolist(), stream.tolist()
+    ([[-1.0, 1.0]], [[2.0, 6.0]])
+    """
+    return _normalized(
+        "add_layer_norm", x, residual, scale, bias, axis, epsilon=epsilon, scale_offset=scale_offset,
+        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def _normalized(norm: str, x, residual, scale, bias, axis, *, dtype, **options) -> tuple[Array, Array]:
+    x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
+    residual = as_float_array(norm, residual, what="residual")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{norm}: residual must have x's shape {x.shape}, got {residual.shape}. "
+            f"Write jnp.broadcast_to(residual, {x.shape}), or check what is added to the stream."
+        )
+    out = canonicalize_dtype(norm, dtype, x, residual)
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(residual):
+        raise TypeError(
+            f"{norm}: a residual of {residual.dtype} cannot hold the sum with a complex x. "
+            f"Write residual.astype({x.dtype})."
+        )
+    axes = canonicalize_axes(norm, x.ndim, axis)
+    return normalize_stream(norm, x, residual, scale, bias, axes, axes, dtype=out, **options)

@@ -1,0 +1,101 @@
+"""A norm by three primitives that a kernel backend may run. Kernels see no masks, no weights and no axis names."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from .._backends import registry
+from .._backends.partition import Collectives
+from .._backends.primitives import Fused
+from .._core.collectives import merge_over_devices, psum_grouped
+from .._core.dtypes import accumulator
+from .._core.types import Plan, Statistics
+from .._core.vma import tangent_like
+from .by_formula import standardize_by_formula
+from .formula import effective_scale, output_tangent
+from .residual import add_rounded, add_rounded_tangent
+from .statistics import drop_symbolic_zeros, statistics_tangent
+
+Array = jax.Array
+
+
+def backend_supports(norm: str, plan: Plan, x, scale, bias, mask, weights) -> bool:
+    """Whether a kernel backend takes this norm. One that is named takes it or says why not."""
+    if plan.backend in ("xla", "lax"):
+        return False
+    refusal = registry.unsupported_reason(
+        plan.backend or registry.DEFAULT, x, plan.reduction, plan.dtype, scale, bias, mask, weights
+    )
+    if refusal is not None and plan.backend is not None:
+        raise ValueError(
+            f"{norm}: implementation={plan.backend!r} cannot run here: {refusal}. Write implementation=None."
+        )
+    return refusal is None
+
+
+def prepare_for_kernel(plan: Plan, x, scale, bias) -> tuple[Plan, Array | None, Array | None]:
+    """The kernels' arithmetic has one dtype, and its scale no offset."""
+    acc = accumulator(x)
+    scale = None if scale is None else effective_scale(scale, plan.scale_offset, acc)
+    return replace(plan, scale_offset=0.0), scale, None if bias is None else bias.astype(acc)
+
+
+primitives = Fused(
+    output=lambda plan, x, scale, bias: standardize_by_formula(plan, x, scale, bias, None, None),
+    tangent=lambda plan, x, stats, scale, tangents: output_tangent(
+        plan, x, None, None, stats, scale, (*tangents, None)
+    ),
+    add=functools.partial(add_rounded, False),
+    collectives=Collectives(
+        merged=lambda stats, names, reduction: merge_over_devices(stats, names, None, reduction),
+        summed=lambda parts, names: psum_grouped(parts, names, None),
+    ),
+)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def standardize_by_kernel(plan: Plan, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
+    """y, the statistics, and, where there is a residual, its sum with x, which is then what y and they are of."""
+    return primitives.forward(plan, x, scale, bias, residual)
+
+
+@functools.partial(standardize_by_kernel.defjvp, symbolic_zeros=True)
+def _(plan, primals, tangents):
+    (y, stats, new), _, (dy, dnew) = _by_kernel_with_tangent(plan, primals, drop_symbolic_zeros(tangents))
+    return (y, stats, new), (dy, jax.tree.map(jnp.zeros_like, stats), dnew)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def standardize_by_kernel_differentiable(
+    plan: Plan, x, scale, bias, residual
+) -> tuple[Array, Statistics, Array | None]:
+    """The same, the statistics with their derivatives: what derivatives of higher order are made of."""
+    return primitives.forward(plan, x, scale, bias, residual)
+
+
+@functools.partial(standardize_by_kernel_differentiable.defjvp, symbolic_zeros=True)
+def _(plan, primals, tangents):
+    (y, stats, new), (x, dx), (dy, dnew) = _by_kernel_with_tangent(plan, primals, drop_symbolic_zeros(tangents))
+    of_statistics = jax.checkpoint(functools.partial(statistics_tangent, plan.reduction), prevent_cse=False)
+    still = jax.tree.map(jnp.zeros_like, stats)
+    return (y, stats, new), (dy, still if dx is None else of_statistics(x, None, None, stats, dx, None), dnew)
+
+
+def _by_kernel_with_tangent(plan: Plan, primals, tangents):
+    """What the backend gives; what is normalized, and its tangent; the tangents of y and of the new stream."""
+    (x, scale, _, residual), (dx, dscale, dbias, dresidual) = primals, tangents
+    plan = replace(plan, for_backward=True)
+    y, stats, new = standardize_by_kernel_differentiable(plan, *primals)
+    if new is None:
+        dy = primitives.tangent(plan, x, stats, scale, (dx, dscale, dbias))
+        return (y, stats, None), (x, dx), (tangent_like(y, dy), None)
+    dx = add_rounded_tangent(residual.dtype, dx, dresidual)
+    if dx is None:
+        dy, dnew = primitives.tangent(plan, new, stats, scale, (None, dscale, dbias)), jnp.zeros_like(new)
+    else:
+        dy, dnew = primitives.tangent_of_sum(plan, new, stats, scale, (dx, dscale, dbias))
+    return (y, stats, new), (new, dx), (tangent_like(y, dy), tangent_like(new, dnew))

@@ -1,0 +1,186 @@
+"""From statistics to output: the affine arithmetic with its one rounding, and the tangent of the whole.
+
+Legend: x is any shape; scale and bias have x's rank and broadcast against it; r = 1 / sqrt(var + epsilon);
+xhat = (x - mean) r. All arithmetic is in float32 or wider; the output is rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._core.arithmetic import nan_if_infinite, nonzero_divisor
+from .._core.dtypes import are_static, round_to, widest
+from .._core.formulas import are_last, split_axes
+from .._core.masks import deviation, valid_mask, zero_where_padding
+from .._core.reduce import statistics_of_output
+from .._core.types import Plan, Statistics
+from .._core.vma import broadcast_like, pvary_like
+from .statistics import tangent_sums
+
+Array = jax.Array
+
+
+def rsqrt(m2: Array, n: Array, prescale: float, epsilon: float) -> Array:
+    """r = 1 / sqrt(var + epsilon), from m2 in squared units; 0 where nothing was counted, and where var + epsilon is 0.
+
+    A group of nothing, and a constant one without epsilon, so come out as the bias.
+    """
+    least = epsilon * prescale**2
+    v = m2 / nonzero_divisor(n) + least
+    void = n == 0
+    if least < jnp.finfo(v.dtype).tiny:  # else v is never 0, and a select would cut XLA's kernels for rows on a GPU
+        void |= v == 0
+    return jnp.where(void, 0.0, prescale * _rsqrt(jnp.where(void, 1.0, v)))
+
+
+@jax.custom_jvp
+def _rsqrt(v: Array) -> Array:
+    """1 / sqrt(v), whose higher derivatives stay in range: s is a constant that brings v to 1."""
+    return lax.rsqrt(v)
+
+
+@_rsqrt.defjvp
+def _(primals, tangents):
+    (v,), (dv,) = primals, tangents
+    s = lax.stop_gradient(lax.rsqrt(v))
+    r = s * lax.rsqrt((v * s) * s)
+    return _rsqrt(v), -0.5 * r * ((dv * s) * s) / ((v * s) * s)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rsqrt_of_root(root: Array, n: Array, epsilon: float) -> Array:
+    """The same from the root of m2, in x's own units. The tangent that comes for `root` is that of m2 itself."""
+    spread, least, void = root / jnp.sqrt(nonzero_divisor(n)), math.sqrt(epsilon), n == 0
+    larger = jnp.maximum(spread, least)
+    if least < jnp.finfo(root.dtype).tiny:  # as above
+        void |= larger == 0
+        larger = nonzero_divisor(larger)
+    larger = nan_if_infinite(larger)
+    r = lax.rsqrt(1.0 + jnp.square(jnp.minimum(spread, least) / larger)) / larger
+    return jnp.where(void, 0.0, r)
+
+
+@rsqrt_of_root.defjvp
+def _(epsilon, primals, tangents):
+    (root, n), (dm2, dn) = primals, tangents
+    r = rsqrt_of_root(root, n, epsilon)
+    return r, -0.5 * (r / nonzero_divisor(n)) * (r * (r * dm2) - share_of_root(root, n, epsilon) * dn)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def share_of_root(root: Array, n: Array, epsilon: float) -> Array:
+    """var / (var + epsilon), which is 1 - epsilon r**2, from the same."""
+    return jnp.square(root / jnp.sqrt(nonzero_divisor(n)) * rsqrt_of_root(root, n, epsilon))
+
+
+@share_of_root.defjvp
+def _(epsilon, primals, tangents):
+    r, dr = jax.jvp(functools.partial(rsqrt_of_root, epsilon=epsilon), primals, tangents)
+    least = math.sqrt(epsilon)
+    return share_of_root(*primals, epsilon), -2.0 * (least * r) * (least * dr)
+
+
+def affine(xhat, scale, bias, scale_offset: float, dtype, cast_before_scale: bool = False) -> Array:
+    """y = xhat (scale + scale_offset) + bias, rounded once (or also before scale)."""
+    y = round_to(xhat, dtype) if cast_before_scale else xhat
+    if scale is not None or scale_offset:
+        s = effective_scale(scale, scale_offset, y.dtype)
+        y = y.astype(s.dtype) * s
+    if bias is not None:
+        y = y.astype(widest(y.dtype, bias.dtype))
+        y = y + bias.astype(y.dtype)
+    return y.astype(dtype)
+
+
+def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
+    """scale + scale_offset in float32 or wider; an absent scale is 1 whatever the offset."""
+    if scale is None:
+        return jnp.ones((), dtype)
+    return scale.astype(widest(dtype, scale.dtype)) + scale_offset
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias) -> Array:
+    if not plan.for_backward:
+        stats = statistics_of_output(x, mask, weights, stats, plan.reduction)
+    xhat, _ = xhat_and_r(plan, x, mask, weights, stats)
+    return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, plan.cast_before_scale)
+
+
+def xhat_and_r(plan: Plan, x, mask, weights, stats: Statistics) -> tuple[Array, Array]:
+    reduction, keep = plan.reduction, valid_mask(mask, weights)
+    d = deviation(x, keep, stats.mean_hi, stats.mean_lo)
+    if reduction.large_prescale is None:
+        # A sum that overflowed makes NaN. But for rows of RMS norm, where XLA would cut its kernel for a GPU in three.
+        bare = not reduction.centered and are_last(x, reduction.axes)
+        m2 = stats.m2 if bare else nan_if_infinite(stats.m2)
+        r = rsqrt(m2, stats.count, reduction.prescale, plan.epsilon).astype(d.dtype)
+    else:
+        r = rsqrt_of_root(stats.m2, stats.count, plan.epsilon).astype(d.dtype)
+    xhat = d * r
+    if reduction.large_prescale is not None and keep is not None and not jnp.iscomplexobj(xhat):
+        xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
+    return xhat, r
+
+
+def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
+    """The tangent of y; None is a tangent of zero. With s = scale + scale_offset, and means over all devices,
+
+        dy = s r dx + xhat (dscale - s mean(w xhat r dx)) + (dbias - s mean(w r dx))
+
+    and further terms where weights have a tangent. Written so that, where s is constant along the reduced axes, the
+    two brackets are as small as the statistics: their transposes are then sum(g xhat) and sum(g), the gradients of
+    scale and bias, and dx = s r (g - sum(g)/N - xhat sum(g xhat)/N) costs one all-reduce for both.
+    """
+    dx, dscale, dbias, dweights = tangents
+    reduction, n = plan.reduction, nonzero_divisor(stats.count)
+    xhat, r = xhat_and_r(plan, x, mask, weights, stats)
+    s = effective_scale(scale, plan.scale_offset, xhat.dtype)
+    wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
+    s, times, plus, direct = s.astype(wide), [], [], 0.0
+    if dx is not None or dweights is not None:
+        dx = None if dx is None else r * zero_where_padding(x, valid_mask(mask, weights), dx.astype(xhat.dtype))
+        dn, d1, d2 = tangent_sums(reduction, xhat, mask, weights, dx, dweights)
+        if dweights is not None:
+            if reduction.large_prescale is None:
+                in_unit = r.real / reduction.prescale
+                share = ((stats.m2 / n) * in_unit) * in_unit  # var / (var + epsilon), with derivatives in range
+            else:
+                share = share_of_root(stats.m2, stats.count, plan.epsilon)
+            d2 = d2 - dn * share
+        times.append(-s * (d2 / (2.0 * n)).astype(wide))
+        if reduction.centered:
+            plus.append(-s * (d1 / n.astype(xhat.dtype)).astype(wide))
+    if dx is not None:
+        direct = s * dx.astype(wide)
+    if dscale is not None:
+        times.append(dscale.astype(wide))
+    if dbias is not None:
+        plus.append(dbias.astype(wide))
+    times, plus = (_reduce_before_broadcast(terms, x, reduction.plain) if terms else None for terms in (times, plus))
+    dy: Any = direct + (0.0 if times is None else xhat.astype(wide) * times) + (0.0 if plus is None else plus)
+    return broadcast_like(x, dy).astype(plan.dtype)
+
+
+def _reduce_before_broadcast(terms: list[Array], x: Array, plain: bool) -> Array:
+    """The sum of a bracket's terms. Where it is far smaller than x, the sums in their transposes are of its cotangent.
+
+    XLA would join two sums in a row into one over all of x, and so lose what the sums for dx and dscale share; barriers
+    keep them apart. The sum over x is by `split_axes` where it has some.
+    """
+    bracket = functools.reduce(lambda a, b: a + b, terms)
+    ratio = math.prod(n for n, m in zip(x.shape, bracket.shape, strict=True) if m == 1 != n)
+    if plain or (are_static(ratio) and ratio < 16):
+        return bracket
+    bracket = lax.optimization_barrier(pvary_like(x, bracket))  # else the parts are summed over devices, one and all
+    axes = tuple(a for a, n in enumerate(bracket.shape) if n == 1 != x.shape[a])
+    if apart := split_axes(x, axes):
+        part = tuple(x.shape[a] if a in apart else n for a, n in enumerate(bracket.shape))
+        bracket = lax.optimization_barrier(jnp.broadcast_to(bracket, part))
+    return bracket

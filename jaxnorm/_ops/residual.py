@@ -1,0 +1,57 @@
+"""The residual stream: a sum that is rounded to its own dtype, and an array of its own."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._core.dtypes import accumulator, round_to, widest
+from .._core.vma import pvary_all, shard_alike
+from .statistics import drop_symbolic_zeros
+
+Array = jax.Array
+
+
+def match_types(x: Array, residual: Array) -> tuple[Array, Array]:
+    """Both with what the types of shard_map and of Explicit meshes say of their sum."""
+    return shard_alike(*pvary_all(x, residual))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def add_rounded(plain: bool, x: Array, residual: Array) -> Array:
+    """x + residual in float32 or wider, rounded once to residual's dtype, and written. They are `together`.
+
+    Behind a barrier: XLA would have every pass of a norm that follows read both terms in place of their sum. `plain`
+    leaves it out.
+    """
+    wide = widest(accumulator(x), accumulator(residual))
+    # Rounded by an instruction: XLA may drop a cast there and back, and what follows would see another stream.
+    new = round_to(x.astype(wide) + residual.astype(wide), residual.dtype)
+    new = new.astype(residual.dtype)
+    return new if plain else lax.optimization_barrier(new)
+
+
+def _add_rounded_jvp(plain, primals, tangents):
+    new = add_rounded(plain, *primals)
+    tangent = add_rounded_tangent(new.dtype, *drop_symbolic_zeros(tangents))
+    return new, jnp.zeros_like(new) if tangent is None else tangent
+
+
+add_rounded.defjvp(_add_rounded_jvp, symbolic_zeros=True)
+
+
+def add_rounded_tangent(dtype, dx: Array | None, dresidual: Array | None) -> Array | None:
+    """The tangent of a stream of this dtype; None is a tangent of zero.
+
+    Of one dtype are the two added as they are, so that their cotangents are one array, which no program writes twice.
+    """
+    if dx is None or dresidual is None:
+        one = dresidual if dx is None else dx
+        return None if one is None else one.astype(dtype)
+    if dx.dtype == dresidual.dtype:
+        return dx + dresidual
+    wide = widest(accumulator(dx), accumulator(dresidual))
+    return (dx.astype(wide) + dresidual.astype(wide)).astype(dtype)

@@ -1,0 +1,101 @@
+"""Norms by the statistics of each example: checks, the residual sum, rows that are masked out, and the view reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._backends.select import check_implementation
+from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
+from .._core.checks import canonicalize_epsilon, canonicalize_index_groups, canonicalize_number, check_axis_name
+from .._core.dtypes import widest
+from .._core.masks import finite_padding
+from .._core.mesh import active_axis_names, explain_unbound_axis
+from .._core.platforms import recompute
+from .._core.types import Reduction
+from .._core.vma import shard_like
+from .activation import check_activation
+from .plan import make_plan
+from .residual import add_rounded, match_types
+from .standardize import add_and_standardize, can_fuse_add, standardize
+
+Array = jax.Array
+
+
+def _zero_masked_rows(mask: Array, x: Array) -> Array:
+    """x with rows that are out as a whole set to zero, which gives the bias as well."""
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **options) -> Array:
+    """A norm by each example's own statistics; the options are those of `normalize_stream`."""
+    return normalize_stream(norm, x, None, scale, bias, axes, feature_axes, **options)[0]
+
+
+def _identity(a: Array) -> Array:
+    return a
+
+
+def normalize_stream(
+    norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
+    epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
+    centered=True, cast_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = _identity,
+    spans_devices=False,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The same of a residual stream with x added to it, and that stream; of x where there is no residual.
+
+    Arguments are checked and brought to x's rank for `standardize`. `view` maps x, and what broadcasts against it, to
+    the shape whose `axes` are the ones reduced. A `gate`, which has x's rank, multiplies what it is asked to
+    (`gate_where` is "before" or "after") by its activation. `spans_devices`: the view splits an axis where types of an
+    Explicit mesh cannot follow, so that jit partitions the norm, as it does on an Auto mesh.
+    """
+    check_implementation(norm, implementation)
+    scale = align_param(norm, "scale", scale, x.shape, feature_axes)
+    bias = align_param(norm, "bias", bias, x.shape, feature_axes)
+    check_axis_name(norm, axis_name)
+    scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
+    if residual is not None:
+        x, residual = match_types(x, residual)
+    scale, bias, gate = (None if a is None else shard_like(x, a) for a in (scale, bias, gate))
+    out = canonicalize_dtype(norm, dtype, x, scale, bias)
+    of = (x, residual, scale, bias) if gate is None else (gate,)
+    check_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
+    names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
+    groups = axis_index_groups
+    if groups is not None:
+        groups = canonicalize_index_groups(norm, "axis_index_groups", groups)
+    reduction = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
+    epsilon = canonicalize_epsilon(norm, epsilon)
+    more = dict(cast_before_scale=cast_before_scale, activation=activation, gate=gate_where)
+    viewed = x if view is _identity else jax.eval_shape(view, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    plan = make_plan(viewed, names or (), epsilon, scale_offset, out, reduction, implementation, **more)
+    lax_alone = plan.reduction.plain
+    if residual is not None:
+        if can_fuse_add(plan, x, residual, scale, bias, mask):
+            return add_and_standardize(norm, plan, x, residual, scale, bias)
+        x = add_rounded(lax_alone, x, residual)
+    stream = x
+    x, mask = align_boolean_mask(norm, x, mask)
+    mask = None if mask is None else shard_like(x, mask)
+    x, gate = finite_padding(x, mask), None if gate is None else finite_padding(gate, mask)
+    if mask is not None and names is None:
+        seen: Any = jax.eval_shape(view, mask) if spans_devices else view(mask)
+        if all(seen.shape[a] == 1 for a in axes):
+            kept_rows = recompute(_zero_masked_rows, lax_alone)  # keeps the mask as it came
+            # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient
+            # that is summed in the gate's own dtype.
+            of_gate = () if gate is None else tuple(a for a, n in enumerate(gate.shape) if n == 1)
+            gate = None if gate is None else kept_rows(mask.any(of_gate, keepdims=True), gate)
+            x, mask = kept_rows(mask, x), None
+
+    def normalized(*args) -> Array:
+        x, scale, bias, mask, gate = jax.tree.map(view, args)
+        with explain_unbound_axis(norm, axis_name):
+            y, _ = standardize(norm, plan, x, scale, bias, mask, gate=gate)
+        return y.reshape(stream.shape)
+
+    run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans_devices else normalized
+    return run(x, scale, bias, mask, gate), stream

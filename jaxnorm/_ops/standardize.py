@@ -1,0 +1,57 @@
+"""The one entry of all norms: x normalized by its own statistics, by formula or by kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from .._backends import registry
+from .._core.types import Plan, Statistics
+from .._core.vma import varying
+from . import activation as _activation
+from .by_formula import standardize_by_formula
+from .by_kernel import backend_supports, prepare_for_kernel, standardize_by_kernel
+from .epilogue import inner_plan, standardize_with_epilogue
+
+Array = jax.Array
+
+
+def standardize(
+    norm: str, plan: Plan, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None, gate=None
+) -> tuple[Array, Statistics]:
+    """Normalize x by its own statistics. Returns the output, and the statistics as constants, without a derivative.
+
+    For the backward pass only x (and a gate), in its own dtype, and the statistics are kept.
+    """
+    if plan.activation is not None:
+        plain = inner_plan(plan, x, scale, bias, gate)
+        seen = jax.eval_shape(functools.partial(_activation.prologue, plan), x, gate, None)
+        by_kernel = backend_supports(norm, plain, seen, scale, bias, mask, weights)
+        if by_kernel:
+            plain, scale, bias = prepare_for_kernel(plain, seen, scale, bias)
+        return standardize_with_epilogue(plan, plain, by_kernel, x, scale, bias, mask, weights, gate)
+    if backend_supports(norm, plan, x, scale, bias, mask, weights):
+        plan, scale, bias = prepare_for_kernel(plan, x, scale, bias)
+        return standardize_by_kernel(plan, x, scale, bias, None)[:2]
+    return standardize_by_formula(plan, x, scale, bias, mask, weights)
+
+
+def add_and_standardize(norm: str, plan: Plan, x, residual, scale, bias) -> tuple[Array, Array]:
+    """`standardize` of a residual stream with x added to it, and that stream, by a backend that does both in one go."""
+    stream = jax.ShapeDtypeStruct(x.shape, residual.dtype)
+    for seen in (x, stream):  # which is refused, or the backend takes it: it is named
+        backend_supports(norm, plan, seen, scale, bias, None, None)
+    plan, scale, bias = prepare_for_kernel(plan, stream, scale, bias)
+    y, _, new = standardize_by_kernel(plan, x, scale, bias, residual)
+    assert new is not None
+    return y, new
+
+
+def can_fuse_add(plan: Plan, x, residual, scale, bias, mask) -> bool:
+    """Whether `standardize_sum` is there for this norm."""
+    if mask is not None or plan.activation is not None:
+        return False
+    of_parameters = frozenset().union(*(varying(p) for p in (scale, bias) if p is not None))
+    # Else the stream, which comes out of one primitive with y, would vary over what only the parameters vary over.
+    return registry.fuses_add(plan.backend) and of_parameters <= varying(x) | varying(residual)
