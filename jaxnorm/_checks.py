@@ -244,7 +244,8 @@ def counted(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
         return x, mask.astype(bool)
     values = known(given)
     if values is None:
-        x = jnp.where(mask < 0, jnp.full((), jnp.nan, x.dtype), x)
+        # The square root is NaN there alone. A constant NaN would stop `jax.debug_nans` also if no element is negative.
+        x = jnp.where(mask < 0, lax.sqrt(lax.stop_gradient(mask)).astype(x.dtype), x)
     elif not np.isin(values, (0, 1)).all():
         additive = (values < 0).any()
         write = "mask=mask == 0, as this looks additive" if additive else "mask=mask != 0, or weights= in batch norm"
