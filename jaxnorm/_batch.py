@@ -174,6 +174,8 @@ def batch_norm(
     checked_activation(norm, activation, x.shape, x.dtype)
     seen, mask = counted(norm, x, mask)
     weights = aligned_weights(norm, weights, x.shape)
+    weights = None if weights is None else sharded_like(x, weights)
+    seen = quiet_padding(seen, mask, weights)
     sync = checked_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
     if isinstance(old, Moments) and (frozen or train is not True):
         raise TypeError(
@@ -192,8 +194,8 @@ def batch_norm(
 
     scale = aligned_param(norm, "scale", scale, x.shape, channels)
     bias = aligned_param(norm, "bias", bias, x.shape, channels)
-    scale, bias, mask, weights = (None if a is None else sharded_like(x, a) for a in (scale, bias, mask, weights))
-    args = (quiet_padding(seen, mask, weights), scale, bias, mask, weights)
+    scale, bias = (None if p is None else sharded_like(x, p) for p in (scale, bias))
+    args = (seen, scale, bias, mask, weights)
     out = checked_dtype(norm, dtype, x, scale, bias)
     axes = tuple(a for a in range(x.ndim) if a not in channels)
     if axis_name is None:

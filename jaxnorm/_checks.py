@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from ._kernels.varying import sharded_like
 from ._kernels.xla import present
 
 Array = jax.Array
@@ -239,7 +240,7 @@ def counted(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
     """
     if mask is None:
         return x, None
-    given, mask = mask, aligned_mask(norm, mask, x.shape)
+    given, mask = mask, sharded_like(x, aligned_mask(norm, mask, x.shape))
     if not jnp.issubdtype(mask.dtype, jnp.floating):
         return x, mask.astype(bool)
     values = known(given)

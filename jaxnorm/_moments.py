@@ -29,7 +29,7 @@ from ._checks import (
 from ._exported import exported
 from ._habits import explained
 from ._kernels import checked_implementation, xla
-from ._kernels.varying import broadcast_like, varying_as
+from ._kernels.varying import broadcast_like, sharded_like, varying_as
 from ._kernels.xla import Reduction, Statistics, safe
 
 Array = jax.Array
@@ -101,6 +101,7 @@ def moments(
     axes = checked_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     x, mask = counted("moments", x, mask)
     weights = aligned_weights("moments", weights, x.shape)
+    weights = None if weights is None else sharded_like(x, weights)
     x = quiet_padding(x, mask, weights)
     checked_implementation("moments", implementation)
     if implementation not in (None, "xla", "lax"):
@@ -197,7 +198,11 @@ def statistics_tangent(how: Reduction, x, mask, weights, stats: Statistics, dx, 
     z = unit * xla.centered(x, xla.present(mask, weights), stats.shift, stats.offset)
     dz = None if dx is None else unit * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(how, z, mask, weights, dz, dweights)
-    like = lambda d, out: varying_as(out, broadcast_like(out, jnp.asarray(d, out.dtype)))
+
+    def like(d, out: Array) -> Array:  # zeros of no array would lack the mesh that out's type has in jax 0.7
+        d = jnp.zeros_like(out) if isinstance(d, float) else broadcast_like(out, d.astype(out.dtype))
+        return varying_as(out, d)
+
     mean = d1 / (safe(stats.count) * unit).astype(stats.offset.dtype) if how.centered else 0.0
     still = jnp.zeros_like(stats.shift)
     return Statistics(like(dn, stats.count), still, like(mean, stats.offset), like(d2, stats.m2))
@@ -237,7 +242,7 @@ def tangent_sums(how, z, mask, weights, dz, dweights):
 
 def _as_moments(s: Statistics, axes: tuple[int, ...] = ()) -> Moments:
     mean = s.shift + s.offset
-    dropped = lambda a: lax.squeeze(jnp.broadcast_to(a, mean.shape), axes)
+    dropped = lambda a: lax.squeeze(broadcast_like(mean, a), axes)
     return Moments(dropped(s.count), dropped(mean), dropped(s.m2))
 
 
