@@ -68,6 +68,12 @@ def test_zero_debias_forgets_where_it_started(rng):
     close(state.count, np.full(3, 4.0))
 
 
+def test_zero_debias_by_a_momentum_that_float32_rounds_to_one(rng):
+    batches = [draw(rng, (16, 3), 5.0) for _ in range(2)]
+    state = run(jn.BatchNorm(momentum=1 - 1e-9, zero_debias=True), batches)
+    close(state.mean, np.mean(batches, (0, 1), dtype=np.float64))
+
+
 def test_unbiased_running_var(rng):
     x = draw(rng, (8, 3))
     close(run(jn.BatchNorm(momentum=0.0, unbiased_running_var=True), [x]).var, x.var(0, ddof=1, dtype=np.float64))

@@ -63,7 +63,7 @@ def partitioned(name: str, platform: str, backend: Callable, collectives: Collec
         text = f"{_edition()} {name} {call}"
         _sharded[text.encode()] = _Sharded(backend, platform, call, collectives)
         results: Any = jax.ffi.ffi_lowering(_TARGET, api_version=2, backend_config=text)(context, *operands)
-        rule = mlir.ir.Attribute.parse(_shardy_rule(context.avals_in, context.avals_out))
+        rule = mlir.ir.Attribute.parse(_shardy_rule(call, context.avals_in, context.avals_out))
         results[0].owner.attributes["sdy.sharding_rule"] = rule
         return results
 
@@ -104,19 +104,19 @@ def _edition() -> str:
     return f"{jax.__version__} {digest.hexdigest()[:16]}"
 
 
-def _shardy_rule(operands: Sequence, results: Sequence) -> str:
-    """Axes of size 1 are their own; all others go by x's."""
+def _shardy_rule(call: Call, operands: Sequence, results: Sequence) -> str:
+    """Axes of size 1 and those of parameters are their own; all others go by x's."""
     sizes: list[int] = []
     of_axis: dict[int, int] = {}
 
-    def factor(a: int, n: int) -> str:
-        i = len(sizes) if n == 1 else of_axis.setdefault(a, len(sizes))
+    def factor(a: int, n: int, own: bool) -> str:
+        i = len(sizes) if n == 1 or own else of_axis.setdefault(a, len(sizes))
         sizes[i:] = [n, *sizes[i + 1 :]]
         return _symbol(i)
 
-    word = lambda a: f"[{', '.join(factor(i, n) for i, n in enumerate(a.shape))}]"
-    words = lambda arrays: ", ".join(map(word, arrays))
-    rule = f"({words(operands)})->({words(results)})"
+    word = lambda a, own: f"[{', '.join(factor(i, n, own) for i, n in enumerate(a.shape))}]"
+    given = (word(a, call.is_parameter(i)) for i, a in enumerate(operands))
+    rule = f"({', '.join(given)})->({', '.join(word(a, False) for a in results)})"
     return f"#sdy.op_sharding_rule<{rule} {{{', '.join(f'{_symbol(i)}={n}' for i, n in enumerate(sizes))}}}, custom>"
 
 

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from .messages import shown, to_python
+from .vma import shard_like
 
 Array = jax.Array
 
@@ -118,12 +120,13 @@ def align_boolean_mask(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
     """
     if mask is None:
         return x, None
-    given, mask = mask, align_mask(norm, mask, x.shape)
+    given, mask = mask, shard_like(x, align_mask(norm, mask, x.shape))
     if not jnp.issubdtype(mask.dtype, jnp.floating):
         return x, mask.astype(bool)
     values = concrete_value(given)
     if values is None:
-        x = jnp.where(mask < 0, jnp.full((), jnp.nan, x.dtype), x)
+        # The square root is NaN there alone. A constant NaN would stop `jax.debug_nans` also if no element is negative.
+        x = jnp.where(mask < 0, lax.sqrt(lax.stop_gradient(mask)).astype(x.dtype), x)
     elif not np.isin(values, (0, 1)).all():
         additive = (values < 0).any()
         write = "mask=mask == 0, as this looks additive" if additive else "mask=mask != 0, or weights= in batch norm"

@@ -166,6 +166,8 @@ def batch_norm(
     check_activation(norm, activation, x.shape, x.dtype)
     seen, mask = align_boolean_mask(norm, x, mask)
     weights = align_weights(norm, weights, x.shape)
+    weights = None if weights is None else shard_like(x, weights)
+    seen = finite_padding(seen, mask, weights)
     sync = canonicalize_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
     if isinstance(old, Moments) and (frozen or train is not True):
         raise TypeError(
@@ -184,8 +186,8 @@ def batch_norm(
 
     scale = align_param(norm, "scale", scale, x.shape, channels)
     bias = align_param(norm, "bias", bias, x.shape, channels)
-    scale, bias, mask, weights = (None if a is None else shard_like(x, a) for a in (scale, bias, mask, weights))
-    args = (finite_padding(seen, mask, weights), scale, bias, mask, weights)
+    scale, bias = (None if p is None else shard_like(x, p) for p in (scale, bias))
+    args = (seen, scale, bias, mask, weights)
     out = canonicalize_dtype(norm, dtype, x, scale, bias)
     axes = tuple(a for a in range(x.ndim) if a not in channels)
     if axis_name is None:

@@ -18,6 +18,7 @@ from .._core.explain import explained
 from .._core.masks import finite_padding
 from .._core.messages import shown
 from .._core.types import AxisName, Groups, Moments, Reduction, Statistics
+from .._core.vma import broadcast_like, shard_like
 from .statistics import statistics
 
 _PLAIN = Reduction(())  # how `Moments` are kept: in one unit, which is 1
@@ -58,6 +59,7 @@ def moments(
     axes = canonicalize_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     x, mask = align_boolean_mask("moments", x, mask)
     weights = align_weights("moments", weights, x.shape)
+    weights = None if weights is None else shard_like(x, weights)
     x = finite_padding(x, mask, weights)
     check_implementation("moments", implementation)
     if implementation not in (None, "xla", "lax"):
@@ -124,7 +126,7 @@ def _checked_moments(name: str, m: Moments) -> Moments:
 
 def _as_moments(s: Statistics, axes: tuple[int, ...] = ()) -> Moments:
     mean = s.mean_hi + s.mean_lo
-    dropped = lambda a: lax.squeeze(jnp.broadcast_to(a, mean.shape), axes)
+    dropped = lambda a: lax.squeeze(broadcast_like(mean, a), axes)
     return Moments(dropped(s.count), dropped(mean), dropped(s.m2))
 
 

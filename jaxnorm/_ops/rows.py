@@ -79,10 +79,10 @@ def normalize_stream(
         x = add_rounded(lax_alone, x, residual)
     stream = x
     x, mask = align_boolean_mask(norm, x, mask)
-    mask = None if mask is None else shard_like(x, mask)
     x, gate = finite_padding(x, mask), None if gate is None else finite_padding(gate, mask)
     if mask is not None and names is None:
-        seen: Any = jax.eval_shape(view, mask) if spans_devices else view(mask)
+        untyped = jax.ShapeDtypeStruct(mask.shape, mask.dtype)  # its type's sharding may be one that the view splits
+        seen: Any = jax.eval_shape(view, untyped) if spans_devices else view(mask)
         if all(seen.shape[a] == 1 for a in axes):
             kept_rows = recompute(_zero_masked_rows, lax_alone)  # keeps the mask as it came
             # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -213,7 +214,10 @@ def _debiased(part, momentum, count: Array) -> Array:
     """(1 - momentum) / (1 - momentum**count), which is 1 / count for a momentum of 1."""
     if isinstance(momentum, float) and momentum in (0.0, 1.0):
         return jnp.ones_like(count) if momentum == 0.0 else 1.0 / count
-    rate = jnp.log(jnp.maximum(jnp.asarray(momentum, count.dtype), jnp.finfo(count.dtype).tiny))
+    if isinstance(momentum, float):  # float32 rounds a momentum that is close to 1
+        rate = math.log(momentum)
+    else:
+        rate = jnp.log(jnp.maximum(momentum, jnp.finfo(count.dtype).tiny))
     share = part / -jnp.expm1(jnp.minimum(count * rate, -jnp.finfo(count.dtype).tiny))
     return jnp.where((count == 1.0) | (momentum == 0.0), 1.0, jnp.where(momentum == 1.0, 1.0 / count, share))
 

@@ -54,7 +54,11 @@ def statistics_tangent(reduction: Reduction, x, mask, weights, stats: Statistics
     z = prescale * deviation(x, valid_mask(mask, weights), stats.mean_hi, stats.mean_lo)
     dz = None if dx is None else prescale * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(reduction, z, mask, weights, dz, dweights)
-    like = lambda d, out: pvary_like(out, broadcast_like(out, jnp.asarray(d, out.dtype)))
+
+    def like(d, out: Array) -> Array:  # zeros of no array would lack the mesh that out's type has in jax 0.7
+        d = jnp.zeros_like(out) if isinstance(d, float) else broadcast_like(out, d.astype(out.dtype))
+        return pvary_like(out, d)
+
     mean = d1 / (nonzero_divisor(stats.count) * prescale).astype(stats.mean_lo.dtype) if reduction.centered else 0.0
     still = jnp.zeros_like(stats.mean_hi)
     return Statistics(like(dn, stats.count), still, like(mean, stats.mean_lo), like(d2, stats.m2))
