@@ -273,8 +273,8 @@ def test_arrows_point_down():
                     target = [*base, *(node.module.split(".") if node.module else []), alias.name]
                     name = ".".join(target[:-1]) or target[0]
                     own = folder not in ("", "_norms") and target[0] == folder
-                    own = own or name in ("_norms", "_norms.base") and folder == "_norms"
-                    assert own or name.startswith(MAY_IMPORT[folder]) and MAY_IMPORT[folder], (str(path), name)
+                    own = own or (name in ("_norms", "_norms.base") and folder == "_norms")
+                    assert own or (name.startswith(MAY_IMPORT[folder]) and MAY_IMPORT[folder]), (str(path), name)
                 continue
             else:
                 continue

@@ -35,7 +35,7 @@ def _loaded(backend: str) -> ModuleType | str:
         if package not in ("jax", "jaxlib"):
             package = _DISTRIBUTIONS.get(package, package)
             return f"Pallas needs {package}, which is not installed. Write: pip install {package}"
-        return f"jax {jax.__version__} lacks the Pallas API that {module} needs: {error}"
+        return f"jax {jax.__version__} lacks the Pallas API that {backend} needs: {error}"
 
 
 def _kernels(backend: str) -> ModuleType:
