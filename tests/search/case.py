@@ -175,25 +175,27 @@ STATES = ((), (("momentum", 0.9),), (("momentum", None),), (("zero_debias", True
 def drawn(seed: int, index: int, per_program: int = 4, wide: bool = False) -> Case:
     """Configuration number `index`. Neighbours share a program and differ in their data.
 
-    wide: magnitudes from 1e-30 to 1e30 in place of 1e-3 to 1e4.
+    wide: magnitudes from 1e-30 to 1e30 in place of 1e-3 to 1e4. Where variances are operands or results, which float32
+    has to hold, they are from 1e-12 to 1e12.
     """
     case = _program(np.random.default_rng((seed, index // per_program)))
     rng = np.random.default_rng((seed, index, 1))
     pick = lambda *values: values[int(rng.integers(len(values)))]
     half = case.x_dtype in ("float16", "bfloat16")
     top = 3.0 if half else 1e4
-    magnitude = (
-        10 ** rng.uniform(-30, 30) if wide and case.x_dtype != "float16" else 10 ** rng.uniform(-3, 4 - 2 * half)
-    )
+    low, high = (-12, 12) if case.norm in ("batch", "moments", "normalize") else (-30, 30)
+    low, high = (low, high) if wide and case.x_dtype != "float16" else (-3, 4 - 2 * half)
+    magnitude = 10 ** rng.uniform(low, high)
     poison = None
     absent = case.mask is not None or case.weights is not None
     if absent and rng.random() < 0.25:
         poison = pick("nan", "inf", "-inf")
     elif case.transform == "value" and not case.norm.startswith("add") and rng.random() < 0.15:
         poison = "!" + pick("nan", "inf", "-inf")
+    mean = pick(0.0, 0.0, 1.0, 3.0, 30.0, 1e3, top) if not half else pick(0.0, 0.0, 1.0, top)
+    magnitude = min(magnitude, 1e29 / (1.0 + mean))  # so that x is within 1e30
     return dataclasses.replace(
-        case, mean=pick(0.0, 0.0, 1.0, 3.0, 30.0, 1e3, top) if not half else pick(0.0, 0.0, 1.0, top),
-        magnitude=float(f"{magnitude:.2g}") if rng.random() < 0.6 else 1.0,
+        case, mean=mean, magnitude=float(f"{magnitude:.2g}") if rng.random() < 0.6 else 1.0,
         density=pick(0.7, 0.7, 0.3, 0.97, 0.05), poison=poison, seed=int(rng.integers(1 << 30)),
     )  # fmt: skip
 
