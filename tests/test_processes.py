@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -375,6 +376,12 @@ def test_an_address_where_nobody_can_meet_is_one_message(main, monkeypatch, caps
         in_use = one_message(main.run, f"--process 0 --address {address}", capsys)
         assert in_use == f"argument --address: cannot listen on {address}: Address already in use."
         assert launcher.meet(address, 1) is None
+
+
+def test_the_wheel_does_not_ship_the_example():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]
+    assert wheel["packages"] == ["jaxnorm"]
+    assert not [path for path in (ROOT / "jaxnorm").rglob("*.py") if "distributed.initialize" in path.read_text()]
 
 
 # --- kernels over global arrays ---------------------------------------------------------------------------------------
