@@ -17,8 +17,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 DEVICES = 8
 if __name__ == "__main__":  # who imports this module chooses for itself where it runs
@@ -102,16 +103,18 @@ class Jaxnorm(Peer):
 
 class Linen(Peer):
     name, package = "flax.linen", "flax"
+    options: Mapping = MappingProxyType({})
 
     def layer_norm(self, x, scale, bias):
         import flax.linen as nn
 
-        return nn.LayerNorm(epsilon=EPSILON, dtype=x.dtype).apply({"params": {"scale": scale, "bias": bias}}, x)
+        norm = nn.LayerNorm(epsilon=EPSILON, dtype=x.dtype, **self.options)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
 
     def masked_layer_norm(self, x, mask):
         import flax.linen as nn
 
-        return nn.LayerNorm(epsilon=EPSILON, use_scale=False, use_bias=False).apply({}, x, mask=mask)
+        return nn.LayerNorm(epsilon=EPSILON, use_scale=False, use_bias=False, **self.options).apply({}, x, mask=mask)
 
     def batch_norm(self, x):
         return self._batch_norm(x, None)[0]
@@ -126,11 +129,17 @@ class Linen(Peer):
     def _batch_norm(self, x, mask, **options):
         import flax.linen as nn
 
-        norm = nn.BatchNorm(use_running_average=False, momentum=0.0, epsilon=EPSILON, **options)
+        norm = nn.BatchNorm(use_running_average=False, momentum=0.0, epsilon=EPSILON, **self.options, **options)
         params = {"scale": jnp.ones(x.shape[-1]), "bias": jnp.zeros(x.shape[-1])}
         stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
         mask = None if mask is None else mask[:, None]
         return norm.apply({"params": params, "batch_stats": stats}, x, mask=mask, mutable=["batch_stats"])
+
+
+class LinenTwoPass(Linen):
+    """Flax's own remedy: the variance from centered values instead of E[x^2] - E[x]^2."""
+
+    name, options = "flax.linen use_fast_variance=False", MappingProxyType({"use_fast_variance": False})
 
 
 class NNX(Peer):
@@ -242,7 +251,7 @@ class Standardize(Peer):
         return jax.nn.standardize(x, axis=0, epsilon=EPSILON, where=mask[:, None])
 
 
-PEERS = (Jaxnorm, Linen, NNX, Haiku, Equinox, Keras, Standardize)
+PEERS = (Jaxnorm, Linen, LinenTwoPass, NNX, Haiku, Equinox, Keras, Standardize)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------

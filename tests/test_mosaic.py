@@ -98,7 +98,7 @@ def test_kernels_equal_the_oracle_over_random_shapes(seed):
 
 
 def check(kernels, rng, rows, columns, dtype, centered, affine, stream, draw):
-    how = Job(columns, 1e-6, UNIT, centered)
+    how = Job(columns, 1e-6, centered, False, UNIT)
     x, g = (jnp.asarray(a, dtype) for a in (draw((rows, columns)), rng.normal(size=(rows, columns))))
     scale, bias = (rng.normal(size=columns).astype(np.float32) if affine else None for _ in range(2))
     residual, g_stream = (None if stream is None else jnp.asarray(draw(x.shape), stream) for _ in range(2))
@@ -135,7 +135,7 @@ def test_extremes(kernels, epsilon, centered):
     x = jnp.asarray(x, jnp.float32)
     unit, large = prescales(epsilon, 128, jnp.float32)
     assert (large is None) == (epsilon > 0)
-    how = Job(128, epsilon, unit, centered, large_prescale=large)
+    how = Job(128, epsilon, centered, False, unit, large)
     bias = jnp.full(128, 0.5)
     y, *statistics = kernels.forward(how, jnp.float32, x, None, bias)
     want = truth(how, x, None, np.full(128, 0.5), x)[0]

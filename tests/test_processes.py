@@ -1,11 +1,11 @@
-"""Law 5 over processes: 2 and 4 train as one does, a dead one ends them all, and a checkpoint fits any number of them.
+"""Law 5 over processes: 2 and 4 train as one does, a death ends them all, and a checkpoint fits any number of them.
 
-The program is the demo's own, `python -m jaxnorm.demo.processes`. 71 images in batches of 13 make 6 steps. Two
-processes hold 7 rows each, the last of them padding, and in the last step, of 6 images, one process has none; four hold
-4 each.
+The program is `python -m examples.processes`. 71 images in batches of 13 make 6 steps. Two processes hold 7 rows each,
+the last of them padding; in the last step, of 6 images, one process has none. Four processes hold 4 rows each.
 
-The tolerance is of the largest element of each array, and ten times what float32 rounding does by itself: the same
-training on one device with the rows of each batch in another order moves by up to 8e-7, and processes by up to 1.5e-6.
+The tolerance is relative to the largest element of each array, and ten times what float32 rounding does by itself: the
+same training on one device with the rows of each batch in another order moves by up to 8e-7, and processes by up to
+1.5e-6.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,11 +38,14 @@ pytest.importorskip("orbax.checkpoint")
 
 import orbax.checkpoint as ocp
 
-from jaxnorm.demo import _data, _process, _together, _train, processes
+from examples.processes import __main__ as processes
+from examples.processes import launcher, training
+from jaxnorm import demo
 
+ROOT = Path(__file__).parents[1]
 IMAGES, SIZE, STEPS, RATE = 71, 13, 6, 0.1
 OPTIONS = f"--images {IMAGES} --batch-size {SIZE} --steps {STEPS} --every 3 --learning-rate {RATE}".split()
-NORM, OPTIMIZER = _train.NORMS["batch"], _train.make_optimizer(STEPS, RATE)
+NORM, OPTIMIZER = demo.NORMS["batch"], demo.make_optimizer(STEPS, RATE)
 TOLERANCE = 1.5e-5
 
 
@@ -49,7 +53,7 @@ def run(command, env, status=0, limit=240) -> str:
     """What a command and the processes that it starts print; none of them outlives this call."""
     theirs = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    with subprocess.Popen([sys.executable, *command], env=theirs | env, **piped) as child:
+    with subprocess.Popen([sys.executable, *command], env=theirs | env, cwd=ROOT, **piped) as child:
         try:
             printed, _ = child.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -65,7 +69,7 @@ def run(command, env, status=0, limit=240) -> str:
 def train(checkpoints: Path, form: str, processes: int, *further: str, devices: int = 1, status: int = 0) -> str:
     """What was printed."""
     how = ["--form", form, "--processes", str(processes), "--devices", str(devices)]
-    given = ["-m", "jaxnorm.demo.processes", *OPTIONS, *how, "--checkpoints", str(checkpoints), *further]
+    given = ["-m", "examples.processes", *OPTIONS, *how, "--checkpoints", str(checkpoints), *further]
     return run(given, {}, status)
 
 
@@ -90,9 +94,9 @@ def through(tmp_path_factory):
     return once
 
 
-def saved(folder: Path, step: int = STEPS) -> _process.Progress:
+def saved(folder: Path, step: int = STEPS) -> training.Progress:
     """A checkpoint, read by this process alone."""
-    like = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
+    like = training.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
     with ocp.CheckpointManager(folder) as manager:
         assert manager.latest_step() == STEPS
         return jax.tree.map(np.asarray, manager.restore(step, args=ocp.args.StandardRestore(like)))
@@ -102,22 +106,22 @@ def saved(folder: Path, step: int = STEPS) -> _process.Progress:
 def of_one_device():
     """A step and an evaluation, compiled once."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    return _train.make_step(NORM, OPTIMIZER, mesh), _train.make_evaluate(NORM, mesh)
+    return demo.make_step(NORM, OPTIMIZER, mesh), demo.make_evaluate(NORM, mesh)
 
 
-def on_one_device(order=lambda rows: rows) -> tuple[_process.Progress, float]:
+def on_one_device(order=lambda rows: rows) -> tuple[training.Progress, float]:
     """The same training on one device, without padding, and its test accuracy."""
-    train, test = _data.load()
-    train = _data.Images(*(a[:IMAGES] for a in train))
-    pixels = _data.pixel_moments(_data.in_order(train, SIZE, SIZE))
+    train, test = demo.load()
+    train = demo.Batch(*(a[:IMAGES] for a in train))
+    pixels = demo.pixel_moments(demo.in_order(train, SIZE, SIZE))
     step, evaluate = of_one_device()
-    now = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
-    batches = _data.shuffled(_data.standardized(train, pixels), SIZE, SIZE, 0)
+    now = training.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
+    batches = demo.shuffled(demo.standardized(train, pixels), SIZE, SIZE, 0)
     for i, batch in enumerate(itertools.islice(batches, STEPS)):
-        *trained, loss = step(*now[:3], _data.Batch(*(order(a) for a in batch)))
+        *trained, loss = step(*now[:3], demo.Batch(*(order(a) for a in batch)))
         now.losses[i] = loss
-        now = _process.Progress(*trained, now.losses)
-    (test,) = _data.in_order(_data.standardized(test, pixels), _data.TEST, _data.TEST)
+        now = training.Progress(*trained, now.losses)
+    (test,) = demo.in_order(demo.standardized(test, pixels), demo.TEST, demo.TEST)
     return jax.tree.map(np.asarray, now), float(evaluate(now.params, now.states, test)[0])
 
 
@@ -135,7 +139,7 @@ def apart(a, b) -> list[float]:
 
 
 def test_the_tolerance_is_one_of_rounding(one):
-    beginning = _process.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
+    beginning = training.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
     assert min(apart(beginning[:2], one[0][:2])) > 100 * TOLERANCE, "all of them were trained"
     assert 0 < max(apart(on_one_device(lambda rows: rows[::-1])[0], one[0])) < TOLERANCE / 5
 
@@ -146,7 +150,7 @@ REAL = {  # what each process says of its images
 }
 # Those of the losses and of all gradients together are one. Each norm has one backward, and forward one under
 # shard_map, two under jit, whose formula needs the mean first.
-COLLECTIVES = {"shard_map": 1 + 2 * len(_train.STRIDES), "jit": 1 + 3 * len(_train.STRIDES)}
+COLLECTIVES = {"shard_map": 1 + 2 * len(demo.STRIDES), "jit": 1 + 3 * len(demo.STRIDES)}
 
 
 @pytest.mark.parametrize(("form", "processes"), [("shard_map", 2), ("shard_map", 4), ("jit", 2)])
@@ -188,7 +192,7 @@ def test_a_process_that_falls_silent_ends_all(tmp_path):
     assert "launch: process 1 still runs 22 s after the first death, and is killed\n" in printed
     others_ended_by_themselves(printed, 2, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "training.json"]
-    again = f"python -m jaxnorm.demo.processes {' '.join(OPTIONS)} --form shard_map --processes 2 --devices 1"
+    again = f"python -m examples.processes {' '.join(OPTIONS)} --form shard_map --processes 2 --devices 1"
     assert printed.endswith(
         f"launch: this line goes on from the checkpoint of step 3\n    {again} --checkpoints {tmp_path} --heartbeat 6\n"
     )
@@ -209,9 +213,9 @@ def test_a_checkpoint_fits_other_processes_and_devices(form, processes, devices,
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path):
     """As from a terminal, which sends it to all of them."""
-    command = [sys.executable, "-m", "jaxnorm.demo.processes", "--processes", "2", "--checkpoints", str(tmp_path)]
+    command = [sys.executable, "-m", "examples.processes", "--processes", "2", "--checkpoints", str(tmp_path)]
     piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    with subprocess.Popen(command, **piped) as parent:
+    with subprocess.Popen(command, cwd=ROOT, **piped) as parent:
         threads = Path(f"/proc/{parent.pid}/task")
         children = lambda: " ".join(p.read_text() for p in threads.glob("*/children")).split()
         while parent.poll() is None and len(children()) < 2:
@@ -231,16 +235,16 @@ def test_a_signal_to_the_parent_ends_its_children(number, raised, monkeypatch, c
     number, handlers = getattr(signal, number), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     script = ["sh", "-c", "kill -INT $$; echo survived; exec sleep 60"]
     assert subprocess.run(script, stdout=subprocess.DEVNULL).returncode == -signal.SIGINT
-    children, supervise = {}, _together.supervise
+    children, supervise = {}, launcher.supervise
 
     def supervised(started, patience):
         children.update(started)
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
         return supervise(started, patience)
 
-    monkeypatch.setattr(_together, "supervise", supervised)
+    monkeypatch.setattr(launcher, "supervise", supervised)
     with pytest.raises(raised) as end:
-        _together.launch(script, 3)
+        launcher.launch(script, 3)
     assert raised is KeyboardInterrupt or end.value.code == 128 + signal.SIGTERM
     assert [child.returncode for child in children.values()] == [-signal.SIGKILL] * 3
     assert capfd.readouterr() == ("survived\n" * 3, "")
@@ -299,7 +303,7 @@ def one_message(run, line: str, capsys) -> str:
     assert end.value.code == 2
     printed, message = capsys.readouterr()
     assert printed == ""
-    start = "python -m jaxnorm.demo.processes: "
+    start = "python -m examples.processes: "
     assert message.startswith(start)
     assert message.count("\n") == 1
     return message[len(start) : -1]
@@ -320,7 +324,7 @@ def test_the_line_to_repeat_kills_no_more(kill, main, tmp_path, capsys):
     assert main.run(given) == 1
     *_, why, line = capsys.readouterr().out.splitlines()
     assert why == "launch: this line goes from the beginning: no checkpoint was saved"
-    assert line == "    python -m jaxnorm.demo.processes --processes 2 --checkpoints 'my folder'"
+    assert line == "    python -m examples.processes --processes 2 --checkpoints 'my folder'"
     (tmp_path / "my folder" / "20").mkdir()
     assert main.run(f"{given} --restarts 2") == 1
     printed = capsys.readouterr().out
@@ -362,7 +366,7 @@ def test_processes_that_cannot_be_started_are_one_message(monkeypatch, main, cap
 
 def test_an_address_where_nobody_can_meet_is_one_message(main, monkeypatch, capsys):
     """Where JAX would end the process by a signal."""
-    monkeypatch.setattr(processes, "meet", functools.partial(_together.meet, patience=0.3))
+    monkeypatch.setattr(processes, "meet", functools.partial(launcher.meet, patience=0.3))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -371,16 +375,22 @@ def test_an_address_where_nobody_can_meet_is_one_message(main, monkeypatch, caps
         taken.listen()
         in_use = one_message(main.run, f"--process 0 --address {address}", capsys)
         assert in_use == f"argument --address: cannot listen on {address}: Address already in use."
-        assert _together.meet(address, 1) is None
+        assert launcher.meet(address, 1) is None
+
+
+def test_the_wheel_does_not_ship_the_example():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]
+    assert wheel["packages"] == ["jaxnorm"]
+    assert not [path for path in (ROOT / "jaxnorm").rglob("*.py") if "distributed.initialize" in path.read_text()]
 
 
 # --- kernels over global arrays ---------------------------------------------------------------------------------------
 
-LAUNCH = "import sys; from jaxnorm.demo._together import launch; sys.exit(not launch(sys.argv[1:], 2))"
+LAUNCH = "import sys; from examples.processes.launcher import launch; sys.exit(not launch(sys.argv[1:], 2))"
 NORMS = """
 import re, sys
 folder, _, address, _, process = sys.argv[1:]
-from jaxnorm.demo._together import joined, say
+from examples.processes.launcher import joined, say
 with joined(address, 2, int(process), 2):
     import jax, numpy as np
     from catalogue import EACH

@@ -53,7 +53,7 @@ def to_python(value) -> Any:
 
     NumPy scalars and 0-d arrays become numbers. Integer arrays and lists become tuples.
 
-    >>> to_python(np.int64(2)), plain([np.arange(2), [2, 3]])
+    >>> to_python(np.int64(2)), to_python([np.arange(2), [2, 3]])
     (2, ((0, 1), (2, 3)))
     """
     if isinstance(value, np.generic):

@@ -70,7 +70,8 @@ def normalize_stream(
     reduction = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
     epsilon = canonicalize_epsilon(norm, epsilon)
     more = dict(cast_before_scale=cast_before_scale, activation=activation, gate=gate_where)
-    viewed = x if view is _identity else jax.eval_shape(view, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    what = jax.ShapeDtypeStruct(x.shape, (x if residual is None else residual).dtype)  # is normalized
+    viewed = what if view is _identity else jax.eval_shape(view, what)
     plan = make_plan(viewed, names or (), epsilon, scale_offset, out, reduction, implementation, **more)
     lax_alone = plan.reduction.plain
     if residual is not None:

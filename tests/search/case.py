@@ -175,15 +175,16 @@ STATES = ((), (("momentum", 0.9),), (("momentum", None),), (("zero_debias", True
 def drawn(seed: int, index: int, per_program: int = 4, wide: bool = False) -> Case:
     """Configuration number `index`. Neighbours share a program and differ in their data.
 
-    wide: magnitudes from 1e-30 to 1e30 in place of 1e-3 to 1e4. Where variances are operands or results, which float32
-    has to hold, they are from 1e-12 to 1e12.
+    wide: magnitudes from 1e-30 to 1e30 in place of 1e-3 to 1e4. Where float32 has to hold variances or second
+    derivatives, they are from 1e-12 to 1e12.
     """
     case = _program(np.random.default_rng((seed, index // per_program)))
     rng = np.random.default_rng((seed, index, 1))
     pick = lambda *values: values[int(rng.integers(len(values)))]
     half = case.x_dtype in ("float16", "bfloat16")
     top = 3.0 if half else 1e4
-    low, high = (-12, 12) if case.norm in ("batch", "moments", "normalize") else (-30, 30)
+    held = case.norm in ("batch", "moments", "normalize") or case.transform.startswith("second")
+    low, high = (-12, 12) if held else (-30, 30)
     low, high = (low, high) if wide and case.x_dtype != "float16" else (-3, 4 - 2 * half)
     magnitude = 10 ** rng.uniform(low, high)
     poison = None

@@ -193,7 +193,8 @@ def _of_state(case: Case, o: dict, mask, state, bad) -> dict:
     unsaid = np.where(np.abs(n - freedom) < 1e-3, np.inf, 0.0)  # a divisor near 0
     found = {
         "mean": (np.where(keep, mean, old["mean"]), u * size),
-        "var": (np.where(keep & has_var, var, old["var"]), u * spread + unsaid),
+        # A variance that is nothing beside epsilon may be recorded as 0.
+        "var": (np.where(keep & has_var, var, old["var"]), u * spread + unsaid + 4e-6 * case.epsilon),
     }
     if count is not None:
         found["count"] = np.where(keep, new, count), u * np.abs(new)
@@ -208,7 +209,7 @@ def _of_moments(case: Case, how, o, g, t, dtypes) -> dict:
     bounds = Bounds(how, o, case.accumulator)
     a, u = bounds.a, bounds.u
     sigma, d = np.sqrt(a["v"]), np.abs(bounds.t["d"])
-    errors = dict(count=u * a["n"], mean=u * (a["mu"] + sigma), m2=2 * u * (a["v"] * a["n"]))
+    errors = dict(count=4 * u * a["n"], mean=u * (a["mu"] + sigma), m2=2 * u * (a["v"] * a["n"]))
     true = truth.moments(how, o)
     out = {k: (true[k][dims], errors[k][dims] + float(jnp.finfo("float32").tiny)) for k in MOMENTS}
     if poisoned is not None:

@@ -1,4 +1,4 @@
-"""What each of several processes does: its own rows of every batch, and one checkpoint together with the others."""
+"""What each process does: train on its own rows of every batch, and save checkpoints together with the others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,27 +17,28 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import _data, _train
-from ._data import Batch
-from ._together import say
+import jaxnorm as jn
+from jaxnorm import demo
+from jaxnorm.demo import Batch
 
-FORMS = {"shard_map": _train.make_step, "jit": _train.make_global_step}
+from .launcher import say
+
 COLLECTIVES = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
 class Progress(NamedTuple):
-    """All that a checkpoint holds. The order of the data needs no place in it: it is a function of the step."""
+    """The content of a checkpoint. The order of the data is not in it, because it depends on the step alone."""
 
     params: Any
     states: tuple  # the running statistics of each norm
-    memory: Any  # the optimizer's
-    losses: np.ndarray  # (steps,) float32: of each batch before its step; NaN for steps to come
+    memory: Any  # of the optimizer
+    losses: np.ndarray  # (steps,) float32, of each batch before its step; NaN for future steps
 
 
 def train(options) -> None:
-    """From the last checkpoint, if there is one, to step `options.steps`. Process 0 speaks for all."""
-    mesh = Mesh(np.array(jax.devices()), ("data",))  # of all processes, those of process 0 first
-    norm, optimizer = _train.NORMS["batch"], _train.make_optimizer(options.steps, options.learning_rate)
+    """Train from the last checkpoint, if there is one, to step `options.steps`. Process 0 prints the results."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))  # devices of all processes, those of process 0 first
+    norm, optimizer = demo.NORMS["batch"], demo.make_optimizer(options.steps, options.learning_rate)
     images, test = standardized(options, mesh)
     now, masks = beginning(norm, optimizer, options), []
     step: Any = None  # compiled for the first batch
@@ -67,36 +69,45 @@ def train(options) -> None:
     if masks:
         counts = [mask.sum() for mask in masks]
         say(f"process {jax.process_index()}: {min(counts)} to {max(counts)} images in {len(masks[0])} rows a step")
-    (test,) = _data.in_order(test, _data.TEST, rows(_data.TEST, mesh))
-    accuracy, _ = _train.make_evaluate(norm, mesh)(now.params, now.states, shared(own(test), mesh))
+    (test,) = demo.in_order(test, demo.TEST, rows(demo.TEST, mesh))
+    accuracy, _ = demo.make_evaluate(norm, mesh)(now.params, now.states, shared(own(test), mesh))
     tell(f"test accuracy {float(accuracy):.1%}")
 
 
+def make_global_step(norm: jn.BatchNorm, optimizer, mesh: Mesh):
+    """A step as one program over global arrays, which XLA partitions. Their statistics are global without axis_name."""
+    step = demo.update(replace(norm, axis_name=None), optimizer, lambda values, mask: values.mean(where=mask))
+    return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+
+
+FORMS = {"shard_map": demo.make_step, "jit": make_global_step}
+
+
 def beginning(norm, optimizer, options) -> Progress:
-    params, states = _train.init(norm, options.seed)
+    params, states = demo.init(norm, options.seed)
     return Progress(params, states, optimizer.init(params), np.full(options.steps, np.nan, np.float32))
 
 
-# --- data: the batches are the same whatever the number of processes, and so is what comes of them --------------------
+# --- data: batches do not depend on the number of processes, so neither do the results --------------------------------
 
 
-def standardized(options, mesh: Mesh) -> tuple[_data.Images, _data.Images]:
-    """`options.images` training images, and the test images. They are few: every process reads them all."""
-    train, test = _data.load()
-    train = _data.Images(*(a[: options.images] for a in train))
-    pixels = _data.pixel_moments(_data.in_order(train, options.batch_size, rows(options.batch_size, mesh)))
-    return _data.standardized(train, pixels), _data.standardized(test, pixels)
+def standardized(options, mesh: Mesh) -> tuple[Batch, Batch]:
+    """`options.images` training images, and the test images. Every process reads them all, because they are few."""
+    train, test = demo.load()
+    train = Batch(*(a[: options.images] for a in train))
+    pixels = demo.pixel_moments(demo.in_order(train, options.batch_size, rows(options.batch_size, mesh)))
+    return demo.standardized(train, pixels), demo.standardized(test, pixels)
 
 
 def rows(size: int, mesh: Mesh) -> int:
-    """As many for each device: what is too many is padding, on the last devices."""
+    """`size` rounded up to a multiple of the number of devices. The last devices hold the padding."""
     return math.ceil(size / mesh.size) * mesh.size
 
 
-def own_batches(images: _data.Images, mesh: Mesh, options, done: int) -> Iterator[tuple[int, Batch]]:
+def own_batches(images: Batch, mesh: Mesh, options, done: int) -> Iterator[tuple[int, Batch]]:
     """(i, this process's rows of batch i) for each step after `done`."""
     size = options.batch_size
-    batches = enumerate(_data.shuffled(images, size, rows(size, mesh), options.seed), start=1)
+    batches = enumerate(demo.shuffled(images, size, rows(size, mesh), options.seed), start=1)
     return ((i, own(batch)) for i, batch in itertools.islice(batches, done, options.steps))
 
 
@@ -107,11 +118,11 @@ def own(batch: Batch) -> Batch:
 
 
 def shared(mine: Batch, mesh: Mesh) -> Batch:
-    """The whole batch as global arrays, of which each process gives its own rows; nothing is sent."""
+    """The whole batch as global arrays. Each process provides its own rows, and no data is sent."""
     over = NamedSharding(mesh, P("data"))
     return Batch(*(jax.make_array_from_process_local_data(over, a) for a in mine))
 
 
 def collectives(text: str) -> str:
-    """Those of a compiled program, by kind."""
+    """The collectives of a compiled program, counted by kind."""
     return ", ".join(f"{n} {kind}" for kind, n in Counter(re.findall(COLLECTIVES, text)).items()) or "no collective"

@@ -1,8 +1,8 @@
-"""Several processes as one JAX: started, joined, and ended together, in bounded time whatever becomes of one of them.
+"""Start, join and end several processes as one JAX program. If one dies or hangs, all end in bounded time.
 
-What happens when one dies. Its connections are closed, so the others' next collective raises, and `joined` ends them;
-or they are ended by JAX itself, whose coordinator lives in process 0. Where the connections only fall silent, the
-coordinator ends them all once the heartbeats fail to come. And `launch` kills whatever still runs after that.
+When a process dies, its connections close. The next collective of the others then raises and `joined` ends them, or
+JAX's coordinator, which lives in process 0, ends them first. When a process hangs, its connections stay open; the
+coordinator misses its heartbeats and ends the others. `launch` kills any process that is still running after that.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 
-from .__main__ import INTERRUPTED, UNREAD
+from jaxnorm.demo import BROKEN_PIPE, INTERRUPTED
 
-HEARTBEAT = 20  # seconds without a sign of life after which the coordinator takes a process for dead
-START = 120  # seconds for all processes to be there
-BROKEN = 3  # the status of a process that cannot go on with the others
-QUIET = {KeyboardInterrupt: INTERRUPTED, BrokenPipeError: UNREAD}
+HEARTBEAT = 20  # seconds of silence after which the coordinator declares a process dead
+START = 120  # seconds for all processes to connect
+BROKEN = 3  # exit status of a process that lost the others
+QUIET = {KeyboardInterrupt: INTERRUPTED, BrokenPipeError: BROKEN_PIPE}
 
 
 @contextlib.contextmanager
 def joined(address: str, processes: int, process: int, devices: int, heartbeat: int = HEARTBEAT) -> Iterator[None]:
-    """This process, with so many CPU devices, as one of several for the time of the block.
+    """Join the other processes with `devices` CPU devices, for the duration of the block.
 
-    An error in the block ends the process at once, with status `BROKEN`: an ordinary end would first wait for the other
+    An error in the block ends this process at once, with status `BROKEN`. An ordinary exit would wait for the other
     processes, which wait for this one.
     """
     import jax
@@ -54,9 +54,9 @@ def joined(address: str, processes: int, process: int, devices: int, heartbeat: 
 
 
 def meet(address: str, process: int, patience: float = START) -> None:
-    """Raise an OSError if process 0 cannot listen at `address`, or if nobody does so within `patience` seconds.
+    """Raise an OSError if process 0 cannot listen at `address`, or if nothing listens there within `patience` seconds.
 
-    JAX ends a process without an exception in the first case by a segmentation fault, in the second by SIGABRT.
+    JAX raises no exception in these cases: it crashes with a segmentation fault in the first, SIGABRT in the second.
     """
     host, _, port = address.rpartition(":")
     family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
@@ -77,14 +77,15 @@ def meet(address: str, process: int, patience: float = START) -> None:
 
 
 def launch(command: Sequence[str], processes: int, heartbeat: int = HEARTBEAT) -> bool:
-    """`command --address HOST:PORT --process I` for every I, on this machine; whether all of them ended well.
+    """Run `command --address HOST:PORT --process I` for every I on this machine. Return whether all succeeded.
 
-    Whatever ends this function, SIGTERM included, ends them. Ctrl-C in a terminal reaches them as well; they ignore it.
+    However this function ends, SIGTERM included, it ends the processes. They ignore Ctrl-C, which a terminal sends to
+    them too.
     """
     children: dict[int, subprocess.Popen] = {}
     with free_port() as port, handling(signal.SIGTERM, lambda number, _: sys.exit(128 + number)):
         try:
-            with handling(signal.SIGINT, signal.SIG_IGN):  # which a process inherits
+            with handling(signal.SIGINT, signal.SIG_IGN):  # child processes inherit this
                 for i in range(processes):
                     given = ["--address", f"127.0.0.1:{port}", "--process", str(i)]
                     children[i] = subprocess.Popen([*command, *given])
@@ -106,7 +107,7 @@ def handling(number: signal.Signals, handler) -> Iterator[None]:
 
 
 def supervise(children: dict[int, subprocess.Popen], patience: float) -> bool:
-    """Wait for them all, but only so many seconds once one has died, and say how each ended that did not end well."""
+    """Wait for all processes, but only `patience` seconds after the first death. Report each failure."""
     running, died = dict(children), None
     while running:
         for i, child in list(running.items()):
@@ -129,9 +130,9 @@ def supervise(children: dict[int, subprocess.Popen], patience: float) -> bool:
 
 @contextlib.contextmanager
 def free_port() -> Iterator[int]:
-    """A port of this machine that no other program is given meanwhile.
+    """A port of this machine, reserved for the duration of the block.
 
-    It stays bound here, without listening; SO_REUSEPORT, which gRPC sets as well, lets the coordinator bind it too.
+    It stays bound here without listening. SO_REUSEPORT, which gRPC also sets, lets the coordinator bind it as well.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -140,7 +141,7 @@ def free_port() -> Iterator[int]:
 
 
 def say(line: str, file=None) -> None:
-    """A line in one piece, since several processes write to the same place."""
+    """Write one line at once, because several processes write to the same stream."""
     file = file or sys.stdout
     file.write(line + "\n")
     file.flush()

@@ -1,19 +1,21 @@
-"""The digits once more, data-parallel over several processes, any of which may die: training goes on where it was.
+"""Train the demo's network data-parallel over several processes, and survive the death of any of them.
 
-Each process holds its own rows of every batch; they meet in collectives alone. Now and then they save one checkpoint
-together. When one dies, the others end too, and started again, as many as before or not, with as many devices or not,
-they go on from the last checkpoint. Without `--process` all of them are started on this machine; on machines of your
-own start one on each, with a `--checkpoints` folder that all of them see:
+Each process holds its own rows of every batch and talks to the others through collectives alone. They save checkpoints
+together. When one dies, all end; restarted, they continue from the last checkpoint, also with another number of
+processes or devices. Without `--process`, one command starts all of them on this machine:
 
-    python -m jaxnorm.demo.processes --processes 2 --address HOST:PORT --process 0     # on HOST
-    python -m jaxnorm.demo.processes --processes 2 --address HOST:PORT --process 1     # on another machine
+    python -m examples.processes --processes 4 --kill 2:30 --restarts 1
+
+On several machines start one process on each, with a `--checkpoints` folder that all of them see:
+
+    python -m examples.processes --processes 2 --address HOST:PORT --process 0     # on HOST
+    python -m examples.processes --processes 2 --address HOST:PORT --process 1     # on another machine
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -23,20 +25,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jaxnorm._core.install import extra
-from jaxnorm.demo.__main__ import Parser, finish, positive, rate, steps, whole
-from jaxnorm.demo.__main__ import seed as number
-from jaxnorm.demo._data import TRAIN
-from jaxnorm.demo._together import HEARTBEAT, joined, launch, meet, say
+from jaxnorm.demo import TRAIN, Parser, finish, positive, rate, steps, whole
+from jaxnorm.demo import seed as number
+
+from .launcher import HEARTBEAT, joined, launch, meet, say
+
+PROGRAM = "python -m examples.processes"
 
 NEEDS = {"optax": "optax", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn"}
-MOST = 64  # processes on one machine, and devices of each
-SETTINGS = ("steps", "images", "batch_size", "learning_rate", "seed")  # of a training, whoever does it
+MAX = 64  # processes on one machine, and devices of each
+SETTINGS = ("steps", "images", "batch_size", "learning_rate", "seed")  # of a training; checkpoints belong to them
 
 
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
-    parser = Parser(prog="python -m jaxnorm.demo.processes", description=str(__doc__).splitlines()[0])
+    parser = Parser(prog=PROGRAM, description=str(__doc__).splitlines()[0])
 
     def add(name: str, kind, default, metavar: str, text: str) -> None:
         text = text if default is None else f"{text} (default: {default})"
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     forms = ("shard_map", "jit")
     parser.add_argument("--form", choices=forms, default=forms[0], help="of a step (default: shard_map)")
     add("--processes", positive, 4, "N", "how many")
-    add("--devices", whole(1, MOST), 1, "N", "CPU devices of each process")
+    add("--devices", whole(1, MAX), 1, "N", "CPU devices of each process")
     add("--steps", steps, 60, "N", "of the training")
     add("--images", whole(1, TRAIN), TRAIN, "N", "to train on")
     add("--batch-size", whole(1, TRAIN), 127, "N", "images in a step, over all processes")
@@ -53,15 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", number, 0, "N", "of the weights and the order")
     add("--checkpoints", Path, Path("digits.checkpoints"), "DIR", "a folder that all processes see")
     add("--every", positive, 20, "N", "steps from one checkpoint to the next")
-    add("--restarts", number, 0, "N", "how often all may start again, after a death")
-    add("--heartbeat", whole(1, 86400), HEARTBEAT, "SECONDS", "of silence that make a process dead")
-    add("--kill", death, None, "PROCESS:STEP", "SIGKILL it before that step; PROCESS:STEP:STOP freezes it")
-    add("--process", number, None, "I", "be that one, instead of starting them all")
-    add("--address", str, None, "HOST:PORT", "of process 0, to be given with --process")
+    add("--restarts", number, 0, "N", "how often to start all again after a death")
+    add("--heartbeat", whole(1, 86400), HEARTBEAT, "SECONDS", "of silence after which a process counts as dead")
+    add("--kill", death, None, "PROCESS:STEP", "kill that process before that step; PROCESS:STEP:STOP freezes it")
+    add("--process", number, None, "I", "run that one process instead of starting all")
+    add("--address", str, None, "HOST:PORT", "of process 0; goes with --process")
     options = parser.parse_args(given)
-    missing = [package for module, package in NEEDS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        parser.error(f'needs {", ".join(missing)}. Write: {extra("demo")}')
+    parser.require(NEEDS, "examples")
     check(parser, options)
     if options.process is None:
         return start(parser, given, options)
@@ -71,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         doing = "listen on" if options.process == 0 else "reach process 0 at"
         parser.error(f"argument --address: cannot {doing} {options.address}: {error.strerror or error}.")
     with joined(options.address, options.processes, options.process, options.devices, options.heartbeat):
-        from jaxnorm.demo import _process
+        from . import training
 
-        _process.train(options)
+        training.train(options)
     return 0
 
 
@@ -85,12 +86,12 @@ def death(text: str) -> tuple[int, int, signal.Signals]:
 
 
 def check(parser: Parser, options) -> None:
-    """What is wrong with the options together, and with the folder, is said before any process is started."""
+    """Check the options that depend on one another, and the folder, before any process starts."""
     count = options.processes
     if (options.process is None) != (options.address is None):
         parser.error("--process and --address go together. Write both, or neither to start all processes here.")
-    if options.process is None and count > MOST:
-        parser.error(f"argument --processes: at most {MOST} start on one machine, got {count}.")
+    if options.process is None and count > MAX:
+        parser.error(f"argument --processes: at most {MAX} start on one machine, got {count}.")
     if options.process is not None and options.process >= count:
         parser.error(f"argument --process: must be below --processes {count}, got {options.process}")
     if options.address is not None:
@@ -109,7 +110,7 @@ def check(parser: Parser, options) -> None:
 
 
 def open_folder(parser: Parser, options) -> None:
-    """Make the folder of checkpoints, and refuse one that cannot be written to or that holds another training."""
+    """Create the folder of checkpoints. Refuse one that is not writable or that holds another training."""
     if options.checkpoints.is_file():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     options.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -131,16 +132,16 @@ def open_folder(parser: Parser, options) -> None:
 
 
 def saved(folder: Path) -> int:
-    """The step of the last checkpoint; 0 where there is none."""
+    """The step of the last checkpoint, or 0."""
     return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
 
 
 def start(parser: Parser, given: list[str], options) -> int:
-    """All processes, and where one has died all of them again. A death that was asked for happens once."""
+    """Start all processes, and start them again after a death. The death that --kill asks for happens once."""
     kill = Parser(add_help=False)
     kill.add_argument("--kill")
     again = kill.parse_known_args(given)[1]
-    command = [sys.executable, "-m", "jaxnorm.demo.processes"]
+    command = [sys.executable, *PROGRAM.split()[1:]]
     for left in range(options.restarts, -1, -1):
         try:
             if launch([*command, *given], options.processes, options.heartbeat):

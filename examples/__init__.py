@@ -1,0 +1,1 @@
+"""Programs that use jaxnorm. They run from a checkout and are not installed."""
