@@ -152,8 +152,11 @@ def view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[in
     >>> view_of((8, 7, 7, 64), (0, 1, 2), frozenset({3})).sizes     # batch norm, channels last
     (1, 1, 392, 64, 1, 1)
     """
-    if not are_static(*shape):
-        return None
+    return _view_of(shape, axes, varying) if are_static(*shape) else None
+
+
+@functools.lru_cache(maxsize=4096)  # a search, asked for several times in each call of a norm
+def _view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[int]) -> View | None:
     runs: list[tuple[bool, bool, list[int]]] = []  # neighbouring axes of one kind, those of size 1 left out
     for axis, size in enumerate(shape):
         kind = (axis in axes, axis in varying)
