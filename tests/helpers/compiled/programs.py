@@ -1,4 +1,4 @@
-"""A function's passes, compiled for a target and counted: forward, forward as training keeps it, backward, both."""
+"""Compile the passes of a function for a target, and count: inference, forward, backward, both."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PASSES = ("inference", "forward", "backward", "forward+backward")
 
 @dataclass(frozen=True)
 class Report:
-    """What one program does on each device."""
+    """The counts of one program, for each device."""
 
     kernels: int
-    traffic: float  # bytes from and to main memory, over those of x (this device's part)
+    traffic: float  # bytes read from and written to main memory, over the bytes of x on this device
     temp: float  # bytes of temporary memory, over the same
     temp_bytes: int
     collectives: dict[str, int]  # by kind
     collective_bytes: dict[str, int]  # of their operands
-    endless: int  # loops that count once, since the compiler does not know their number of turns
+    endless: int  # loops counted once, because the compiler does not know their trip count
 
     asdict = asdict
 
 
 def report(f: Callable, target: str, *args, unit: int, **jit) -> Report:
-    """Compile f for a target and count; `unit` is the bytes of what traffic is measured in."""
+    """Compile f for a target and count. Traffic is in units of `unit` bytes."""
     program = compiled(f, target, *args, **jit)
     found: Cost = cost(program.as_text())
     temp = program.memory_analysis().temp_size_in_bytes
@@ -43,11 +43,10 @@ def report(f: Callable, target: str, *args, unit: int, **jit) -> Report:
 
 
 def passes(f: Callable, target: str, x, *params, which: Iterable[str] = PASSES) -> dict[str, Report]:
-    """The passes of y = f(x, *params): x and y sharded along their first axis, parameters on every device.
+    """The passes of y = f(x, *params). x and y are sharded along their first axis, parameters are replicated.
 
-    inference: y alone. forward: y, and what jax.vjp keeps besides its own arguments and y. backward: from that and a
-    cotangent, the gradients of all arguments, one that is of two once. forward+backward: y and the gradients in one
-    program.
+    inference: y alone. forward: y and the residuals of jax.vjp that are neither arguments nor y. backward: residuals
+    and a cotangent to the gradients of all arguments. forward+backward: y and the gradients in one program.
     """
     unit = x.size * x.dtype.itemsize // TARGETS[target].devices
     kept = residuals(f, x, *params)
@@ -70,11 +69,11 @@ def passes(f: Callable, target: str, x, *params, which: Iterable[str] = PASSES) 
 
 @dataclass(frozen=True)
 class Residuals:
-    """What jax.vjp(f, *args) keeps: every array once."""
+    """The residuals of jax.vjp(f, *args), each array once."""
 
     y: Any
     all: list[Any]  # shapes and dtypes
-    forward: Callable  # *args -> y and those that are neither arguments nor in y
+    forward: Callable  # *args -> y and the residuals that are neither arguments nor y
     backward: Callable  # all, g -> gradients
 
     @property
@@ -83,7 +82,7 @@ class Residuals:
 
 
 def residuals(f: Callable, *args) -> Residuals:
-    """What is kept for the backward pass of f. Nothing is compiled."""
+    """Find the residuals that f stores for its backward pass. Nothing is compiled."""
     structure: list[Any] = []
 
     def everything(*args):
@@ -111,12 +110,12 @@ def residuals(f: Callable, *args) -> Residuals:
 
 
 def _each_once(arrays) -> list:
-    """What a program is to give: an array twice would be copied."""
+    """Each array once, because a program that returns an array twice copies it."""
     return list({id(a): a for a in jax.tree.leaves(arrays)}.values())
 
 
 def _views_of_arguments(jaxpr) -> set:
-    """The variables of a program that are its arguments, or reshaped ones: keeping those moves no bytes."""
+    """The variables of a program that are its arguments or views of them. Storing those moves no bytes."""
     views = set(jaxpr.invars)
     for equation in jaxpr.eqns:
         moves_nothing = equation.primitive.name in ("reshape", "squeeze", "expand_dims", "pvary", "pcast")

@@ -1,4 +1,8 @@
-"""What programs do on GPUs and TPUs, compiled on a machine that has none. `python -m benchmarks.compiled` prints it."""
+"""Compile for GPUs and TPUs on a machine that has none, and count what the programs do.
+
+`targets` compiles, `hlo` reads programs, `programs` counts the passes of a function; `cases` and `scaling` hold what is
+compiled. `python -m benchmarks.compiled` and `.scale` print tables of it. Skip `hlo` unless a count looks wrong.
+"""
 
 from .hlo import Collective as Collective
 from .hlo import Cost as Cost

@@ -1,8 +1,8 @@
-"""Compiling for a GPU or a TPU that this machine does not have: XLA's own compilers, which need no device to run.
+"""Compile for a GPU or a TPU that this machine does not have. XLA's compilers need no device.
 
-The TPU's comes with the `libtpu` wheel, CUDA's with `jax-cuda13-plugin`, `jax-cuda13-pjrt` and `nvidia-cuda-nvcc`.
-They give the program, its temporary memory and its collectives. They run nothing: no numbers, no times, and, since
-CUDA's compiler cannot time kernels here either, no autotuning.
+The TPU compiler comes with the wheel `libtpu`, the CUDA compiler with `jax-cuda13-plugin`, `jax-cuda13-pjrt` and
+`nvidia-cuda-nvcc`. They give the program, its temporary memory and its collectives. Nothing runs, so there are no
+numbers, no times and no autotuning.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 AXIS = "data"  # the one axis of every mesh here
 
-#: What the compilers ask of the environment, before libtpu and CUDA's plugin are loaded.
+#: Set before libtpu and the CUDA plugin are loaded.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is touched, so processes need not take turns
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so several processes may load it
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }
 WHEELS = {
@@ -38,7 +38,7 @@ WHEELS = {
 
 @dataclass(frozen=True)
 class Target:
-    """Chips of one kind, and the smallest topology that has enough of them."""
+    """A number of chips of one kind, and the smallest topology that has them."""
 
     name: str
     platform: str
@@ -70,7 +70,7 @@ TARGETS = {
 
 
 def missing(platform: str) -> str | None:
-    """Why programs cannot be compiled for a platform here, or None where they can."""
+    """Why this machine cannot compile for a platform; None if it can."""
     absent = []
     for wheel in WHEELS[platform]:
         try:
@@ -84,7 +84,7 @@ def missing(platform: str) -> str | None:
 
 @functools.cache
 def mesh(target: str, explicit: bool = False) -> Mesh:
-    """The devices of a target, as a mesh of one axis, `AXIS`."""
+    """The devices of a target as a mesh with one axis, `AXIS`."""
     it = TARGETS[target]
     reason = missing(it.platform)
     if reason is not None:
@@ -93,7 +93,7 @@ def mesh(target: str, explicit: bool = False) -> Mesh:
         os.environ.setdefault(name, value)
     options = {}
     if it.platform == "cuda":
-        config = (Path(__file__).parents[1] / "h200.txtpb").read_text(encoding="utf-8")
+        config = (Path(__file__).parent / "h200.txtpb").read_text(encoding="utf-8")
         options = {"topology": it.topology, "target_config": config}
     topology = topologies.get_topology_desc(platform=it.platform, topology_name=it.topology, **options)
     devices = np.array(topology.devices[: it.devices])
@@ -104,12 +104,12 @@ REPLICATED = P()
 
 
 def placed(target: str, tree, spec: P = REPLICATED):
-    """Arrays, or their shapes and dtypes, as arguments that lie on a target's devices."""
+    """Shapes and dtypes of a tree of arrays, placed on the devices of a target."""
     sharding = NamedSharding(mesh(target), spec)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def compiled(f, target: str, *args, **jit):
-    """The program that `f` becomes on a target, for arguments from `placed`."""
-    with jax.set_mesh(mesh(target)):  # a Pallas kernel learns from it for which chip it is
+    """Compile `f` for a target; the arguments come from `placed`."""
+    with jax.set_mesh(mesh(target)):  # Pallas kernels read the kind of chip from the mesh
         return jax.jit(f, **jit).lower(*args).compile()

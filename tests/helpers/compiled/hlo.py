@@ -1,8 +1,8 @@
-"""What a compiled program does, read off its optimized HLO: kernels, bytes from and to memory, collectives.
+"""Count kernels, memory traffic and collectives in the optimized HLO text of a compiled program.
 
-The bytes of an instruction are those of its operands and results in the device's main memory. Of an array that it
-takes or writes a slice of, the slice counts. What lies in another memory space (`S(1)` is a TPU's vector memory) costs
-nothing, and an asynchronous copy between the two costs its one end in main memory. Paddings to tiles are not counted.
+The bytes of an instruction are those of its operands and results in main memory. If it reads or writes a slice of an
+array, only the slice counts. Arrays in another memory space (`S(1)` is the vector memory of a TPU) cost nothing; an
+asynchronous copy between the two costs its end in main memory. Padding to tiles is not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAME = re.compile(r"%([\w.$~-]+)")
 
 
 def main_memory_bytes(type_text: str) -> int:
-    """The bytes of every array in a type, of those that lie in main memory."""
+    """The bytes of all arrays of a type that are in main memory."""
     total = 0
     for dtype, sizes, layout in _SHAPE.findall(type_text):
         width = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group()) if re.search(r"\d", dtype) else 0
@@ -86,7 +86,7 @@ def parsed(text: str) -> tuple[str, dict[str, Computation]]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """A text that begins with a parenthesis, split behind the one that closes it."""
+    """Split a text that starts with a parenthesis after its closing parenthesis."""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "(") - (c == ")")
@@ -97,13 +97,13 @@ def _split(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a program, or a part of one, does on each device."""
+    """The cost of a program, or of a part of one, on each device."""
 
-    kernels: int = 0  # launched: those of a loop's body as often as it runs
-    bytes: int = 0  # from and to main memory
+    kernels: int = 0  # launches: those in the body of a loop count once per trip
+    bytes: int = 0  # read from and written to main memory
     collectives: Counter = field(default_factory=Counter)  # by kind: how many
     collective_bytes: Counter = field(default_factory=Counter)  # by kind: of their operands
-    endless: int = 0  # loops whose number of turns the compiler does not know, counted as one
+    endless: int = 0  # loops with an unknown trip count, counted once
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f) + getattr(other, f) for f in self.__dataclass_fields__))
@@ -125,11 +125,11 @@ def cost(text: str) -> Cost:
 class Collective:
     kind: str
     bytes: int  # of its operands, on each device
-    groups: tuple[tuple[int, ...], ...]  # who takes part together, as places in the mesh; () where it does not say
+    groups: tuple[tuple[int, ...], ...]  # of positions in the mesh; () if the program does not say
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective of a program, one inside a loop once."""
+    """All collectives of a program. One inside a loop is listed once."""
     found = []
     for computation in parsed(text)[1].values():
         for it in computation.values():
@@ -140,7 +140,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def replica_groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """The groups of a collective, which XLA writes as lists, as rows of a transposed grid, or as axes of a mesh.
+    """The groups of a collective. XLA writes them as lists, as rows of a transposed grid, or as axes of a mesh.
 
     >>> replica_groups("replica_groups={{0,1},{2,3}}, x=1")
     ((0, 1), (2, 3))
@@ -192,7 +192,7 @@ def _of_instruction(it: Instruction, around: Computation, computations: dict[str
     if kind in COLLECTIVES:
         payload = sum(_everything(around[o].type) for o in it.operands)
         moved = sum(around[o].bytes for o in it.operands)
-        written = moved if op != kind else it.bytes  # the type of a start may have its operands in it too
+        written = moved if op != kind else it.bytes  # the type of a start may include its operands
         return Cost(0, moved + written, Counter({kind: 1}), Counter({kind: payload}))
     if op.endswith("-start"):  # of a copy: (destination, source, context); of a slice: ((source), destination, context)
         arrays = [found.group() for found in _SHAPE.finditer(it.type)]
@@ -214,7 +214,7 @@ def _of_instruction(it: Instruction, around: Computation, computations: dict[str
 
 
 def _turns(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """How often a loop runs: said by the compiler, or by its condition, i < n, as JAX counts: from 0, by 1."""
+    """The trip count of a loop: as the compiler states it, or from its condition i < n (JAX counts from 0 by 1)."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
         return int(known.group(1))
@@ -238,14 +238,14 @@ def _plain_bytes(it: Instruction, around: Computation) -> int:
 
 
 def _fused_bytes(it: Instruction, inside: Computation, around: Computation) -> int:
-    """Of a fusion: whole operands and results, but of those sliced or updated in place the slices."""
+    """The bytes of a fusion: whole operands and results, or the slices if it slices them or updates them in place."""
     users: dict[str, list[Instruction]] = {}
     for inner in inside.values():
         for operand in inner.operands:
             users.setdefault(operand, []).append(inner)
 
     def read(name: str, whole: int) -> int:
-        """The bytes taken of a value inside that has `whole` bytes."""
+        """The bytes that the fusion reads of a value of `whole` bytes."""
         taken = 0
         for user in users.get(name, []):
             if user.opcode == "bitcast":
@@ -267,7 +267,7 @@ def _fused_bytes(it: Instruction, inside: Computation, around: Computation) -> i
 
 
 def _written(root: Instruction, inside: Computation, it: Instruction) -> int:
-    """The bytes of a fusion's results; where one is a slice put into an operand, those of the slice."""
+    """The bytes of the results of a fusion; if a result is an operand with a slice updated, those of the slice."""
     saved, results = 0, root.operands if root.opcode == "tuple" else [root.name]
     for name in results:
         result = inside[name]

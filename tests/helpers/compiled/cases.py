@@ -1,4 +1,4 @@
-"""What is compiled: the five norms, a scan of transformer blocks, and a stage of a ResNet, of each library."""
+"""What is compiled: shapes of the five norms, a scan of transformer blocks, and a stage of a ResNet."""
 
 from __future__ import annotations
 
@@ -9,56 +9,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import jaxnorm as jn
 import jaxnorm.linen
-from benchmarks import field
 
 NORMS = {"layer": (8192, 4096), "rms": (8192, 4096), "batch": (32, 56, 56, 256), "group": (32, 56, 56, 256),
          "instance": (32, 56, 56, 256)}  # fmt: skip
-ROOMS = {"xla": ("cuda", "tpu"), "mosaic_gpu": ("cuda",), "mosaic_tpu": ("tpu",)}
 BLOCKS, WIDTH, HEADS, TOKENS = 12, 1024, 16, (32, 128)
-STAGE = (16, 56, 56, 256)  # a device's images
+STAGE = (16, 56, 56, 256)  # the images on one device
 
 
-def contestants() -> tuple[dict[str, Callable], list[str]]:
-    """By name, norm(which, x, *params) -> y; and which peers are not installed. jaxnorm has one for each room here."""
-    found, absent = {}, []
-    for room in jn.backends():
-        if room in ROOMS:
-            peer = field.Jaxnorm()
-            peer.implementation = room
-            found[f"jaxnorm {room}"] = peer
-    for kind in (field.Linen, field.Haiku, field.Equinox, field.Keras, field.Tokamax):
-        try:
-            found[kind.name] = kind()
-        except ImportError:
-            absent.append(kind.name)
-    return found, absent
-
-
-def has(contestant, name: str, which: str, platform: str) -> bool:
-    """Whether a library has a norm, and, of jaxnorm, whether the room is one of that platform."""
-    room = name.removeprefix("jaxnorm ")
-    return which in getattr(contestant, "norms", NORMS) and platform in ROOMS.get(room, (platform,))
-
-
-def norm(contestant, which: str) -> tuple[Callable, list[jax.ShapeDtypeStruct]]:
-    """f(x, *params), and the shapes of x and params, in bfloat16 and float32; equinox takes images channels first."""
-    x = jax.ShapeDtypeStruct(NORMS[which], jnp.bfloat16)
-    param = jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)
-    if getattr(contestant, "channels_first", False) and len(x.shape) == 4:
-        x = jax.ShapeDtypeStruct((x.shape[0], x.shape[3], *x.shape[1:3]), x.dtype)
-    return functools.partial(contestant.norm, which), [x, *[param] * (1 if which == "rms" else 2)]
-
-
-# --- whole models, written once: their norms are those of a module ----------------------------------------------------
+# --- whole models, written once: `norms` is the module that their norms come from ----------------------------------------
 
 
 class Block(nn.Module):
     """A transformer block in bfloat16, its weights too, the norm before each sublayer.
 
-    As flash attention does, and as memory is saved elsewhere, scores and activations are computed anew in the backward
-    pass: what is left are the inputs of the matrix products, and what the norms keep.
+    The backward pass recomputes scores and activations, as flash attention does. What remains in memory are the inputs
+    of the matrix products and the residuals of the norms.
     """
 
     norms: object
@@ -75,7 +41,7 @@ class Block(nn.Module):
 
 
 def scan(norms) -> tuple[Callable, list]:
-    """step(params, x) -> gradients of 12 blocks in a scan, and the shapes of its arguments."""
+    """step(params, x) -> gradients of a scan of 12 blocks; and the shapes of its arguments."""
     stack = nn.scan(Block, {"params": 0}, split_rngs={"params": True}, length=BLOCKS)(norms)
     x = jax.ShapeDtypeStruct((*TOKENS, WIDTH), jnp.bfloat16)
     params = jax.eval_shape(lambda x: stack.init(jax.random.key(0), x, None), x)
@@ -104,7 +70,7 @@ BATCH_NORMS = 6  # in a stage
 
 
 def stage(norms, devices: int) -> tuple[Callable, list]:
-    """step(variables, x) -> gradients and new statistics of a batch that is spread over devices."""
+    """step(variables, x) -> gradients and new statistics of a batch that is sharded over devices."""
     model = Stage(norms)
     x = jax.ShapeDtypeStruct((devices * STAGE[0], *STAGE[1:]), jnp.bfloat16)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
