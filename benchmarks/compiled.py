@@ -110,7 +110,7 @@ def page(found: list[dict]) -> str:
         title = f"{norm} norm, {shape}, {target}" if norm in cases.NORMS else f"`{norm}`, {shape}, {target}"
         parts.append(section(title, table(["library", *PASSES, "keeps"], rows)))
     if "scan" in by_part:
-        rows = [(target, *map(mib, of)) for (target,), of in records.grouped(by_part["scan"], "target").items()]
+        rows = [(target, *[*map(mib, of), "-"][:2]) for (target,), of in records.grouped(by_part["scan"], "target").items()]
         text = table(["target", *(f"temporary memory, {name}" for name in cases.MODULES)], rows)
         parts.append(section("12 transformer blocks in a scan, bfloat16, forward and backward", text))
     if "stage" in by_part:

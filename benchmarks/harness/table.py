@@ -46,8 +46,9 @@ def contestants(records: list[dict], passes: Iterable[str], form: Callable[[str,
     rows = []
     for keys, of in grouped(records, *CASE).items():
         failed = {record["name"] for record in of if "failed" in record}
-        best = next((record["seconds"][1] for record in of if record.get("best")), None)
+        copy = [record for record in of if record.get("best")]
         for which in passes:
+            best = next((r["seconds"][1] for r in copy if r.get("pass", which) == which), None)
             copies = {name: copies_of(of, which, [name]) for name in names}
             cells = (form(keys[2], which, c) if c else "failed" if n in failed else "-" for n, c in copies.items())
             time = f"{1e6 * best:.4g}" if best else "failed"
