@@ -175,7 +175,9 @@ def page(found: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = records.parser(__doc__)
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=f"of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=f"of {', '.join(NAMES)}"
+    )
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     records.publish("accuracy", options, lambda: measure(tuple(options.only), argv), page)

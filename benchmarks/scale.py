@@ -37,9 +37,15 @@ def programs(targets) -> Iterator[tuple[dict, Callable[[], dict]]]:
                 it = dict(of="norm", target=target, sync=sync, form=form, channels=channels)
                 yield it, functools.partial(scaling.alone, target, sync, form, channels)
         for form, sync in itertools.product(FORMS, (*scaling.SYNCS, None)):
-            yield dict(of="stage", target=target, sync=sync, form=form), functools.partial(scaling.stage, target, sync, form)
+            yield (
+                dict(of="stage", target=target, sync=sync, form=form),
+                functools.partial(scaling.stage, target, sync, form),
+            )
         for form, norm in itertools.product(FORMS, ROW_NORMS):
-            yield dict(of="spread", target=target, norm=norm, form=form), functools.partial(scaling.spread, target, norm, form)
+            yield (
+                dict(of="spread", target=target, norm=norm, form=form),
+                functools.partial(scaling.spread, target, norm, form),
+            )
         for norm in (*ROW_NORMS, None):
             yield dict(of="block", target=target, norm=norm), functools.partial(scaling.block, target, norm)
     for _, same in itertools.groupby(targets, lambda target: target[:3]):
@@ -50,7 +56,10 @@ def programs(targets) -> Iterator[tuple[dict, Callable[[], dict]]]:
 
 
 def page(found: list[dict]) -> str:
-    parts, targets = ["# Norms on 8 to 1024 chips\n", records.origin(found), ""], len({it["target"] for it in records.results(found)})
+    parts, targets = (
+        ["# Norms on 8 to 1024 chips\n", records.origin(found), ""],
+        len({it["target"] for it in records.results(found)}),
+    )
     for title, about, rows in (
         ("What one batch norm waits for", _ALONE, _alone(found)),
         ("What norms add to a step of training", _ADDED, _added(found)),

@@ -205,7 +205,9 @@ def variables_of(models: dict[str, Model], x: jax.Array) -> dict[str, dict]:
     return {name: unflatten_dict({path: values[path] for path in layout}) for name, layout in layouts.items()}
 
 
-def measured(name: str, dtype: str, sizes: Sizes, rounds: int, allocator: str = "default", worker: type = Worker) -> dict:
+def measured(
+    name: str, dtype: str, sizes: Sizes, rounds: int, allocator: str = "default", worker: type = Worker
+) -> dict:
     """One record: losses while warming up, quartiles of the seconds of a step and of the ratios within a round, and
     page faults. A page fault is 4 KiB that the kernel zeroes for the process."""
     runs = worker(Training, allocator, name, dtype, sizes)
@@ -227,7 +229,9 @@ def page(found: list[dict]) -> str:
     rows = [[r["model"], r["dtype"], *(ratio(*r["ratios"][column]) for column in RATIOS)] for r in of]
     about = f"The time of one step over that of another: median (quartiles) of {setting['rounds']} rounds."
     about = f"\n{about} Allocator: {setting['allocator']}.\n"
-    return "\n".join(["# A training step\n", records.origin(found), about, table(["model", "compute", *RATIOS], rows), ""])
+    return "\n".join(
+        ["# A training step\n", records.origin(found), about, table(["model", "compute", *RATIOS], rows), ""]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Benchmarks report what they measured and nothing else. The smallest case of each runs in this process; no time is judged."""
+"""Benchmarks report what they measured and nothing else. The smallest cases run in this process."""
 
 import os
 from pathlib import Path

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.harness.case import Case, Data, Outcome, turns
+from benchmarks.harness.case import Case, Outcome, turns
 from benchmarks.harness.timing import Key, Timed, Worker, in_turn, quartiles
 
 #: How libraries are called. "cpu": a program works on one array, its forward pass gives y alone, and arrays alternate

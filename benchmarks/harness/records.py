@@ -92,7 +92,9 @@ def origin(records: list[dict]) -> str:
 def parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.jsonl, NAME.md and NAME.png")
-    made.add_argument("--again", action="store_true", help="measure nothing: make the tables of FOLDER/NAME.jsonl again")
+    made.add_argument(
+        "--again", action="store_true", help="measure nothing: make the tables of FOLDER/NAME.jsonl again"
+    )
     return made
 
 

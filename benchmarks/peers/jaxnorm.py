@@ -20,7 +20,7 @@ class Jaxnorm(Peer):
         return jn.__version__
 
     def takes(self, norm: str) -> bool:
-        return super().takes(norm) and (self.fused or norm.endswith("_rms") and norm != "rms")
+        return super().takes(norm) and (self.fused or (norm.endswith("_rms") and norm != "rms"))
 
     def norm(self, which, x, *params):
         if which == "batch":

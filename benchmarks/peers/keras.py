@@ -4,11 +4,11 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-import jax.numpy as jnp  # noqa: E402
-from keras import layers  # noqa: E402
+import jax.numpy as jnp
+from keras import layers
 
-from benchmarks.harness.case import EPSILON, GROUPS  # noqa: E402
-from benchmarks.peers.base import Peer  # noqa: E402
+from benchmarks.harness.case import EPSILON, GROUPS
+from benchmarks.peers.base import Peer
 
 LAYERS = {
     "layer": layers.LayerNormalization,

@@ -17,7 +17,7 @@ BLOCKS, WIDTH, HEADS, TOKENS = 12, 1024, 16, (32, 128)
 STAGE = (16, 56, 56, 256)  # the images on one device
 
 
-# --- whole models, written once: `norms` is the module that their norms come from ----------------------------------------
+# --- whole models, written once: `norms` is the module that their norms come from -----------------------------------
 
 
 class Block(nn.Module):
