@@ -1,88 +1,80 @@
-"""What a norm costs on a GPU: jaxnorm's rooms and the field side by side, in percent of the bandwidth of a copy.
+"""What a norm costs on a GPU: jaxnorm's backends beside other libraries, in percent of the bandwidth of a copy.
 
-    python -m benchmarks.gpu [--minutes M] [--cases CASE ...] [--only NAME ...] [--out FOLDER] [--platform cpu]
+    python -m benchmarks.gpu [--minutes M] [--cases CASE ...] [--only NAME ...] [--out FOLDER] [--platform cpu] [--again]
 
-Every room of jaxnorm is held against float64 first; then each case is timed, the important ones first, until the time
-is up, and gpu.json, gpu.md and gpu.png in FOLDER grow with it. It needs jax, NumPy and an NVIDIA GPU, and no network.
-Peers that are missing are named and left out. `--platform cpu` runs all of it on tiny arrays, to try the script.
+First every backend of jaxnorm is compared with float64. Then cases are timed, the important ones first, until the time
+is up; gpu.jsonl and gpu.md in FOLDER (benchmarks/results) are written after each. It needs jax, NumPy and an NVIDIA
+GPU, and no network. Libraries that are missing are named and left out. `--platform cpu` runs all of it on tiny arrays,
+to try the script.
 
-"forward" is the forward pass in training: it writes y and what the backward pass needs, whose time is "backward". In
-"forward+backward" one program does both. Percent: the bytes that a pass cannot but move (x read and y written: 2 of x;
-backward 3; batch norm 3 and 5; see `_work.py`) over its time, over what a device-to-device copy of x moves in its own,
-both medians of rounds in which everybody takes a turn, in another order each time. That copy is the faster of XLA's
-and torch's. A sample queues many calls and waits once. Small arrays are up to 16 to a program (a CUDA graph in torch),
-so that neither a cache serves them nor the start of a program is what is timed; below a megabyte it still is, in JAX.
-A kernel room has a process to itself: what it breaks is its own.
+"forward" is the forward pass in training, which writes y and the residuals; "backward" is the rest; "forward+backward"
+is one program with both. Percent: the bytes that a pass must move (x read and y written: 2 of x; backward 3; batch norm
+3 and 5; see `harness/case.py`) over its time, relative to what a device-to-device copy of x moves in its own. Both are
+medians of rounds in which everybody takes a turn, in random order. That copy is the faster of XLA's and torch's. A
+sample queues many calls and waits once. Small arrays are up to 16 to a program (a CUDA graph in torch), so that neither
+a cache serves them nor the start of a program is timed; below a megabyte it still is, in JAX. Each backend of kernels
+has a process of its own: only that process can be harmed by what it breaks.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import math
 import os
-import platform
-import re
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
 
-import numpy as np
+from benchmarks.harness import records, table
+from benchmarks.harness.case import PASSES, Case, least
+from benchmarks.harness.contest import Contest, Crew, Lost, measured
+from benchmarks.harness.timing import Worker
+from benchmarks.peers import TORCH
 
-from benchmarks._gpu_page import GIB, draw, page, verdicts
-from benchmarks._jax_device import Composed, JaxDevice, RoomDevice
-from benchmarks._queued import Queued
-from benchmarks._timing import Worker, in_turn, quartiles
-from benchmarks._torch_device import TorchDevice
-from benchmarks._work import Work, least
-
-RESULTS = Path(__file__).parent / "results"
-#: By platform, the rooms that may run there, as far as this build has them.
-ROOMS = {"gpu": ("xla", "mosaic_gpu"), "cpu": ("xla", "native")}
-PEERS = ("flax.linen", "tokamax", "torch", "torch.compile", "liger", "quack")
-NAMES = ("jaxnorm-xla", "jaxnorm-mosaic_gpu", "jaxnorm-native", Composed.name, *PEERS)
+#: By platform, the backends that may run there, if this build has them.
+BACKENDS = {"gpu": ("xla", "mosaic_gpu"), "cpu": ("xla", "native")}
+COMPOSED, OTHERS = "jaxnorm-composed", ("flax.linen", "tokamax", "torch", "torch.compile", "liger", "quack")
+OURS = ("jaxnorm-xla", "jaxnorm-mosaic_gpu", "jaxnorm-native")
+NAMES = (*OURS, COMPOSED, *OTHERS)
 #: Seconds: for one answer of a process; after the end, for the case under way; and in which a case is timed.
 PATIENCE, GRACE, CASE_SECONDS = 100.0, 45.0, {"gpu": 4.0, "cpu": 0.0}
-#: Rounds of samples in a case, at most.
-ROUNDS = 21
+ROUNDS = 21  # samples of each contestant in a case, at most
+GIB = 1 << 30
+NOTES = """Cells: percent of the bandwidth of a device-to-device copy, median of the rounds. "copy" is the time of one copy, and
+"limit" the least time of the pass, in copies. "-": no such norm. "failed": see below."""
 
 
-def _rows(norm: str, columns: int, nbytes: int, dtype: str) -> Work:
-    return Work(norm, (nbytes // columns // (4 if dtype == "float32" else 2), columns), dtype)
+def rows(norm: str, columns: int, nbytes: int, dtype: str) -> Case:
+    return Case(norm, (nbytes // columns // (4 if dtype == "float32" else 2), columns), dtype)
 
 
 CASES = {
     "gpu": (
-        *(_rows(norm, 4096, GIB, "bfloat16") for norm in ("rms", "layer")),
-        *(_rows(norm, n, GIB, "bfloat16") for n in (8192, 1024) for norm in ("rms", "layer")),
-        Work("batch", (32, 56, 56, 256), "bfloat16"),
-        _rows("add_rms", 4096, GIB // 2, "bfloat16"),
-        *(_rows(norm, 2048, GIB, "bfloat16") for norm in ("rms", "layer")),
-        _rows("gated_rms", 4096, GIB // 2, "bfloat16"),
-        *(_rows(norm, 4096, GIB, "float32") for norm in ("rms", "layer")),
-        Work("group", (32, 56, 56, 256), "bfloat16"),
-        Work("rms", (8192, 1024), "bfloat16"),
-        Work("layer", (256, 1024), "bfloat16"),
-        *(_rows(norm, n, GIB, "float32") for n in (8192, 1024, 2048) for norm in ("rms", "layer")),
-        Work("batch", (32, 56, 56, 256), "float32"),
+        *(rows(norm, 4096, GIB, "bfloat16") for norm in ("rms", "layer")),
+        *(rows(norm, n, GIB, "bfloat16") for n in (8192, 1024) for norm in ("rms", "layer")),
+        Case("batch", (32, 56, 56, 256), "bfloat16"),
+        rows("add_rms", 4096, GIB // 2, "bfloat16"),
+        *(rows(norm, 2048, GIB, "bfloat16") for norm in ("rms", "layer")),
+        rows("gated_rms", 4096, GIB // 2, "bfloat16"),
+        *(rows(norm, 4096, GIB, "float32") for norm in ("rms", "layer")),
+        Case("group", (32, 56, 56, 256), "bfloat16"),
+        Case("rms", (8192, 1024), "bfloat16"),
+        Case("layer", (256, 1024), "bfloat16"),
+        *(rows(norm, n, GIB, "float32") for n in (8192, 1024, 2048) for norm in ("rms", "layer")),
+        Case("batch", (32, 56, 56, 256), "float32"),
     ),
     "cpu": (
-        Work("rms", (64, 128), "bfloat16"),
-        Work("layer", (64, 128), "float32"),
-        Work("batch", (4, 4, 4, 32), "bfloat16"),
-        Work("group", (4, 4, 4, 64), "bfloat16"),
-        Work("add_rms", (64, 128), "bfloat16"),
-        Work("gated_rms", (64, 128), "bfloat16"),
+        Case("rms", (64, 128), "bfloat16"),
+        Case("layer", (64, 128), "float32"),
+        Case("batch", (4, 4, 4, 32), "bfloat16"),
+        Case("group", (4, 4, 4, 64), "bfloat16"),
+        Case("add_rms", (64, 128), "bfloat16"),
+        Case("gated_rms", (64, 128), "bfloat16"),
     ),
 }
-#: What every room is held against the truth on.
+#: What every backend is compared with the truth on.
 CHECKS = tuple(
-    Work(norm, shape, dtype)
+    Case(norm, shape, dtype)
     for dtype in ("bfloat16", "float32")
     for norm, shapes in {
         "layer": [(512, 1024), (7, 8192), (33, 1000)],
@@ -97,249 +89,156 @@ CHECKS = tuple(
 )
 
 
-# --- processes that may end before their time -------------------------------------------------------------------------
+def crews_of(platform: str, names: tuple[str, ...], until: float, worker: type) -> list[Crew]:
+    """XLA's programs share a process. Each backend of kernels has its own, and so has torch."""
+    from benchmarks.harness.jax_process import JaxContest, KernelContest
+    from benchmarks.harness.torch_process import TorchContest
 
+    def crew(kind: type[Contest], of: tuple[str, ...]) -> Crew:
+        mode = "gpu" if platform == "gpu" else "trial"
+        return Crew(kind, mode, of, patience=PATIENCE, until=until, worker=worker)
 
-class Lost(Exception):
-    """The process ended, or took too long: it is gone, with all that was in it."""
-
-
-class Crew:
-    """A process of contestants that is started again when it was lost."""
-
-    def __init__(self, kind: type[Queued], platform: str, names: tuple[str, ...], until: float):
-        self.make = lambda: Worker(kind, "default", platform, names)
-        self.until, self.worker = until, None
-        try:
-            self.about = self.ask("about")
-            self.versions, self.missing = self.ask("present")
-        except Lost as lost:
-            self.about = {"error": str(lost)}
-            self.versions, self.missing = {}, dict.fromkeys(names, str(lost))
-
-    def ask(self, method: str, *args, within: float = PATIENCE):
-        within = max(1.0, min(within, self.until - time.monotonic()))
-        try:
-            if self.worker is None:
-                self.worker = self.make()
-                self.worker.ask("about", within=within)
-            return self.worker.ask(method, *args, within=within)
-        except (EOFError, OSError, TimeoutError) as raised:
-            self.worker.kill()
-            self.worker = None
-            why = f"took more than {within:.0f} s" if isinstance(raised, TimeoutError) else "its process ended"
-            raise Lost(why) from None
-
-    def enter(self, work: Work, ready: list[str]) -> dict[str, list[float] | str]:
-        """Every contestant's errors in a case, or why it is out. Who ends the process is out; the others begin anew."""
-        outcome: dict = {}
-        with suppress(Lost):
-            self.ask("begin", work)
-            for name in [n for n in self.ask("able", work) if n in ready]:
-                try:
-                    outcome[name] = self.ask("enter", name)
-                except Lost as lost:
-                    again = self.enter(work, [n for n in ready if n != name])
-                    return outcome | again | {name: str(lost)}
-            return outcome
-        return dict.fromkeys(ready, "the process ended before it began")
-
-    def sampler(self) -> Sampler:
-        return Sampler(self)
-
-    def close(self) -> None:
-        if self.worker is not None:
-            self.worker.close()
-
-
-class Sampler:
-    """A crew as `in_turn` asks it: who is lost has no time."""
-
-    def __init__(self, crew: Crew):
-        self.crew = crew
-
-    def ask(self, *args) -> tuple[float, float]:
-        if self.crew.worker is None:
-            return math.nan, 0.0
-        try:
-            return self.crew.ask(*args)
-        except Lost:
-            return math.nan, 0.0
-
-
-# --- the measurement --------------------------------------------------------------------------------------------------
-
-
-def crews_of(platform: str, names: tuple[str, ...], until: float) -> list[Crew]:
-    """XLA's programs share a process; a room of kernels has its own, as has torch."""
-    together = tuple(n for n in names if n in ("jaxnorm-xla", Composed.name, "flax.linen", "tokamax"))
-    crews = [Crew(JaxDevice, platform, together, until)]
+    together = tuple(n for n in names if n in ("jaxnorm-xla", COMPOSED, "flax.linen", "tokamax"))
+    crews = [crew(JaxContest, together)]
     if "error" in crews[0].about:
         raise SystemExit(
             f"There is no GPU that JAX can use: {crews[0].about['error']}\n"
             "Run this on a machine with an NVIDIA GPU and jax[cuda13]. To try the script without one: "
             "python -m benchmarks.gpu --platform cpu"
         )
-    rooms = [n.removeprefix("jaxnorm-") for n in names if n.startswith("jaxnorm-") and n not in together]
-    there = [room for room in rooms if room in ROOMS[platform] and room in crews[0].about["rooms"]]
-    crews += [Crew(RoomDevice, platform, (f"jaxnorm-{room}",), until) for room in there]
-    torch = tuple(n for n in names if n in ("torch", "torch.compile", "liger", "quack"))
-    return crews + ([Crew(TorchDevice, platform, torch, until)] if torch else [])
+    there = [f"jaxnorm-{b}" for b in BACKENDS[platform] if b in crews[0].about["backends"]]
+    crews += [crew(KernelContest, (name,)) for name in there if name in names and name not in together]
+    torch = tuple(n for n in names if n in TORCH)
+    return crews + ([crew(TorchContest, torch)] if torch else [])
 
 
-def checked(crews: list[Crew], works: tuple[Work, ...]) -> dict[str, dict[str, list[float] | str]]:
-    """By room and case, the errors, or why there are none."""
-    found: dict = {}
+def checked(crews: list[Crew], cases: tuple[Case, ...]) -> Iterator[dict]:
+    """A record for each backend and case: its errors, or "failed", and why."""
     for crew in crews:
-        for name in crew.versions:
-            if name.startswith("jaxnorm-") and name != Composed.name:
-                try:
-                    results = crew.ask("check", name, list(works), within=PATIENCE)
-                except Lost as lost:
-                    results = [str(lost)] * len(works)
-                found[name] = {str(work): result for work, result in zip(works, results, strict=True)}
-    return found
+        for name in [name for name in crew.versions if name in OURS]:
+            try:
+                found = crew.ask("check", name, list(cases))
+            except Lost as lost:
+                found = [str(lost)] * len(cases)
+            for case, result in zip(cases, found, strict=True):
+                key = "failed" if isinstance(result, str) else "errors"
+                yield {"check": str(case), "name": name, key: result}
 
 
-def measured(work: Work, crews: list[Crew], platform_: str) -> dict:
-    """One case: by contestant and pass, seconds and percent."""
-    outcome = {name: found for crew in crews for name, found in crew.enter(work, list(crew.versions)).items()}
-    failures = {name: why for name, why in outcome.items() if isinstance(why, str)}
-    keys: dict = {}
-    for crew in crews:
-        with suppress(Lost):
-            keys |= dict.fromkeys((key for key in crew.ask("keys") if key[0] not in failures), crew.sampler())
-    samples = {key: taken[:, 0] for key, taken in in_turn(keys, ROUNDS, CASE_SECONDS[platform_]).items()}
-    copies = {name: quartiles(taken) for (name, which), taken in samples.items() if which == "copy"}
-    copies = {name: seconds for name, seconds in copies.items() if not math.isnan(seconds[1])}
-    best = min((seconds[1] for seconds in copies.values()), default=math.nan)
-    result = {
-        **asdict(work),
-        "bytes": work.nbytes,
-        "arrays": work.arrays(platform_),
-        "failures": failures,
-        "copies": copies,
-    }
-    contestants: dict = {}
-    for (name, which), taken in samples.items():
-        if which == "copy":
-            continue
-        if not np.isfinite(best * taken).all():
-            failures[name] = f"{which}: no time could be taken of it"
-            continue
-        part = 100 * least(work.norm, which) / 2 * best
-        contestants.setdefault(name, {"errors": outcome[name], "passes": {}})["passes"][which] = {
-            "seconds": quartiles(taken), "percent": quartiles(part / taken), "rounds": len(taken)
-        }  # fmt: skip
-    return {**result, "contestants": contestants}
-
-
-def run(platform_: str, names: tuple[str, ...], cases: list[Work], minutes: float, save) -> dict:
-    """All of it, saved after every case; cases that would not end in time are named."""
-    started = time.monotonic()
-    deadline = started + 60 * minutes
-    crews = crews_of(platform_, names, deadline + GRACE)
-    name, driver = gpu() if platform_ == "gpu" else (processor(), "none")
+def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: float, argv: list[str],
+            worker: type = Worker) -> Iterator[list[dict]]:  # fmt: skip
+    """The setting, the checks, then one case after another. Cases that would not end in time are left out."""
+    deadline = time.monotonic() + 60 * minutes
+    crews = crews_of(platform, names, deadline + GRACE, worker)
     versions = {name: version for crew in crews for name, version in crew.versions.items()}
     missing = {name: why for crew in crews for name, why in crew.missing.items()}
-    rooms = {f"jaxnorm-{room}" for room in ROOMS[platform_]}.intersection(names)
-    missing |= dict.fromkeys(sorted(rooms.difference(versions, missing)), "not a room of this build")
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
-        "platform": platform_,
-        "device": name or crews[0].about["device"],
-        "driver": driver,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{key: crews[0].about[key] for key in ("jax", "jaxlib", "rooms")},
-        "versions": versions,
-        "missing": missing,
-        "rounds": ROUNDS,
-        "planned": len(cases),
-        "checks": checked(crews, CHECKS if platform_ == "gpu" else CHECKS[::5]),
-        "results": [],
-    }
+    ours = {f"jaxnorm-{backend}" for backend in BACKENDS[platform]}.intersection(names)
+    missing |= dict.fromkeys(sorted(ours.difference(versions, missing)), "not a backend of this build")
+    about = crews[0].about | (gpu() if platform == "gpu" else {})
+    planned = [str(case) for case in cases]
+    more = {"platform": platform, **about, "versions": versions, "missing": missing, "planned": planned}
+    yield [records.setting("gpu", argv, **more)]
     crews = [crew for crew in crews if crew.versions]
-
-    def saved(done: int) -> None:
-        report["minutes"], report["done"] = (time.monotonic() - started) / 60, done
-        report["left_out"], report["verdicts"] = [str(work) for work in cases[done:]], verdicts(report["results"])
-        save(report)
-
-    saved(0)
+    yield list(checked(crews, CHECKS if platform == "gpu" else CHECKS[::5]))
     longest = 0.0
-    for i, work in enumerate(cases, 1):
+    for i, case in enumerate(cases, 1):
         begun = time.monotonic()
         if begun + longest > deadline:
             break
-        print(f"{i} of {len(cases)}: {work}", file=sys.stderr)
-        report["results"].append(measured(work, crews, platform_))
+        print(f"{i} of {len(cases)}: {case}", file=sys.stderr)
+        yield measured(case, crews, ROUNDS, CASE_SECONDS[platform])
         longest = max(longest, time.monotonic() - begun)
-        saved(i)
     for crew in crews:
         crew.close()
-    return report
 
 
-def gpu() -> tuple[str, str]:
-    """The GPU's name and its driver's version, of nvidia-smi."""
+def gpu() -> dict:
+    """The name of the GPU and the version of its driver, if nvidia-smi says."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
         name, driver = found.split("\n")[0].split(", ")
-        return name, driver
-    return "", "unknown"
+        return {"device": name, "driver": driver}
+    return {}
 
 
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", path.read_text(encoding="utf-8") if path.exists() else "")
-    return found[1] if found else platform.machine()
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+LEVEL = 0.97  # a median that is this much of another's is level with it
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+def percent(of: list[dict], which: str, names: tuple[str, ...]) -> float | None:
+    """Of the fastest of these contestants in a case, in percent of the copy."""
+    copies = table.copies_of(of, which, names)
+    return 100 * least(of[0]["norm"], which) / copies if copies else None
 
 
-def case_of(text: str) -> Work:
-    norm, shape, dtype = text.split(":")
-    return Work(norm, tuple(int(n) for n in shape.split("x")), dtype)
+def verdicts(found: list[dict]) -> list[list[str]]:
+    """The targets, each met or not, over the rows of more than 1 GB, and over the fused calls."""
+    cases = records.grouped([record for record in found if "check" not in record], *table.CASE)
+    large = {keys: of for keys, of in cases.items() if keys[2] in ("layer", "rms") and _case(keys).nbytes >= GIB}
+    lines = []
+
+    def line(target: str, limit: float, of: dict, which: str, peer: str | None) -> None:
+        values = []
+        for keys, case in of.items():
+            mine, theirs = percent(case, which, OURS), percent(case, which, (peer,)) if peer else 1.0
+            if mine and theirs:
+                values.append((mine / theirs, str(_case(keys))))
+        good = sum(value >= limit for value, _ in values)
+        verdict = "not measured" if not values else "met" if good == len(values) else "NOT met"
+        worst = f"{min(values)[0]:.3g} at {min(values)[1]}" if values else "-"
+        lines.append([f"{which}: {target}", verdict, f"{good} of {len(values)}", worst])
+
+    for which, limit in (("forward", 85.0), ("backward", 75.0)):
+        line(f"at least {limit:.0f} % of the copy", limit, large, which, None)
+    line("2 x flax.linen", 2.0, large, PASSES[-1], "flax.linen")
+    for peer in ("torch.compile", "tokamax"):
+        for which in PASSES:
+            line(f"level with {peer}", LEVEL, large, which, peer)
+    for norm in ("add_rms", "gated_rms"):
+        fused = {keys: of for keys, of in cases.items() if keys[2] == norm}
+        for which in PASSES:
+            line(f"{norm} level with its composition", LEVEL, fused, which, COMPOSED)
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _case(keys: tuple) -> Case:
+    return Case.parse(":".join(keys[-3:]))
+
+
+def page(found: list[dict]) -> str:
+    (setting,), of = records.settings(found), records.results(found)
+    checks, cases = ([r for r in of if ("check" in r) == check] for check in (True, False))
+    parts = ["# Norms on a GPU\n", records.origin(found), f"\n{NOTES}\n"]
+    for which in PASSES if cases else ():
+        text = table.contestants(cases, [which], lambda norm, which, c: f"{100 * least(norm, which) / c:.1f} %")
+        parts.append(table.section(f"{which}, percent of the copy", text))
+    parts.append(table.section("targets", table.table(["target", "verdict", "cases", "worst"], verdicts(of))))
+    for (name,), mine in records.grouped(checks, "name").items():
+        good = sum("errors" in record for record in mine)
+        parts.append(f"{name}: equals float64 in {good} of {len(mine)} small cases.\n")
+    parts.append(table.failures(of))
+    done = {str(_case(keys)) for keys in records.grouped(cases, *table.CASE)}
+    if left_out := [case for case in setting["planned"] if case not in done]:
+        parts.append(f"\nNot reached in time: {'; '.join(left_out)}.")
+    return "\n".join(parts).strip() + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = records.parser(__doc__)
     add = parser.add_argument
     add("--platform", choices=("gpu", "cpu"), default="gpu", help="cpu: tiny arrays, to try the script")
     add("--minutes", type=float, default=7.0, help="no case begins that would end later")
-    add(
-        "--cases", nargs="+", type=case_of, metavar="CASE", help="such as rms:131072x4096:bfloat16, instead of the list"
-    )
-    add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"these alone, of {', '.join(NAMES)}")
-    add(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="for gpu.json, gpu.md and gpu.png; benchmarks/results, or on cpu /tmp",
-    )
-    options = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = {"gpu": "cuda", "cpu": "cpu"}[options.platform]  # no other is fallen back to
-    default = RESULTS if options.platform == "gpu" else Path(tempfile.gettempdir())
-    folder = options.out or default
-
-    def save(report: dict) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        (folder / "gpu.md").write_text(page(report, True), encoding="utf-8")
-
-    report = run(
-        options.platform, tuple(options.only), options.cases or list(CASES[options.platform]), options.minutes, save
-    )
-    print(page(report, False))
-    try:
-        draw(report, folder / "gpu.png")
-    except ImportError:
-        print("matplotlib is not installed: no gpu.png.")
-    print(f"Written to {folder}.")
+    add("--cases", nargs="+", type=Case.parse, metavar="CASE", help="such as rms:131072x4096:bfloat16")
+    add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
+    os.environ["JAX_PLATFORMS"] = {"gpu": "cuda", "cpu": "cpu"}[options.platform]  # no fallback to another one
+    cases = options.cases or list(CASES[options.platform])
+    default = records.RESULTS if options.platform == "gpu" else records.SCRATCH
+    steps = lambda: measure(options.platform, tuple(options.only), cases, options.minutes, argv)
+    records.publish("gpu", options, steps, page, table.draw, default)
 
 
 if __name__ == "__main__":

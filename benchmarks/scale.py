@@ -1,209 +1,272 @@
-"""Norms beyond this machine: collectives from compiled programs for 8 to 1024 chips, and a model of what they cost.
+"""Norms on 8 to 1024 chips: collectives counted in compiled programs, and a model of their time.
 
-    python -m benchmarks.scale [--targets NAME ...] [--json PATH] [--plot PATH] [--again JSON]
+    python -m benchmarks.scale [--targets NAME ...] [--out FOLDER] [--again]
 
-Everything counted is read off what XLA's TPU compiler makes; nothing is run. The tables go to the standard output, in
-Markdown. It takes some twelve minutes on two cores. Three kinds of program are compiled:
-
-- A batch norm alone, y and dx of bfloat16 x, for each width of a ResNet-50: the all-reduces that the layer waits for,
-  their bytes, and who takes part. Statistics of all chips, of groups of 8 neighbours, and of each chip alone; x sharded
-  by jit, or by shard_map with an axis name (groups there are the last of two mesh axes).
-- A step of two residual blocks with six batch norms, parameters' gradients and running statistics included, less the
-  same step without norms: all that norms add, a sixth of it for each. Likewise a transformer block with two norms.
-- A layer norm and an RMS norm whose features are spread over 8 chips (tensor parallel), 1024 rows on each.
-
-The planes are 8 x 8 pixels with 2 images a chip, and the sequences 64 tokens, so that compiling takes seconds and not a
-minute: what is communicated is a matter of channels and chips alone, to the byte (tests/test_scale.py). Temporary
-memory is not. That of the residual blocks is for 16 images of 56 x 56 on a chip, on the fewest and the most chips.
-
-The times are those of the model in `_scale_model.py`, over the collectives that were counted.
+The counts are read from what XLA's TPU compiler makes; nothing is run. It takes some twelve minutes on two cores.
+`tests/helpers/compiled/scaling.py` has the programs: a batch norm alone, for each width of a ResNet-50; a step of two
+residual blocks with six batch norms and of a transformer block with two norms, less the same without norms; and norms
+whose features are sharded over 8 chips. The times are those of the model in `harness/torus.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import importlib.metadata
 import itertools
-import json
 import sys
-import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from helpers.compiled import TARGETS, cases, missing, scaling
 
-import jaxnorm as jn
-import jaxnorm.linen
-from benchmarks import _scale_model as model
-from benchmarks import _scale_page as page
-from benchmarks.compiled import cases, collectives, mesh, missing
+from benchmarks.harness import records, torus
+from benchmarks.harness.table import section, table
 
 SIZES = ("v5ex8", "v5ex64", "v5ex256", "v5px8", "v5px64", "v5px256", "v5px1024")
-GROUP = 8
-BOTH = ("host", "chip")  # the axes of the mesh, the last of GROUP neighbours
-SYNCS = {"global": "global", f"groups of {GROUP}": GROUP, "local": "local"}
 FORMS = ("jit", "shard_map")
 ROW_NORMS = ("LayerNorm", "RMSNorm")
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
-IMAGES, SIDE = 2, 8  # on each chip, and of each image
-
-
-@functools.cache
-def chips(target: str) -> Mesh:
-    devices = mesh(target).devices.reshape(-1, GROUP)
-    return Mesh(devices, BOTH, axis_types=(AxisType.Auto,) * 2)
-
-
-def counted(target: str, f, *args) -> dict:
-    """The collectives of f, compiled for a target: how many, with what bytes, in what boxes of chips; and its memory.
-
-    args: (shapes, spec) each.
-    """
-    on = chips(target)
-    put = lambda tree, spec: jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(on, spec)), tree
-    )
-    with jax.set_mesh(on):
-        program = jax.jit(f).lower(*(put(*arg) for arg in args)).compile()
-    coords = [tuple(d.coords) for d in on.devices.flat]
-    found = []
-    for it in collectives(program.as_text()):
-        groups = it.groups or (tuple(range(on.size)),)
-        boxes = {model.box_of(coords[i] for i in group) for group in groups}
-        found.append({"kind": it.kind, "bytes": it.bytes, "chips": len(groups[0]), "box": max(boxes, key=np.prod)})
-    return {"collectives": found, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
-
-
-def _y_and_dx(apply: Callable) -> Callable:
-    """(params, x, g) -> y, and what a cotangent g of it comes to for x."""
-
-    def step(params, x, g):
-        y, pull = jax.vjp(lambda x: apply(params, x), x)
-        return y, pull(g)[0]
-
-    return step
-
-
-def alone(target: str, sync: str, form: str, channels: int) -> dict:
-    """y and dx of one batch norm: what the layer waits for."""
-    names = BOTH if sync != "global" or form == "shard_map" else None
-    norm = jn.BatchNorm(axis_name=names, sync=SYNCS[sync])
-    params, state = norm.init(channels)
-    step = _y_and_dx(lambda params, x: norm.apply(params, state, x, train=True, update_stats=False)[0])
-    if form == "shard_map":
-        step = jax.shard_map(step, mesh=chips(target), in_specs=(P(), P(BOTH), P(BOTH)), out_specs=P(BOTH))
-    x = jax.ShapeDtypeStruct((IMAGES * chips(target).size, SIDE, SIDE, channels), jnp.bfloat16)
-    return counted(target, step, (params, P()), (x, P(BOTH)), (x, P(BOTH)))
-
-
-class _Nothing(nn.Module):
-    """In the place of a norm."""
-
-    @nn.compact
-    def __call__(self, x):
-        return x
-
-
-NO_NORM = types.SimpleNamespace(BatchNorm=lambda **_: _Nothing(), LayerNorm=lambda **_: _Nothing())
-
-
-def stage(target: str, sync: str | None, form: str = "jit", images: int = IMAGES, side: int = SIDE) -> dict:
-    """A step of two residual blocks: gradients of all parameters, and the new statistics."""
-    norm = functools.partial(jaxnorm.linen.BatchNorm, axis_name=BOTH, sync=SYNCS.get(sync or "", "global"))
-    x = jax.ShapeDtypeStruct((images * chips(target).size, side, side, cases.STAGE[-1]), jnp.bfloat16)
-    return _step(target, cases.Stage(NO_NORM if sync is None else types.SimpleNamespace(BatchNorm=norm)), form, x)
-
-
-def block(target: str, norm: str | None) -> dict:
-    """A step of a transformer block, under jit, its batch spread over all chips."""
-    norms = NO_NORM if norm is None else types.SimpleNamespace(LayerNorm=getattr(jaxnorm.linen, norm))
-    x = jax.ShapeDtypeStruct((chips(target).size, 64, cases.WIDTH), jnp.bfloat16)
-    return _step(target, cases.Block(norms), "jit", x)
-
-
-def _step(target: str, module: nn.Module, form: str, x) -> dict:
-    more = (None,) * isinstance(module, cases.Block)
-    variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, *more), x)
-    params, stats = variables["params"], {k: v for k, v in variables.items() if k != "params"}
-
-    def step(params, stats, x):
-        def loss(params):
-            y, new = module.apply({"params": params, **stats}, x, *more, mutable=[*stats])
-            y = y[0] if more else y
-            return jnp.sum(jnp.square(y.astype(jnp.float32))), new
-
-        return jax.grad(loss, has_aux=True)(params)
-
-    if form == "shard_map":
-        step = jax.shard_map(step, mesh=chips(target), in_specs=(P(), P(), P(BOTH)), out_specs=P())
-    return counted(target, step, (params, P()), (stats, P()), (x, P(BOTH)))
-
-
-ROWS, FEATURES = 1024, 4096  # of a tensor-parallel norm: rows for each GROUP of chips, who share out the features
-
-
-def spread(target: str, norm: str, form: str) -> dict:
-    """y and dx of a norm over features that lie on the chips of a host."""
-    spec = getattr(jn, norm)(axis_name="chip" if form == "shard_map" else None)
-    params, _ = spec.init(FEATURES)
-    step = _y_and_dx(lambda params, x: spec.apply(params, (), x, train=True)[0])
-    if form == "shard_map":
-        step = jax.shard_map(step, mesh=chips(target), in_specs=(P("chip"), P(*BOTH), P(*BOTH)), out_specs=P(*BOTH))
-    x = jax.ShapeDtypeStruct((ROWS * chips(target).shape["host"], FEATURES), jnp.bfloat16)
-    return counted(target, step, (params, P("chip")), (x, P(*BOTH)), (x, P(*BOTH)))
-
-
-# --- what is compiled, and what is made of it -------------------------------------------------------------------------
+GROUPS = "groups of 8"
+IMAGES = (4, 8, 16, 32, 64, 128)  # on a chip
 
 
 def programs(targets) -> Iterator[tuple[dict, Callable[[], dict]]]:
     """What each program is, and how it is compiled and counted."""
     for target in targets:
-        for form, sync in itertools.product(FORMS, SYNCS):
+        for form, sync in itertools.product(FORMS, scaling.SYNCS):
             for channels in WIDTHS if sync != "local" else WIDTHS[:1]:
                 it = dict(of="norm", target=target, sync=sync, form=form, channels=channels)
-                yield it, functools.partial(alone, target, sync, form, channels)
-        for form, sync in itertools.product(FORMS, (*SYNCS, None)):
-            yield dict(of="stage", target=target, sync=sync, form=form), functools.partial(stage, target, sync, form)
+                yield it, functools.partial(scaling.alone, target, sync, form, channels)
+        for form, sync in itertools.product(FORMS, (*scaling.SYNCS, None)):
+            yield (
+                dict(of="stage", target=target, sync=sync, form=form),
+                functools.partial(scaling.stage, target, sync, form),
+            )
         for form, norm in itertools.product(FORMS, ROW_NORMS):
-            yield dict(of="spread", target=target, norm=norm, form=form), functools.partial(spread, target, norm, form)
+            yield (
+                dict(of="spread", target=target, norm=norm, form=form),
+                functools.partial(scaling.spread, target, norm, form),
+            )
         for norm in (*ROW_NORMS, None):
-            yield dict(of="block", target=target, norm=norm), functools.partial(block, target, norm)
+            yield dict(of="block", target=target, norm=norm), functools.partial(scaling.block, target, norm)
     for _, same in itertools.groupby(targets, lambda target: target[:3]):
         first, *rest = same
         for target, sync in [(first, "global"), (first, "local"), (first, None), *((t, "global") for t in rest[-1:])]:
-            run = functools.partial(stage, target, sync, "jit", *cases.STAGE[:2])
+            run = functools.partial(scaling.stage, target, sync, "jit", *cases.STAGE[:2])
             yield dict(of="whole stage", target=target, sync=sync), run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def page(found: list[dict]) -> str:
+    parts, targets = (
+        ["# Norms on 8 to 1024 chips\n", records.origin(found), ""],
+        len({it["target"] for it in records.results(found)}),
+    )
+    for title, about, rows in (
+        ("What one batch norm waits for", _ALONE, _alone(found)),
+        ("What norms add to a step of training", _ADDED, _added(found)),
+        ("Temporary memory of a chip", _MEMORY, _memory(found)),
+        ("Features spread over 8 chips", _SPREAD, _spread(found)),
+        ("The model: a ResNet-50", _MODEL, _modelled(found)),
+        ("What to choose, by the model", _CHOICE, _choices(found)),
+    ):
+        parts.append(section(title, f"{about}\n\n{_merged(rows, targets)}"))
+    return "\n".join(parts)
+
+
+def _merged(rows: Iterator[tuple], targets: int) -> str:
+    """A table; rows that differ only in their first cell become one."""
+    head, *rest = rows
+    same: dict[tuple, list[str]] = {}
+    for first, *others in rest:
+        same.setdefault(tuple(others), []).append(first)
+    return table(head, [("all" if len(names) == targets else ", ".join(names), *o) for o, names in same.items()])
+
+
+def chosen(found: list[dict], of: str) -> list[dict]:
+    return [it for it in records.results(found) if it["of"] == of]
+
+
+def _chip(target: str) -> torus.Chip:
+    return torus.CHIPS[target[:3]]
+
+
+_ALONE = """Forward the statistics, backward two sums: one all-reduce each. So that the first is one, every chip has a
+slot of its own in it: 3 values for each channel under jit, 4 under shard_map, where counts may differ. Where that would
+be more than 1 MiB it is two smaller ones instead. Each chip alone ("local") waits for none, whatever the target."""
+
+
+def _alone(found):
+    rows: dict[tuple, dict] = {}
+    for it in chosen(found, "norm"):
+        key = it["target"], it["sync"], it["form"]
+        rows.setdefault(key, {})[it["channels"]] = it["collectives"]
+    widths = (64, 256, 1024, 2048)
+    yield "target", "statistics of", "by", "chips in each", *(f"bytes, {c} channels" for c in widths)
+    for (target, sync, form), by_width in rows.items():
+        if sync == "local":
+            assert not any(by_width.values()), (target, by_width)
+            continue
+        among = {c["chips"] for each in by_width.values() for c in each}
+        sizes = (" + ".join(f"{c['bytes']:,}" for c in by_width[width]) for width in widths)
+        yield target, sync, form, *among, *sizes
+
+
+_ADDED = """The step with norms less the step without: of two residual blocks with six batch norms, of a transformer
+block with two norms. Running statistics, and gradients of scale and bias, travel at the end of the step and keep no
+layer waiting. The batch is spread over all chips."""
+
+
+def _added(found):
+    yield "target", "norm", "by", "collectives of the step", "without norms", "for each norm", "bytes for each norm"
+    for of, number in (("stage", 6), ("block", 2)):
+        steps = chosen(found, of)
+        which = "sync" if of == "stage" else "norm"
+        bare = {(it["target"], it.get("form")): it["collectives"] for it in steps if it[which] is None}
+        for it in steps:
+            if it[which] is None:
+                continue
+            mine, without = it["collectives"], bare[it["target"], it.get("form")]
+            size = sum(c["bytes"] for c in mine) - sum(c["bytes"] for c in without)
+            name = f"batch norm, {it['sync']}" if of == "stage" else it["norm"]
+            each = f"{(len(mine) - len(without)) / number:.2f}"
+            yield it["target"], name, it.get("form", "jit"), len(mine), len(without), each, f"{size / number:,.0f}"
+
+
+_MEMORY = "Of the two residual blocks, 16 images of 56 x 56 x 256 on each chip, by jit."
+
+
+def _memory(found):
+    yield "target", "batch norm", "MiB"
+    for it in chosen(found, "whole stage"):
+        yield it["target"], it["sync"] or "none", f"{it['temp_bytes'] / 2**20:.1f}"
+
+
+_SPREAD = """Tensor parallel: y and dx of 1024 rows of 4096 bfloat16 features, an eighth of them on each chip. Nothing
+but statistics travels; gathering x would take 8,192 bytes for each row."""
+
+
+def _spread(found):
+    yield "target", "norm", "by", "collectives", "bytes for each row", "model, µs"
+    for it in chosen(found, "spread"):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(c["kind"] for c in it["collectives"]).items())
+        size = sum(c["bytes"] for c in it["collectives"]) / 1024
+        time = torus.total(_chip(it["target"]), it["collectives"])
+        yield it["target"], it["norm"], it["form"], kinds, f"{size:.0f}", f"{time * 1e6:.0f}"
+
+
+_MODEL = """Milliseconds that a step waits for the all-reduces of its 53 batch norms, as counted for their widths, one
+after the other, by the model of `benchmarks/harness/torus.py`: a microsecond for each hop, and the rate of the links.
+"local" waits 0. Beside it the least time of a step: the norms' 8 passes over memory, and all products at the peak."""
+
+
+def waits(found: list[dict]) -> dict[str, dict[str, float]]:
+    """For each target, by "statistics, form", the seconds that a step of a ResNet-50 waits for its batch norms."""
+    times: dict[str, dict[str, dict]] = {}
+    for it in chosen(found, "norm"):
+        by_width = times.setdefault(it["target"], {}).setdefault(f"{it['sync']}, {it['form']}", {})
+        by_width[it["channels"]] = torus.total(_chip(it["target"]), it["collectives"])
+    norms = torus.resnet50()
+    local = lambda way: way.startswith("local")
+    return {
+        target: {w: 0.0 if local(w) else sum(by_width[c] for c, _ in norms) for w, by_width in ways.items()}
+        for target, ways in times.items()
+    }
+
+
+def _modelled(found):
+    ways = [f"{sync}, {form}" for sync in ("global", GROUPS) for form in ("jit", "shard_map")]
+    yield "target", *ways, *(f"a step, {n} images a chip" for n in (4, 16, 64))
+    for target, by in waits(found).items():
+        steps = (torus.step_seconds(_chip(target), n) for n in (4, 16, 64))
+        yield target, *(f"{1e3 * time:.2f}" for time in (*(by[w] for w in ways), *steps))
+
+
+_CHOICE = f"""Under jit, by images on a chip. All chips while that adds at most {torus.LITTLE:.0%} to the least time of
+a step (what a choice adds stands beside it); beyond that as few chips as have {torus.ENOUGH} images between them, here
+one or 8."""
+
+
+def choices(found: list[dict]) -> dict[str, dict[int, tuple[str, float]]]:
+    """For each target and number of images on a chip: what to choose, and the share of a step that it adds."""
+    made: dict[str, dict] = {}
+    for target, by in waits(found).items():
+        ways = {"global": by["global, jit"], "groups": by[f"{GROUPS}, jit"], "local": 0.0}
+        for images in IMAGES:
+            step = torus.step_seconds(_chip(target), images)
+            choice = torus.choose(images, ways, step, 8)
+            made.setdefault(target, {})[images] = choice, ways[choice] / step
+    return made
+
+
+def _choices(found):
+    yield "target", *(f"{n} images" for n in IMAGES)
+    for target, row in choices(found).items():
+        yield target, *(f"{choice}, {share:.0%}" if share else choice for choice, share in row.values())
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+LINES = {
+    "global, jit": ("tab:orange", "-"),
+    "global, shard_map": ("tab:orange", ":"),
+    f"{GROUPS}, jit": ("tab:blue", "-"),
+}
+FILLS = {"global": "#fbe0c3", "groups": "#c5d9f1", "local": "#d3ebd0"}
+
+
+def draw(found: list[dict], path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    times, table = waits(found), choices(found)
+    figure, rows = plt.subplots(2, 2, figsize=(13, 9), layout="constrained", width_ratios=(1.15, 1))
+    for (left, right), kind in zip(rows, torus.CHIPS, strict=True):
+        targets = [t for t in times if t.startswith(kind)]
+        chips = [TARGETS[t].devices for t in targets]
+        for way, (color, style) in LINES.items():
+            heights = [1e3 * times[t][way] for t in targets]
+            left.plot(chips, heights, style, color=color, marker="o", label=way)
+        for images in (4, 16, 64):
+            height = 1e3 * torus.step_seconds(torus.CHIPS[kind], images)
+            label = "least time of a step, so many images a chip" if images == 4 else None
+            left.axhline(height, color="gray", linewidth=0.9, linestyle="--", label=label)
+            left.annotate(f"{images}", (1.01, height), xycoords=("axes fraction", "data"), va="center", color="dimgray")
+        left.set(xscale="log", yscale="log", ylabel="ms in a step of a ResNet-50", ylim=(0.1, 40))
+        left.set_xticks(chips, [str(n) for n in chips])
+        left.set_xticks([], minor=True)
+        left.set_title(f"{kind} (model): what its 53 batch norms wait for; local waits 0")
+        left.legend(fontsize=8, loc="lower right")
+        for i, target in enumerate(targets):
+            for j, (choice, share) in enumerate(table[target].values()):
+                right.add_patch(plt.Rectangle((i, j), 1, 1, facecolor=FILLS[choice], edgecolor="white", linewidth=2))
+                said = f"{choice}\n+{share:.0%}" if share else f"{choice}\n0"
+                right.text(i + 0.5, j + 0.5, said, ha="center", va="center", fontsize=9)
+        right.set(xlim=(0, len(targets)), ylim=(0, len(IMAGES)), ylabel="images on a chip")
+        right.set_xticks([i + 0.5 for i in range(len(targets))], [str(n) for n in chips])
+        right.set_yticks([j + 0.5 for j in range(len(IMAGES))], [str(n) for n in IMAGES])
+        right.tick_params(length=0)
+        right.set_title(f"{kind} (model): what to choose, and what it adds to a step")
+    for axis in rows[-1]:
+        axis.set_xlabel("chips")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = records.parser(__doc__)
     parser.add_argument("--targets", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--json", metavar="PATH", help="also write every count to this file")
-    parser.add_argument("--plot", metavar="PATH", help="draw the model to this file")
-    parser.add_argument("--again", metavar="PATH", help="compile nothing: take the counts from an earlier run's file")
-    options = parser.parse_args()
-    if options.again:
-        with open(options.again, encoding="utf-8") as file:
-            found = json.load(file)
-    elif (reason := missing("tpu")) is not None:
-        sys.exit(f"Nothing can be compiled, {reason}")
-    else:
-        found = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu"), "programs": []}
-        for it, run in programs(options.targets):
-            found["programs"].append(it | run())
-            print(*it.values(), file=sys.stderr, flush=True)
-    print(page.text(found))
-    if options.plot:
-        page.draw(found, options.plot)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
+
+    def measure() -> Iterator[list[dict]]:
+        if (reason := missing("tpu")) is not None:
+            raise SystemExit(f"Nothing can be compiled: {reason}")
+        yield [records.setting("scale", argv, versions={"libtpu": records.version("libtpu")})] + [
+            it | run() for it, run in programs(options.targets)
+        ]
+
+    records.publish("scale", options, measure, page, draw)
 
 
 if __name__ == "__main__":

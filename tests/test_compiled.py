@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import compiled
+from helpers.compiled import AXIS, TARGETS, cases, hlo, placed, targets
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import benchmarks.compiled as compiled
 import jaxnorm as jn
-from benchmarks.compiled import AXIS, TARGETS, cases, hlo, placed, targets
 
 pytestmark = pytest.mark.compiled
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from helpers import compiled
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
-from benchmarks import compiled
 from jaxnorm._backends.pallas import gpu as mosaic_gpu
 from jaxnorm._backends.pallas import tpu as mosaic_tpu
 from jaxnorm._backends.pallas.rows import Job, rows_of
@@ -231,7 +231,7 @@ def test_rows_are_the_last_axes():
 def test_no_register_is_spilled(columns):
     code = f"""
 import jax, jax.numpy as jnp
-from benchmarks import compiled
+from helpers import compiled
 import jaxnorm as jn
 def both(args, *g):
     norm = jn.add_layer_norm if len(g) > 1 else jn.layer_norm
@@ -244,7 +244,8 @@ for *args, g in [(half, half), (half, half, (half, half)), (full, full, (full, f
 """
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1",
+             "PYTHONPATH": os.path.dirname(__file__)},
     )  # fmt: skip
     spills = re.findall(r"(\d+) bytes spill stores", found.stdout + found.stderr)
     assert spills == ["0"] * 6

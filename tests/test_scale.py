@@ -1,14 +1,15 @@
-"""Planning for many chips: the model's arithmetic, and the counts from compiled programs that it stands on."""
+"""Planning for many chips: the arithmetic of the model, and the counts from compiled programs behind it."""
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers.compiled import TARGETS, hlo, missing, scaling
 
-from benchmarks import _scale_model as model
-from benchmarks.compiled import TARGETS, hlo, missing
+from benchmarks import scale
+from benchmarks.harness import records
+from benchmarks.harness import torus as model
 
 V5E, V5P = model.CHIPS["v5e"], model.CHIPS["v5p"]
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -89,20 +90,12 @@ def test_what_to_choose():
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
-    return json.loads((RESULTS / "scale.json").read_text(encoding="utf-8"))
-
-
-def test_the_page_is_made_of_the_counts(found):
-    from benchmarks import _scale_page as page
-
-    assert page.text(found) + "\n" == (RESULTS / "scale.md").read_text(encoding="utf-8")
+def found() -> list[dict]:
+    return records.read(RESULTS / "scale.jsonl")
 
 
 def test_groups_wait_no_longer_than_all_and_local_not_at_all(found):
-    from benchmarks import _scale_page as page
-
-    waits = page.waits(found)
+    waits = scale.waits(found)
     assert {TARGETS[t].devices for t in waits} == {8, 64, 256, 1024}
     for by in waits.values():
         for form in ("jit", "shard_map"):
@@ -113,8 +106,8 @@ def test_small_planes_communicate_what_large_ones_do(found):
     """What is compiled with 2 images of 8 x 8 on a chip is what 16 of 56 x 56 would give."""
     key = lambda it: (it["target"], it["sync"])
     sent = lambda it: sorted((c["kind"], c["bytes"], c["chips"]) for c in it["collectives"])
-    small = {key(it): sent(it) for it in found["programs"] if it["of"] == "stage" and it["form"] == "jit"}
-    large = {key(it): sent(it) for it in found["programs"] if it["of"] == "whole stage"}
+    small = {key(it): sent(it) for it in records.results(found) if it["of"] == "stage" and it["form"] == "jit"}
+    large = {key(it): sent(it) for it in records.results(found) if it["of"] == "whole stage"}
     assert {TARGETS[target].devices for target, _ in large} == {8, 256, 1024}
     assert large == {k: small[k] for k in large}
 
@@ -130,7 +123,7 @@ def test_small_planes_communicate_what_large_ones_do(found):
         ("{}", []),
     ],
 )
-def test_who_takes_part_is_read_in_every_form(text, groups):
+def test_replica_groups_are_parsed_in_every_syntax(text, groups):
     got = hlo.replica_groups(f", channel_id=1, replica_groups={text}, use_global_device_ids=true, to_apply=%add")
     assert [list(group) for group in got] == groups
 
@@ -141,9 +134,7 @@ def test_an_unknown_form_is_an_error():
 
 
 def counts(target: str, sync: str, form: str) -> list[tuple[str, int, int, int]]:
-    from benchmarks import scale
-
-    result = scale.alone(target, sync, form, 256)["collectives"]
+    result = scaling.alone(target, sync, form, 256)["collectives"]
     return [(it["kind"], it["bytes"], it["chips"], int(np.prod(it["box"]))) for it in result]
 
 
@@ -162,12 +153,10 @@ def test_one_batch_norm_compiled():
 @pytest.mark.skipif(missing("tpu") is not None, reason=str(missing("tpu")))
 def test_row_norms_compiled():
     """Over features that are spread, in shard_map: an all-reduce each way, nothing gathered, and no chip outside."""
-    from benchmarks import scale
-
     for norm, values in (("LayerNorm", 4), ("RMSNorm", 2)):
-        found = scale.spread("v5ex64", norm, "shard_map")["collectives"]
+        found = scaling.spread("v5ex64", norm, "shard_map")["collectives"]
         assert [it["kind"] for it in found] == ["all-reduce"] * 2
-        assert [it["bytes"] for it in found] == [8 * values * 4 * scale.ROWS, values // 2 * 4 * scale.ROWS]
+        assert [it["bytes"] for it in found] == [8 * values * 4 * scaling.ROWS, values // 2 * 4 * scaling.ROWS]
         assert {it["chips"] for it in found} == {8}
 
 
@@ -177,9 +166,7 @@ def test_row_norms_compiled():
 @jax.numpy_rank_promotion("allow")
 def test_a_step_compiled():
     """Two all-reduces for each of six norms, and the gradients; where each chip is alone, one for all six besides."""
-    from benchmarks import scale
-
-    bytes_of = lambda sync: [it["bytes"] for it in scale.stage("v5ex8", sync)["collectives"]]
+    bytes_of = lambda sync: [it["bytes"] for it in scaling.stage("v5ex8", sync)["collectives"]]
     sent = {sync: bytes_of(sync) for sync in ("global", "local", None)}
     weights = 2 * 2 * (256 * 64 + 9 * 64 * 64 + 64 * 256)  # bfloat16, of two blocks
     channels = 2 * (64 + 64 + 256)

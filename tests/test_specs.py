@@ -319,6 +319,10 @@ def python_calls(f) -> int:
 
 def test_an_eager_call_makes_few_python_calls():
     """Counted, not timed. The search for a kernel's view alone was half of them before it was cached."""
+    from flax import nnx
+
+    from jaxnorm import nnx as jnnx
+
     x = jnp.ones((8, 16, 16, 32))
     layer = jnnx.BatchNorm(32, rngs=nnx.Rngs(0))
     assert python_calls(lambda: jn.layer_norm(x)) <= 100

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import draw
+from helpers.compiled import hlo
 from jax.sharding import PartitionSpec as P
 from test_devices import SHAPE, alone_step, case, close, collectives, mesh_of, placed, step, uneven_mask
 
 import jaxnorm as jn
 import jaxnorm.linen as jnn
 import jaxnorm.nnx as jnnx
-from benchmarks.compiled import hlo
 
 EACH = [[d] for d in range(8)]
 RUNS = {k: [list(range(d, d + k)) for d in range(0, 8, k)] for k in (1, 2, 4, 8)}

@@ -1,0 +1,187 @@
+"""The numerics of normalization layers of several libraries: errors, bytes kept for the backward pass, masks.
+
+    python -m benchmarks.accuracy [--only NAME ...] [--out FOLDER] [--again]
+
+Each library keeps its own defaults; only epsilon is the same for all. Errors are against float64. "-" means that the
+library has no such call. It runs on 8 CPU devices that it makes itself. Libraries that are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+DEVICES = 8
+if __name__ == "__main__":  # whoever imports this module chooses the devices
+    _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+    os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={DEVICES}"])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import oracle  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+from benchmarks import peers  # noqa: E402
+from benchmarks.harness import records  # noqa: E402
+from benchmarks.harness.case import EPSILON, labels  # noqa: E402
+from benchmarks.harness.table import names_of, table  # noqa: E402
+from benchmarks.peers import Peer  # noqa: E402
+
+NAMES = ("jaxnorm", "flax.linen", "flax.linen use_fast_variance=False", "flax.nnx", "haiku", "equinox", "keras",
+         "jax.nn.standardize")  # fmt: skip
+NOTES = f"""Epsilon is {EPSILON:g}; everything else is each library's default. Errors are against float64 of the same input.
+Devices: a batch norm with masks and axis_name="devices" inside shard_map, on 8 devices, against all data on one.
+Bytes kept: all arrays that jax.vjp holds for the backward pass. Ulp: 0.5 is correct rounding."""
+ROWS, FEATURES = 1024, 512
+
+
+def truth(which: str, x, scale=None, bias=None) -> np.ndarray:
+    params = (None if p is None else np.asarray(p)[None] for p in (scale, bias))
+    return oracle.normalize(x, labels(which, x.shape), *params, epsilon=EPSILON).y
+
+
+def unit_params() -> tuple[jax.Array, jax.Array]:
+    return jnp.ones(FEATURES), jnp.zeros(FEATURES)
+
+
+def offset_error(peer: Peer, which: str, mean: float) -> float:
+    """Largest absolute error of a float32 norm, without parameters, of N(mean, 1)."""
+    rng = np.random.default_rng(0 if which == "layer" else 1)
+    x = jnp.asarray(rng.normal(mean, 1.0, (ROWS, FEATURES)), jnp.float32)
+    return float(np.abs(oracle.wide(peer.norm(which, x, *unit_params())) - truth(which, np.asarray(x))).max())
+
+
+def synchronized_error(peer: Peer, statistic: str) -> float:
+    """Largest relative error of the batch mean or variance over 8 devices with 1 to 128 valid rows each."""
+    lengths = np.array([128, 96, 64, 32, 16, 8, 4, 1])
+    mask = (np.arange(128)[None] < lengths[:, None]).reshape(-1)
+    rng = np.random.default_rng(2)
+    x = rng.normal(2.0 + np.arange(DEVICES)[:, None, None] / 4, 1.0, (DEVICES, 128, 64)).astype(np.float32)
+    x = x.reshape(-1, 64)
+    mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = jax.shard_map(peer.synchronized, mesh=mesh, in_specs=P("devices"), out_specs=P())
+    got = jax.jit(call)(x, mask)[("mean", "var").index(statistic)]
+    want = oracle.normalize(x, labels("batch", x.shape), None, None, epsilon=EPSILON, mask=mask[:, None])
+    return float(np.abs(oracle.wide(got) / getattr(want, statistic)[0] - 1.0).max())
+
+
+def residual_bytes(peer: Peer) -> float:
+    """Bytes that jax.vjp of a bfloat16 layer norm holds for the backward pass, per element. Each array counts once."""
+    x = jnp.asarray(np.random.default_rng(3).normal(0.0, 1.0, (ROWS, FEATURES)), jnp.bfloat16)
+    _, backward = jax.vjp(lambda *args: peer.norm("layer", *args), x, *unit_params())
+    held = {id(a): a.nbytes for a in jax.tree.leaves(backward) if isinstance(a, jax.Array)}
+    return sum(held.values()) / x.size
+
+
+def half_precision_error(peer: Peer) -> float:
+    """Largest error of a bfloat16 layer norm with scale and bias, in units in the last place of the exact result.
+
+    0.5 is correct rounding. Results smaller than 1 count in the last place of 1, so that a result near zero is not
+    judged by its relative error.
+    """
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(1.0, 1.0, (ROWS, FEATURES)), jnp.bfloat16)
+    scale, bias = (jnp.asarray(rng.normal(m, 0.5, FEATURES), jnp.bfloat16).astype(jnp.float32) for m in (1.0, 0.0))
+    y = np.asarray(peer.norm("layer", x, scale, bias))
+    if y.dtype != jnp.bfloat16:
+        raise TypeError(f"a bfloat16 input gave {y.dtype}")
+    want = truth("layer", np.asarray(x), scale, bias)
+    unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(want), 1.0))) - 7)
+    return float((np.abs(oracle.wide(y) - want) / unit).max())
+
+
+def nan_reaches_gradient(peer: Peer, which: str) -> bool:
+    """Whether a NaN that is masked out reaches the gradient of a loss over the valid elements."""
+    rng = np.random.default_rng(5)
+    mask = np.arange(8) < np.arange(1, 17)[:, None] if which == "layer" else np.arange(16) < 12
+    full = np.broadcast_to(mask if mask.ndim == 2 else mask[:, None], (16, 8))
+    x = jnp.asarray(np.where(full, rng.normal(size=full.shape), np.nan), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=full.shape), jnp.float32)
+    loss = lambda x: jnp.where(full, peer.masked(which, x, jnp.asarray(mask)) * weight, 0.0).sum()
+    return bool(np.isnan(np.asarray(jax.grad(loss)(x))).any())
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    key: str
+    title: str
+    applies: Callable[[Peer], bool]  # whether a peer has the call
+    measure: Callable[[Peer], float | bool]
+    form: Callable
+
+
+scientific, decimal, yes_or_no = "{:.1e}".format, "{:.2f}".format, ("no", "yes").__getitem__
+always, synchronizes = lambda peer: True, lambda peer: peer.synchronized is not None
+masks = lambda which: lambda peer: peer.masked is not None and which in peer.masks
+TABLE = (
+    *(Row(f"{which}_norm_1e{e}", f"{which} norm, float32, N(1e{e}, 1): max error", always,
+          lambda peer, which=which, e=e: offset_error(peer, which, 10.0**e), scientific)
+      for which in ("layer", "batch") for e in (2, 4)),
+    *(Row(f"sync_{of}", f"batch {name} over 8 uneven devices: rel. error", synchronizes,
+          lambda peer, of=of: synchronized_error(peer, of), scientific)
+      for of, name in (("mean", "mean"), ("var", "variance"))),
+    Row("residuals", "layer norm, bfloat16: bytes kept per element", always, residual_bytes, decimal),
+    Row("bfloat16", "layer norm, bfloat16: max error in ulp", always, half_precision_error, decimal),
+    *(Row(f"{which}_norm_nan", f"{which} norm: masked NaN reaches the gradient", masks(which),
+          lambda peer, which=which: nan_reaches_gradient(peer, which), yes_or_no)
+      for which in ("layer", "batch")),
+)  # fmt: skip
+
+
+def measured(peer: Peer, row: Row) -> float | bool | str | None:
+    """The value; None if the peer has no such call; "NaN", or the name of the error that it raised."""
+    if not row.applies(peer):
+        return None
+    try:
+        value = row.measure(peer)
+    except Exception as error:
+        print(f"{peer.name}, {row.key}: {type(error).__name__}: {error}", file=sys.stderr)
+        return type(error).__name__
+    return "NaN" if math.isnan(value) else value if isinstance(value, bool) else float(f"{value:.4g}")
+
+
+def measure(names: tuple[str, ...], argv: list[str]) -> Iterator[list[dict]]:
+    """The setting, then a record for each row and peer."""
+    found, missing = [], {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            try:
+                found.append(peers.make(name))
+            except ImportError as error:
+                missing[name] = f"{type(error).__name__}: {error}"
+        versions = {peer.name: peer.version for peer in found}
+        yield [records.setting("accuracy", argv, versions=versions, missing=missing)]
+        for row in TABLE:
+            yield [{"row": row.key, "name": peer.name, "value": measured(peer, row)} for peer in found]
+
+
+def page(found: list[dict]) -> str:
+    of = records.results(found)
+    names, rows = names_of(of), []
+    for row in TABLE:
+        values = {record["name"]: record["value"] for record in of if record["row"] == row.key}
+        text = lambda v, row=row: "-" if v is None else v if isinstance(v, str) else row.form(v)
+        rows.append([row.title, *(text(values.get(name)) for name in names)])
+    return "\n".join(["# Accuracy\n", records.origin(found), f"\n{NOTES}\n", table(["", *names], rows), ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = records.parser(__doc__)
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=f"of {', '.join(NAMES)}"
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
+    records.publish("accuracy", options, lambda: measure(tuple(options.only), argv), page)
+
+
+if __name__ == "__main__":
+    main()
