@@ -1,7 +1,7 @@
 """Benchmarks: `python -m benchmarks.NAME`, with NAME one of accuracy, cpu, gpu, training, compiled, scale.
 
-`peers` has one class per library, `harness` the timing loop, the truth and the tables. Run from a checkout: the truth is
-`tests/oracle.py`. Of the files here a newcomer needs only the one whose command they run.
+`peers` has one class per library, `harness` the timing loop, the truth and the tables. Run from a checkout, because
+the truth is `tests/oracle.py`. Of the files here a newcomer needs only the one whose command they run.
 """
 
 import sys

@@ -35,7 +35,7 @@ from benchmarks.peers import Peer  # noqa: E402
 
 NAMES = ("jaxnorm", "flax.linen", "flax.linen use_fast_variance=False", "flax.nnx", "haiku", "equinox", "keras",
          "jax.nn.standardize")  # fmt: skip
-NOTES = f"""Epsilon is {EPSILON:g}; everything else is each library's default. Errors are against float64 of the same input.
+NOTES = f"""Epsilon is {EPSILON:g}; everything else is each library's default. Errors are against float64.
 Devices: a batch norm with masks and axis_name="devices" inside shard_map, on 8 devices, against all data on one.
 Bytes kept: all arrays that jax.vjp holds for the backward pass. Ulp: 0.5 is correct rounding."""
 ROWS, FEATURES = 1024, 512

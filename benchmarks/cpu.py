@@ -45,8 +45,8 @@ RATIOS = {
     "torch / jaxnorm": ("torch", "torch-spin"),
     "jaxnorm-xla / jaxnorm": ("jaxnorm-xla",),
 }
-NOTES = f"""Cells: the time over that of a copy of x, median of the rounds. "copy" is the time of one copy. "limit" is the time of a
-norm that moves each array once (for a batch twice, because its statistics read all of it first); with a last cache it
+NOTES = f"""Cells: the time over that of a copy of x, median of the rounds. "copy" is the time of one copy. "limit" is that of a norm
+that moves each array once (for a batch twice, because its statistics read all of it first); with a last cache it
 can be less. "-": no such norm. "failed": see below. "best of others": the fastest of {", ".join(FLAX_AND_OTHERS)}.
 "torch / jaxnorm" takes the faster of torch's two."""
 
@@ -126,8 +126,8 @@ def measure_small(cases: list[Case], rounds: int, argv: list[str], worker: type 
         if reasons := table.failures(of):
             raise SystemExit(f"There is nothing to compare.\n{reasons}")
         by_name = {record["name"]: record for record in of if "name" in record}
-        ratio = lambda which: by_name[names[2]][which]["seconds"][1] / by_name[names[1]][which]["seconds"][1]
-        ratios = {which: float(f"{ratio(which):.4g}") for which in PASSES}
+        native, xla = (by_name[name] for name in names[1:])
+        ratios = {which: float(f"{xla[which]['seconds'][1] / native[which]['seconds'][1]:.4g}") for which in PASSES}
         yield [{**case.record, "elements": math.prod(case.shape), **ratios, "default": crew.ask("picks", case)}]
     crew.close()
 

@@ -1,6 +1,6 @@
 """What a norm costs on a GPU: jaxnorm's backends beside other libraries, in percent of the bandwidth of a copy.
 
-    python -m benchmarks.gpu [--minutes M] [--cases CASE ...] [--only NAME ...] [--out FOLDER] [--platform cpu] [--again]
+    python -m benchmarks.gpu [--minutes M] [--cases CASE ...] [--only NAME ...] [--out FOLDER] [--platform cpu]
 
 First every backend of jaxnorm is compared with float64. Then cases are timed, the important ones first, until the time
 is up; gpu.jsonl and gpu.md in FOLDER (benchmarks/results) are written after each. It needs jax, NumPy and an NVIDIA
@@ -40,8 +40,8 @@ NAMES = (*OURS, COMPOSED, *OTHERS)
 PATIENCE, GRACE, CASE_SECONDS = 100.0, 45.0, {"gpu": 4.0, "cpu": 0.0}
 ROUNDS = 21  # samples of each contestant in a case, at most
 GIB = 1 << 30
-NOTES = """Cells: percent of the bandwidth of a device-to-device copy, median of the rounds. "copy" is the time of one copy, and
-"limit" the least time of the pass, in copies. "-": no such norm. "failed": see below."""
+NOTES = """Cells: percent of the bandwidth of a device-to-device copy, median of the rounds. "copy" is the time of one,
+and "limit" the least time of the pass, in copies. "-": no such norm. "failed": see below."""
 
 
 def rows(norm: str, columns: int, nbytes: int, dtype: str) -> Case:

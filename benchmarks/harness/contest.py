@@ -27,8 +27,8 @@ ENOUGH, MOST = {"gpu": 1 << 28, "trial": 1 << 15}, 16
 
 
 class Contest(Timed):
-    """A subclass knows a framework: `about`, `usable`, `wait` and `block` for a result, `as_numpy` and `arrays`, `copies`
-    (adds copies of x to the calls), and `programs` (the calls of a peer by pass, and what they return)."""
+    """A subclass knows a framework: `about`, `usable`, `wait` and `block` for a result, `as_numpy` and `arrays`,
+    `copies` (adds copies of x to the calls), and `programs` (the calls of a peer by pass, and what they return)."""
 
     def __init__(self, mode: str, names: tuple[str, ...]):
         super().__init__()

@@ -99,7 +99,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def publish(name: str, options: argparse.Namespace, measure: Callable[[], Iterator[list[dict]]],
-            page: Callable[[list[dict]], str], draw: Callable | None = None, default: Path = SCRATCH) -> None:  # fmt: skip
+            page: Callable[[list], str], draw: Callable | None = None, default: Path = SCRATCH) -> None:  # fmt: skip
     """Measure, save after each step, print the page, and draw. Results go to `--out`, or else to `default`."""
     folder = options.out or (RESULTS if options.again else default)
     records: list[dict] = []
