@@ -195,6 +195,15 @@ def test_two_units_have_the_derivatives_of_one(values, rng, monkeypatch):
         np.testing.assert_allclose(got, true, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(true).max()))
 
 
+def test_a_stream_of_another_dtype_than_x_is_summed_in_its_own_range(rng):
+    """The sum of a float64 x and a float32 residual is float32, whose squares need two prescales here."""
+    with jax.enable_x64(True):
+        x, residual = rng.normal(size=(6, 8)) * 1e-16, (rng.normal(size=(6, 8)) * 1e-16).astype(np.float32)
+        y, new = jn.add_rms_norm(x, residual, epsilon=0.0)
+    true = np.float64(new) / np.sqrt(np.square(np.float64(new)).mean(1, keepdims=True))
+    np.testing.assert_allclose(y, true, rtol=2e-6)
+
+
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_long_columns(implementation, rng):
     norm = jn.BatchNorm(implementation=implementation)
