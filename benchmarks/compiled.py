@@ -24,7 +24,7 @@ SINGLE, SHARDED = ("h200", "v5e", "v5p", "v6e"), ("h200x8", "v5ex8", "v5px8", "v
 BACKENDS = {"jaxnorm-xla": ("cuda", "tpu"), "jaxnorm-mosaic_gpu": ("cuda",), "jaxnorm-mosaic_tpu": ("tpu",)}
 OTHERS = ("flax.linen", "haiku", "equinox", "keras", "tokamax")
 PASSES = ("inference", "forward", "backward", "forward+backward")
-NOTES = """"traffic (kernels)" of each pass: bytes from and to main memory, over those of x, which is bfloat16. The least
+NOTES = """"traffic (kernels)" of each pass: bytes from and to main memory, over those of x in bfloat16. The least
 is 2 forward and 3 backward for rows, 3 and 5 for batch norm beyond the caches, 4 and 4 for add and norm of rows.
 "forward" is that of training, with its residuals; "keeps" is how much those are, over x. Arrays that fit a TPU's vector
 memory cost one read."""

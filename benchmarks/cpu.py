@@ -45,8 +45,8 @@ RATIOS = {
     "torch / jaxnorm": ("torch", "torch-spin"),
     "jaxnorm-xla / jaxnorm": ("jaxnorm-xla",),
 }
-NOTES = f"""Cells: the time over that of a copy of x, median of the rounds. "copy" is the time of one copy. "limit" is that of a
-norm that moves each array once (for a batch twice, because its statistics read all of it first); with a last cache it
+NOTES = f"""Cells: the time over that of a copy of x, median of the rounds. "copy": the time of one. "limit" is that of
+a norm that moves each array once (for a batch twice, because its statistics read all of it first); with a last cache it
 can be less. "-": no such norm. "failed": see below. "best of others": the fastest of {", ".join(FLAX_AND_OTHERS)}.
 "torch / jaxnorm" takes the faster of torch's two."""
 

@@ -12,7 +12,7 @@ What jaxnorm adds, keyword only, is said once for all layers here and for each i
     effective scale starts at 1.
   activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
     pass keeps x alone. See `jaxnorm.layer_norm`.
-  implementation: a backend of `jaxnorm.backends()`; None is the best one.
+  implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
   scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
     `use_scale=False`, `use_bias=False`.
 """
@@ -380,9 +380,9 @@ class BatchNorm(_Norm):
       unbiased_running_var: the running variance divides by n - 1, as torch's does.
       frozen: normalize by the running statistics and never update them, after `train()` too.
       skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
-      sync: who of axis_name normalizes together: "global", "local", a number of neighbouring devices, or lists of
-        indices. The running statistics are those of all devices whoever does.
-      virtual_batch_size: ghost batch norm: each run of so many examples by its own statistics.
+      sync: which devices along axis_name share statistics: "global" (all), "local" (none), an int n (groups of n
+        neighbouring devices), or lists of indices. The running statistics always use all devices.
+      virtual_batch_size: ghost batch norm: normalize each block of this many examples by its own statistics.
       min_count: a channel with fewer elements than this leaves its running statistics as they were.
 
     Raises:

@@ -110,7 +110,7 @@ ONE = [
      r"gated_rms_norm: gate of shape \(4, 6, 7\) does not broadcast to x of shape \(4, 6, 8\)\. Write jnp\.broadcast_to\(gate"),
     (lambda: jn.gated_rms_norm(x, x[None]), ValueError, "gated_rms_norm: gate of shape .* does not broadcast"),
     (lambda: jn.gated_rms_norm(x, x + 1j, activation=jnp.exp), TypeError, r"gated_rms_norm: a complex gate needs a complex x.*Write x\.astype"),
-    (lambda: jn.gated_rms_norm(x, x, activation=None), ValueError, r'gated_rms_norm: activation=None gates by nothing\. Write activation="silu"'),
+    (lambda: jn.gated_rms_norm(x, x, activation=None), ValueError, r'gated_rms_norm: activation=None leaves nothing to gate with\. Write activation="silu"'),
     (lambda: jn.gated_rms_norm(x, x, activation="no"), ValueError, "gated_rms_norm: activation must be one of"),
     (lambda: jn.gated_rms_norm(x, x, group_size=3), ValueError, r"gated_rms_norm: group_size=3 does not divide the 8 channels of x\. Write group_size="),
     (lambda: jn.gated_rms_norm(x, x, group_size=4, axis_name="d"), ValueError,

@@ -14,13 +14,13 @@ Array = jax.Array
 
 
 def prescales(epsilon: float, n: int, dtype) -> tuple[float, float | None]:
-    """The unit for the sum of n squares in float32, or two, for small and for large values, if no single one will do.
+    """The prescale for a sum of n squares in float32, or two, for small and for large values, if no single one will do.
 
     |x| may be up to 1e30, so that |x - shift| is up to 2**100.66, and epsilon anything. The sum stays finite if
-    n (unit 2**100.66)**2 < 2**128. A square below 2**-126 is flushed to zero. That changes 1 / sqrt(var + epsilon) by
-    less than 2e-6 of itself if epsilon unit**2 >= 2**-108. One unit meets both for the default epsilons up to some
-    10**4 or 10**5 elements. Otherwise squares are summed in two units. Where the sum for small values overflows, the
-    one for large values is used. What was flushed there is then below 2**-22 of it.
+    n (prescale 2**100.66)**2 < 2**128. A square below 2**-126 is flushed to zero. That changes 1 / sqrt(var + epsilon)
+    by less than 2e-6 of itself if epsilon prescale**2 >= 2**-108. One prescale meets both for the default epsilons up
+    to some 10**4 or 10**5 elements. Otherwise squares are summed with two. Where the sum for small values overflows,
+    the one for large values is used. What was flushed there is then below 2**-22 of it.
     """
     if jnp.finfo(dtype).bits == 64:
         return 2.0**-40, None
@@ -41,14 +41,14 @@ def abs_squared(z: Array) -> Array:
 
 
 def scaled_abs_squared(a: Array, prescale: float | Array) -> Array:
-    """|unit * a|**2 of a few numbers. Without the maximum XLA would square a single one before it scales it."""
+    """|prescale * a|**2 of a few numbers. Without the maximum XLA would square a single one before it scales it."""
     if jnp.iscomplexobj(a) or (isinstance(prescale, float) and prescale == 1.0):
         return abs_squared(scaled_by(a, prescale))
     return lax.square(jnp.maximum(jnp.abs(scaled_by(a, prescale)), 0.0))
 
 
 def pick_in_range(reduction: Reduction, small: Array, large: Array) -> tuple[Array, Array]:
-    """The same of sums of squares in the small and in the large unit."""
+    """The same of sums of squares in the small and in the large prescale."""
     assert reduction.large_prescale is not None
     fits = small <= FULL  # False also for NaN
     return jnp.where(fits, small, large), jnp.where(fits, reduction.prescale, reduction.large_prescale)

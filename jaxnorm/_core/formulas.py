@@ -25,7 +25,7 @@ _ENOUGH_SUMS = 1 << 14  # sums at once from which on XLA keeps their summands ou
 
 
 def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
-    """`about` the mean of a sample, where x has one that will do; else in two passes."""
+    """`shifted_moments` the mean of a sample, where x has one that will do; else in two passes."""
     sample = _spaced_sample(x, reduction.axes)
     if sample is None:
         return two_pass(x, keep, weights, n, reduction)
@@ -34,7 +34,7 @@ def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None =
 
 
 def one_pass_by_parts(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
-    """`in_one_pass` for a GPU, where sums by `parts` keep x - shift out of memory."""
+    """`one_pass` for a GPU, where sums by `parts` keep x - shift out of memory."""
 
     def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
         apart = split_axes(a, axes)
@@ -71,14 +71,14 @@ def shifted_moments(
     offset = sum(w (x - shift)) / n;   m2 = sum(w |x - shift|**2) - n |offset|**2
 
     An m2 below the rounding noise of its own two terms is that of a constant x: then the mean is that constant, to the
-    bit, and m2 is 0. With two units its root is returned; `size` is then that of some elements of x.
+    bit, and m2 is 0. With two prescales its root is returned; `size` is then that of some elements of x.
     """
     d = difference(x, keep, shift)
     w = weight_of(weights, n)
     total = total or total_over
     offset = weighted_mean(d, w, n, reduction.axes, total)
     corrections = lambda prescale: n * scaled_abs_squared(offset, prescale)
-    # The unit taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
+    # The prescale taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
     squares = lambda prescale: total(w * abs_squared(difference(x, keep, shift, prescale)), reduction.axes)
     m2, prescale = (
         (squares(reduction.prescale), reduction.prescale)
@@ -97,11 +97,11 @@ def shifted_moments(
 
 
 def in_range(reduction: Reduction, squares: Callable, size: Array | None = None) -> tuple[Array, Array]:
-    """`squares(unit)` in the one of two units that holds them, and that unit.
+    """`squares(prescale)` with the one of two prescales that keeps them in range, and that prescale.
 
-    A TPU sums in both units in one pass over x. On CPU each sum is a pass: the second one is skipped unless a sum in
-    the first unit has overflowed. On a GPU a third sum costs a pass. Unless epsilon is close to 0, the unit there is
-    taken from the `size` of some elements. If they mislead, the sum overflows and y is NaN, which values below
+    A TPU sums with both in one pass over x. On CPU each sum is a pass: the second one is skipped unless a sum of the
+    first has overflowed. On a GPU a third sum costs a pass. Unless epsilon is close to 0, the prescale there is taken
+    from the `size` of some elements. If they mislead, the sum overflows and y is NaN, which values below
     1e28 / sqrt(n) never do.
     """
 
@@ -184,7 +184,7 @@ def welford(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Ar
         # No jnp.where in here: it is lowered to a call, and an unused reduction with calls crashes XLA's GPU compiler.
         part = n_b / lax.select(total == 0, jnp.ones_like(total), total)
         out = [total]
-        for mean_a, m2_a, mean_b, m2_b in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):  # in each unit
+        for mean_a, m2_a, mean_b, m2_b in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):  # in each prescale
             gap = mean_b - mean_a
             out += [mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + abs_squared(gap) * (n_a * part)]
         return tuple(out)
@@ -217,7 +217,7 @@ def are_last(x: Array, axes: tuple[int, ...]) -> bool:
 def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """`two_pass` for one kernel of XLA's on a GPU: of a constant row, whose m2 is rounding noise, m2 becomes huge.
 
-    So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `about` has, would have XLA cut the kernel in three.
+    So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `shifted_moments` has, would have XLA cut the kernel in three.
     """
     x = x.astype(accumulator(x))
     over = lambda a: a.sum(reduction.axes, keepdims=True)
@@ -239,8 +239,8 @@ def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
         m2 = squares - correction
         constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
         return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
-    # In both units, the small one's terms held below overflow. Then the larger root of the two is the right one, and x
-    # is constant if neither unit finds otherwise: a unit in which the terms are out of range does not.
+    # With both prescales, the small one's terms held below overflow. Then the larger root of the two is the right one,
+    # and x is constant if neither finds otherwise: one whose terms are out of range does not.
     small, large = ([jnp.minimum(a, FULL) for a in terms(reduction.prescale)], terms(reduction.large_prescale))
     root, constant = 0.0, 1.0
     for prescale, (squares, correction) in ((reduction.prescale, small), (reduction.large_prescale, large)):
@@ -255,7 +255,7 @@ def weight_of(weights: Array | None, n: Array) -> Array:
 
 
 def difference(x: Array, keep: Array | None, shift: Array | None, prescale: float | Array = 1.0) -> Array:
-    """unit * (x - shift) in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
+    """prescale * (x - shift) in the accumulator's dtype, and 0 where an element is absent, whatever stood there."""
     scaled = lambda a: a if isinstance(prescale, float) and prescale == 1.0 else scaled_by(a, prescale)
     x = scaled(x.astype(accumulator(x)))
     d = x if shift is None else x - scaled(shift)

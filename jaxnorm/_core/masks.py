@@ -45,7 +45,7 @@ def deviation(x: Array, keep: Array | None, *weighted_mean: Array) -> Array:
 
 
 def zero_where_padding(x: Array, keep: Array | None, dx: Array) -> Array:
-    """dx, with 0 for such padding: what `centered` and `cleaned` make of it does not depend on it."""
+    """dx, with 0 for such padding: what `centered` and `finite_where_masked` make of it does not depend on it."""
     return dx if keep is None else jnp.where(_usable(x, keep), dx, 0.0)
 
 

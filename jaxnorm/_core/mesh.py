@@ -9,10 +9,7 @@ from jax import lax
 
 
 def active_axis_names(axis_name, whole: bool = True) -> tuple[str, ...]:
-    """`axis_name` without those axes of the mesh in use that jit partitions: along them arrays are whole.
-
-    With `whole` False there may be none such.
-    """
+    """Drop the names of mesh axes that jit partitions: arrays are global along them. With `whole=False`, keep them."""
     names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     mesh = jax.sharding.get_abstract_mesh()
     jits = () if mesh.empty or not whole else {n for n in mesh.axis_names if n not in mesh.manual_axes}

@@ -73,7 +73,7 @@ def local_statistics(x: Array, mask: Array | None, weights: Array | None, reduct
 def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, reduction: Reduction):
     """The statistics that y is made of: those kept for the backward pass but for rows on a GPU.
 
-    There `in_kernel` lets XLA make one kernel of them and y, which reads x once: 2 passes at inference, not 3. Where
+    There `fused_two_pass` lets XLA make one kernel of them and y: 2 passes at inference, not 3. Where
     statistics are kept as well, those two sets would cost a pass more than one for both.
     """
     if (

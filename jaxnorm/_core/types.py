@@ -23,11 +23,9 @@ class Reduction:
 
     axes: tuple[int, ...]  # axes of x that the statistics run over, non-negative
     centered: bool = True  # False: the mean is taken as zero (RMS norm)
-    one_pass: bool = False  # True: read x once, about a pilot: for columns, where passes are dear
-    prescale: float = 1.0  # squares are those of unit * x; a power of two, so exact, that keeps their sum in range
-    large_prescale: float | None = (
-        None  # if one unit is not enough: the unit for values too large for `unit`; see `units`
-    )
+    one_pass: bool = False  # True: read x once, about a sample mean: for columns, where passes are expensive
+    prescale: float = 1.0  # squares are those of prescale * x; a power of two keeps their sum in range, and is exact
+    large_prescale: float | None = None  # for values too large for `prescale`; None: one will do
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
     num_shards: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
@@ -57,7 +55,7 @@ class Statistics(NamedTuple):
     count: Array  # float32, broadcasts against shift: how many elements, or the sum of their weights
     mean_hi: Array  # mean == mean_hi + mean_lo, |mean_lo| small beside the spread of x
     mean_lo: Array
-    m2: Array  # real: the sum of |unit * (x - mean)|**2; with two units the square root of the sum of |x - mean|**2
+    m2: Array  # real: the sum of |prescale * (x - mean)|**2; with two prescales the root of the sum of |x - mean|**2
 
 
 AxisName = str | tuple[str, ...]

@@ -98,7 +98,7 @@ def _order(norm: str) -> str:
 
 @spec
 class Spec:
-    """The hyperparameters that all norms have. Fields not about parameters are the function's keyword arguments."""
+    """The hyperparameters that all norms have. Fields that describe no parameter are options of the function."""
 
     use_scale: bool = True
     use_bias: bool = True

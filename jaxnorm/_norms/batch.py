@@ -84,8 +84,9 @@ def batch_norm(
 
     Args:
       x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
-      params: `Affine(scale, bias)`, each (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)), or
-        None; None for neither. A dict {"scale", "bias"} does as well, a missing one being None.
+      params: `Affine(scale, bias)`. Each is None or has shape (C,) or a shape that broadcasts against x (per sample:
+        (N, 1, 1, C)). `params=None` means no scale and no bias. A dict {"scale", "bias"} does as well; a missing one is
+        None.
       state: `RunningStats(mean, var, count)`, float32 (C,); `BatchNorm(...).init(C)` makes one. No gradient flows in. A
         dict {"mean", "var"}, with or without "count", does as well, and comes back as a dict.
         A variance that is nothing beside epsilon may be recorded as 0. In training also `Moments`, which those of the
@@ -98,8 +99,8 @@ def batch_norm(
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
       activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
-        trace in the statistics, the state, or any gradient, be they NaN; finite ones are still normalized.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
+        not affect the statistics, the state or any gradient, even if they are NaN. Finite ones are still normalized.
         A float mask holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it
         is traced, so that its values are not known, it makes the output NaN.
       weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable. Negative ones are refused
@@ -108,12 +109,12 @@ def batch_norm(
         inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
         that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
       axis_index_groups: the same as a `sync` of lists, by Flax's name.
-      sync: who of axis_name normalizes together. "global": all; "local": each device by itself; an int: so many
-        neighbours, where the last of several axes runs fastest (the chips of one host, for axis_name=("host", "chip"));
-        or lists of indices. Whoever does, the running statistics take the merged ones of everything, and are the same
-        on all devices; "local" costs that small all-reduce alone, with nothing waiting for it, and none backward.
-      virtual_batch_size: ghost batch norm: normalize each run of so many examples (the last may be shorter) by its own
-        statistics, on its own device; the running ones take the merged statistics of the whole batch, as with `sync`.
+      sync: which devices along axis_name share statistics: "global" (all), "local" (none), an int n (groups of n
+        neighbouring devices, where the last of several axes runs fastest: the chips of one host, for
+        axis_name=("host", "chip")), or lists of indices. The running statistics always use all devices, and are the
+        same on all. "local" costs that small all-reduce alone; nothing waits for it, and there is none backward.
+      virtual_batch_size: ghost batch norm: normalize each block of `virtual_batch_size` consecutive examples by its own
+        statistics, on its own device. The last block may be shorter. The running statistics use the whole batch.
       update_stats: False leaves the state as it was.
       min_count: a channel with fewer elements than this leaves its state as it was.
       frozen: normalize by the running statistics and never update them, in training too.
@@ -122,8 +123,8 @@ def batch_norm(
         with nothing of the initial values (needs `state.count`).
       unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one. Inference is one elementwise pass, which
-        XLA runs for every backend, since it fuses it with what follows.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call. XLA
+        runs inference for every backend: it is elementwise and fuses with what follows.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
@@ -131,7 +132,7 @@ def batch_norm(
     Raises:
       ValueError: a bad axis, momentum, epsilon, backend, sync or virtual_batch_size; params, state or mask that fit x
         nowhere.
-      TypeError: a dtype that cannot hold the result; a train that is no bool.
+      TypeError: a dtype that cannot hold the result; `train` is not a bool.
       NameError: axis_name is not bound here.
 
     Warns:

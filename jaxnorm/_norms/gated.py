@@ -63,7 +63,7 @@ def gated_rms_norm(
       axis_name: a mapped axis, or several, over which `axis` is sharded. Groups, whole on each device, need none.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.
@@ -88,7 +88,8 @@ def gated_rms_norm(
     (channel,) = canonicalize_axes(norm, x.ndim, axis, most=1)
     (norm_before_gate,) = canonicalize_flags(norm, norm_before_gate=norm_before_gate)
     if activation is None:
-        raise ValueError(f'{norm}: activation=None gates by nothing. Write activation="silu", or rms_norm(x) * gate.')
+        write = 'Write activation="silu", or rms_norm(x) * gate.'
+        raise ValueError(f"{norm}: activation=None leaves nothing to gate with. {write}")
     groups = 1 if group_size is None else canonicalize_group_count(norm, x.shape[channel], None, group_size)
     if groups != 1 and axis_name is not None:
         raise ValueError(

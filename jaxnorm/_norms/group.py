@@ -57,12 +57,12 @@ def group_norm(
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
       activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
-        trace in the statistics or in any gradient, be they NaN; a group with nothing in it gives the bias.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
+        not affect the statistics or any gradient, even if they are NaN. A group with no valid element returns the bias.
       axis_name: a mapped axis, or several, over which the reduced axes are sharded (in whole groups).
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.

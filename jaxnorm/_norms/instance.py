@@ -47,12 +47,13 @@ def instance_norm(
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
       activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
-        trace in the statistics or in any gradient, be they NaN; an instance with nothing in it gives the bias.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
+        not affect the statistics or any gradient, even if they are NaN. An instance with no valid element is
+        the bias.
       axis_name: a mapped axis, or several, over which the spatial axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.

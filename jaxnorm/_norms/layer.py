@@ -44,16 +44,16 @@ def layer_norm(
       epsilon: added to the variance, in units of x squared; >= 0.
       scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
       activation: of the output, before it is rounded: "relu", "silu" (or "swish"), "gelu" (the exact one), "gelu_tanh",
-        "sigmoid", "tanh", or an elementwise function. The backward pass makes it anew and keeps x alone. An equal
-        function shares a trace; a lambda written in place is a new one each time.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
-        trace in the statistics or in any gradient, be they NaN; a row with nothing in it gives the bias.
+        "sigmoid", "tanh", or an elementwise function. The backward pass recomputes it, so only x is
+        stored. Pass a named function: a fresh lambda at every call triggers retracing.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
+        not affect the statistics or any gradient, even if they are NaN. A row with no valid element returns the bias.
         A float mask holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it
         is traced, so that its values are not known, it makes the output NaN.
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.

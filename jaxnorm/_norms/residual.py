@@ -37,7 +37,7 @@ def add_rms_norm(
     dtype=None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
-    """The residual stream with x added to it, and its RMS norm.
+    """Add x to the residual stream and apply RMS norm to the sum.
 
         new_residual = x + residual;   y = rms_norm(new_residual, scale, bias, ...)
 
@@ -60,7 +60,7 @@ def add_rms_norm(
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of y; None is x's. That of new_residual is residual's.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       y and new_residual, each of x's shape.
@@ -104,7 +104,7 @@ def add_layer_norm(
     dtype=None,
     implementation: str | None = None,
 ) -> tuple[Array, Array]:
-    """The residual stream with x added to it, and its layer norm.
+    """Add x to the residual stream and apply layer norm to the sum.
 
         new_residual = x + residual;   y = layer_norm(new_residual, scale, bias, ...)
 
@@ -124,7 +124,7 @@ def add_layer_norm(
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of y; None is x's. That of new_residual is residual's.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       y and new_residual, each of x's shape.

@@ -48,12 +48,12 @@ def rms_norm(
       cast: "after_scale" rounds once, at the end (Gemma); "before_scale" rounds x / rms to the output's dtype and again
         after the scale (Llama). They differ in the last bit of a half-precision output.
       activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Elements that are out leave no
-        trace in the statistics or in any gradient, be they NaN; a row with nothing in it gives the bias.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
+        not affect the statistics or any gradient, even if they are NaN. A row with no valid element returns the bias.
       axis_name: a mapped axis, or several, over which the normalized axes are sharded.
       axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider.
-      implementation: a backend of `jaxnorm.backends()`; None is the best one.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.

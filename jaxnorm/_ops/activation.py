@@ -1,4 +1,4 @@
-"""What stands around a norm element by element: an activation after it, or a gate before or after it.
+"""Elementwise prologue and epilogue of a norm: an activation after it, or a gate before or after it.
 
 Legend: z is the norm's output in float32 or wider; f is the activation; `keep` is where elements count, None for all.
 
@@ -32,7 +32,7 @@ NAMED: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-_CALM = 1e4  # what is absent takes part in no derivative of f but where it is below this: f may overflow beyond
+_CALM = 1e4  # masked-out elements above it are replaced by 0 before f, which might overflow
 
 
 def check_activation(norm: str, activation: Activation | None, shape: tuple[int, ...], dtype) -> None:

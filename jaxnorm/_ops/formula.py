@@ -29,7 +29,7 @@ Array = jax.Array
 def rsqrt(m2: Array, n: Array, prescale: float, epsilon: float) -> Array:
     """r = 1 / sqrt(var + epsilon), from m2 in squared units; 0 where nothing was counted, and where var + epsilon is 0.
 
-    A group of nothing, and a constant one without epsilon, so come out as the bias.
+    An empty group, or a constant group with epsilon 0, therefore yields the bias.
     """
     least = epsilon * prescale**2
     v = m2 / nonzero_divisor(n) + least

@@ -21,7 +21,7 @@ from .._core.types import AxisName, Groups, Moments, Reduction, Statistics
 from .._core.vma import broadcast_like, shard_like
 from .statistics import statistics
 
-_PLAIN = Reduction(())  # how `Moments` are kept: in one unit, which is 1
+_PLAIN = Reduction(())  # how `Moments` are kept: with a prescale of 1
 
 
 @explained("function")

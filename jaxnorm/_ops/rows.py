@@ -45,7 +45,7 @@ def normalize_stream(
     centered=True, cast_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = _identity,
     spans_devices=False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """The same of a residual stream with x added to it, and that stream; of x where there is no residual.
+    """Add x to `residual` if there is one, normalize, and return (normalized, sum).
 
     Arguments are checked and brought to x's rank for `standardize`. `view` maps x, and what broadcasts against it, to
     the shape whose `axes` are the ones reduced. A `gate`, which has x's rank, multiplies what it is asked to

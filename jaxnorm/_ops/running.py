@@ -34,7 +34,7 @@ def update_state(
     zero_debias: bool = False,
     unbiased_running_var: bool = False,
 ) -> Any:
-    """One update of running statistics, by the moments of what was seen since the last: a batch, or many micro-batches.
+    """Update running statistics once, from the moments of one batch or of many micro-batches.
 
         running = momentum * running + (1 - momentum) * batch
 
@@ -102,7 +102,7 @@ def update_state(
 
 @explained("function")
 def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
-    """Running statistics that devices gathered each from its own data, as one: the same on all of them.
+    """Merge running statistics that devices accumulated independently, so that all devices hold the same values.
 
         mean = sum(n_d mean_d) / n;   var = sum(n_d (var_d + |mean_d - mean|**2)) / n;   count = n / devices
 
@@ -151,7 +151,7 @@ def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
         return _map_stats("sync_state", one, state)
 
 
-_NOTHING = 1e-20  # a weight beside which every count is infinite
+_NOTHING = 1e-20  # negligible beside any count
 
 
 def _sharded_as_the_state(f: Callable) -> Callable:
@@ -240,7 +240,9 @@ def _map_stats(name: str, f: Callable, state, *others) -> Any:
     beside = [jax.tree.leaves(other, is_leaf=is_stats) for other in others]
     if any(len(other) != len(nodes) for other in beside):
         counts = [len(nodes), *map(len, beside)]
-        raise TypeError(f"{name}: the trees hold {counts} running statistics. Write one for each of the state's.")
+        raise TypeError(
+            f"{name}: the trees hold {counts} running statistics, which must match. Write one for each in the state."
+        )
     return jax.tree.unflatten(treedef, [_map_one(name, f, *parts) for parts in zip(nodes, *beside, strict=True)])
 
 

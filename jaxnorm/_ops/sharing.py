@@ -1,7 +1,7 @@
-"""Who normalizes together: all devices, groups of them, each by itself, or ghost batches inside one.
+"""Which devices share statistics: all, groups of them, none, or ghost batches inside one device.
 
-Whoever does, the statistics handed on for the running state are those of everything, so the state is the same on all
-devices. With "local" and with groups that takes one small all-reduce more, which nothing in the layer waits for.
+The running statistics always use all devices, so the state is the same on all of them. With "local" and with groups
+that takes one small all-reduce more, which nothing in the layer waits for.
 
 What to choose: the statistics of all devices make training the same on any number of them, and cost two all-reduces
 that each layer waits for, longer the more devices there are. Those of 32 examples are as good to train with. So: all,
@@ -130,7 +130,7 @@ def _by_shards(norm, plan, args, axis_name, bound, sync, whole) -> tuple[Array, 
     if bound:
         raise ValueError(
             f"{norm}: of axis_name={axis_name} shard_map holds {bound} and jit partitions the rest; sync={shown(sync)} "
-            f"needs them in one hand. Write jax.shard_map(..., axis_names={set(axis_name)})."
+            f"needs shard_map or jit to handle all of axis_name. Write jax.shard_map(..., axis_names={set(axis_name)})."
         )
     x = args[0]
     batch = _batch_axis(norm, plan, x, "sync")

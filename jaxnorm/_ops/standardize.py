@@ -38,9 +38,9 @@ def standardize(
 
 
 def add_and_standardize(norm: str, plan: Plan, x, residual, scale, bias) -> tuple[Array, Array]:
-    """`standardize` of a residual stream with x added to it, and that stream, by a backend that does both in one go."""
+    """`standardize` of x + residual, and that sum, in one fused kernel."""
     stream = jax.ShapeDtypeStruct(x.shape, residual.dtype)
-    for seen in (x, stream):  # which is refused, or the backend takes it: it is named
+    for seen in (x, stream):  # raises if the named backend cannot run it
         backend_supports(norm, plan, seen, scale, bias, None, None)
     plan, scale, bias = prepare_for_kernel(plan, stream, scale, bias)
     y, _, new = standardize_by_kernel(plan, x, scale, bias, residual)
@@ -49,9 +49,9 @@ def add_and_standardize(norm: str, plan: Plan, x, residual, scale, bias) -> tupl
 
 
 def can_fuse_add(plan: Plan, x, residual, scale, bias, mask) -> bool:
-    """Whether `standardize_sum` is there for this norm."""
+    """Whether `add_and_standardize` is there for this norm."""
     if mask is not None or plan.activation is not None:
         return False
     of_parameters = frozenset().union(*(varying(p) for p in (scale, bias) if p is not None))
-    # Else the stream, which comes out of one primitive with y, would vary over what only the parameters vary over.
+    # Otherwise the sum would inherit the varying axes of the parameters: one primitive returns both.
     return registry.fuses_add(plan.backend) and of_parameters <= varying(x) | varying(residual)

@@ -65,8 +65,8 @@ template <class A> inline A rstd(const Job& job, A m2) {
   return v == 0 ? A(0) : A(prescale / __builtin_sqrt(v));
 }
 
-// Sums of n squares are made without a prescale, or else with one of these. One that overflowed, or nearly so, needs a small
-// prescale. One whose terms were flushed to zero needs a large one, unless it is nothing beside epsilon.
+// Sums of n squares are made without a prescale, or else with one of these. One that overflowed, or nearly so, needs a
+// small prescale. One whose terms were flushed to zero needs a large one, unless it is nothing beside epsilon.
 constexpr double small_prescale = 0x1p-64, large_prescale = 0x1p64;
 template <class A> inline double prescale_for(const Job& job, double square, double n) {
   if (sizeof(A) == 8) return 1;
@@ -74,9 +74,9 @@ template <class A> inline double prescale_for(const Job& job, double square, dou
   return job.prescale == 0 && job.epsilon < 0x1p-80 && square < n * 0x1p-102 ? large_prescale : 1;
 }
 
-// From sums about s.mean_hi, of x - mean_hi and of (x - mean_hi)^2, to the statistic: the formula, and the rule for constants,
-// are those of `about` in xla.py. False where the mean_hi was so far from the mean that the two terms of m2 cancel: then
-// the mean_hi is brought to the mean, for the caller to sum again.
+// From sums of x - mean_hi and of (x - mean_hi)^2 to the statistic: the formula, and the rule for constants, are those of
+// `shifted_moments` in _core/formulas.py. False where mean_hi was so far from the mean that the two terms of m2 cancel:
+// mean_hi is then brought to the mean, for the caller to sum again.
 template <class A> inline bool finalize(const Job& job, double sum, double square, bool again, Statistic<A>& s) {
   const double n = double(job.view.count()), mean_lo = job.centered ? sum / n : 0.0;
   const double correction = n * mean_lo * mean_lo, m2 = square - correction;
