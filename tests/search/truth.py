@@ -85,8 +85,8 @@ def forward(how: Setting, o: dict) -> dict:
     s, b = s + np.zeros(x.shape), o.get("bias", 0.0) + np.zeros(x.shape)
     xhat = d * r
     z = xhat * s + b
-    if how.activation is not None and not how.gate:
-        z = np.where(absent & ~(np.abs(z) < 1e4), 0.0, z)  # an activation may overflow beyond
+    huge = absent & ~(np.abs(z) < 1e4) & (how.activation is not None and not how.gate)  # an activation may overflow
+    z = np.where(huge, 0.0, z)
     y = z * f(gate) if how.gate == "after" else z if how.gate else f(z)
     return dict(locals())
 
@@ -104,7 +104,7 @@ def cotangents(how: Setting, t: dict, g) -> dict:
     still = lambda a: np.where(t["poisoned"], 0.0, a)
     x, gate, w, n, v, r, xhat, z = (t[k] for k in ("x", "gate", "w", "safe", "v", "r", "xhat", "z"))
     out = {}
-    gz = g * f(gate) if how.gate == "after" else g if how.gate else g * df(z)
+    gz = g * f(gate) if how.gate == "after" else g if how.gate else np.where(t["huge"], 0.0, g * df(z))
     if how.gate == "after":
         out["gate"] = g * z * df(gate)
     h = gz * t["s"]
