@@ -41,6 +41,14 @@ def passes(f, g, *args, **call):
     return jax.tree.map(np.asarray, _passes(f, g, args, call))
 
 
+def test_gelu_tanh_keeps_its_digits_where_it_is_small():
+    """A group of two gates far out is normalized: what cancels in 1 + tanh would be 1 % of its output."""
+    z = np.linspace(-5.0, -1.0, 64, dtype=np.float32)
+    wide = z.astype(np.float64)
+    true = wide / (1.0 + np.exp(-np.sqrt(8.0 / np.pi) * (wide + 0.044715 * wide**3)))
+    np.testing.assert_allclose(NAMED["gelu_tanh"](z), true, rtol=1e-5)
+
+
 # --- activations: beside the rows of the catalogue --------------------------------------------------------------------
 
 

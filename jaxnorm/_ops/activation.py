@@ -7,6 +7,7 @@ Legend: z is the norm's output in float32 or wider; f is the activation; `keep` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,10 +28,16 @@ NAMED: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "gelu": lambda z: jax.nn.gelu(z, approximate=False),
-    "gelu_tanh": lambda z: jax.nn.gelu(z, approximate=True),
+    "gelu_tanh": lambda z: _gelu_tanh(z),
     "sigmoid": jax.nn.sigmoid,
     "tanh": jnp.tanh,
 }
+
+
+def _gelu_tanh(z: Array) -> Array:
+    """`jax.nn.gelu(z, approximate=True)`, z (1 + tanh(u)) / 2, as z sigmoid(2 u): nothing cancels for negative z."""
+    return z * jax.nn.sigmoid(math.sqrt(8.0 / math.pi) * (z + 0.044715 * z**3))
+
 
 _CALM = 1e4  # masked-out elements above it are replaced by 0 before f, which might overflow
 
