@@ -341,7 +341,7 @@ class Parser(argparse.ArgumentParser):
     def require(self, needs: dict[str, str], extra_name: str) -> None:
         """Fail unless these modules, by module and package name, are installed."""
         if missing := [package for module, package in needs.items() if importlib.util.find_spec(module) is None]:
-            self.error(f'needs {", ".join(missing)}. Write: {extra(extra_name)}')
+            self.error(f"needs {', '.join(missing)}. Write: {extra(extra_name)}")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:

@@ -17,10 +17,10 @@ from benchmarks import peers
 from benchmarks.harness.case import Case, Outcome, turns
 from benchmarks.harness.timing import Key, Timed, Worker, in_turn, quartiles
 
-#: How libraries are called. "cpu": a program works on one array, its forward pass gives y alone, and arrays alternate
-#: from call to call. "gpu": calls are queued, a program works on several arrays if they are small, and the forward pass
-#: in training and the backward pass are programs of their own. "trial" is "gpu" on a CPU.
-MODES = ("cpu", "gpu", "trial")
+# The mode is how libraries are called. "cpu": a program works on one array, its forward pass gives y alone, and arrays
+# alternate from call to call. "gpu": calls are queued, a program works on several arrays if they are small, and the
+# forward pass in training and the backward pass are programs of their own. "trial" is "gpu" on a CPU.
+
 #: A GPU program works on at least this many bytes of x, as at most MOST arrays, so that no cache holds them and
 #: starting the program costs little beside it.
 ENOUGH, MOST = {"gpu": 1 << 28, "trial": 1 << 15}, 16

@@ -48,7 +48,7 @@ def scaled_abs_squared(a: Array, prescale: float | Array) -> Array:
 
 
 def pick_in_range(reduction: Reduction, small: Array, large: Array) -> tuple[Array, Array]:
-    """The same of sums of squares in the small and in the large prescale."""
+    """From the sums of squares by the small and by the large prescale, the one in range, and its prescale."""
     assert reduction.large_prescale is not None
     fits = small <= FULL  # False also for NaN
     return jnp.where(fits, small, large), jnp.where(fits, reduction.prescale, reduction.large_prescale)

@@ -137,11 +137,11 @@ def align_boolean_mask(norm: str, x: Array, mask) -> tuple[Array, Array | None]:
     return x, mask.astype(bool)
 
 
-def align_weights(norm: str, weights, shape: tuple[int, ...]) -> Array | None:
-    """Return the weights with x's rank. Raise if one is negative, unless their values are traced."""
+def align_weights(norm: str, x: Array, weights) -> Array | None:
+    """Return the weights with x's rank, sharded like x. Raise if one is negative, unless their values are traced."""
     if weights is None:
         return None
-    given, weights = weights, align_mask(norm, weights, shape, what="weights")
+    given, weights = weights, shard_like(x, align_mask(norm, weights, x.shape, what="weights"))
     if (values := concrete_value(given)) is not None and (values < 0).any():
         raise ValueError(
             f"{norm}: weights must be >= 0, got {values.min():g}. Write weights=jnp.maximum(weights, 0), or leave "

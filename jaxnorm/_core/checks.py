@@ -118,5 +118,5 @@ def check_cast(norm: str, cast: str) -> None:
         )
 
 
-def canonicalize_groups(groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:
-    return None if groups is None else canonicalize_index_groups("merge_across", "axis_index_groups", groups)
+def canonicalize_groups(norm: str, groups: Groups | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if groups is None else canonicalize_index_groups(norm, "axis_index_groups", groups)

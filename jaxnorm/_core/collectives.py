@@ -57,10 +57,7 @@ def merge_over_devices(s: Statistics, axis_name: AxisName, groups, reduction: Re
         parts.append(s.m2 + s.count * scaled_abs_squared(gap, reduction.prescale))
     else:
         square = scaled_abs_squared
-        parts += [
-            square(s.m2, prescale) + s.count * square(gap, prescale)
-            for prescale in (reduction.prescale, reduction.large_prescale)
-        ]
+        parts += [square(s.m2, prescale) + s.count * square(gap, prescale) for prescale in reduction.prescales]
     n, first, *second = psum_grouped(parts, axis_name, groups)
     offset = first / nonzero_divisor(n).astype(first.dtype)
     corrections = lambda prescale: n * scaled_abs_squared(offset, prescale)

@@ -19,13 +19,11 @@ Array = jax.Array
 
 
 _LONG_SUM = 1 << 13  # elements from which a sum is taken about a rough mean
-
-
 _ENOUGH_SUMS = 1 << 14  # sums at once from which on XLA keeps their summands out of a GPU's memory; likewise
 
 
 def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None = None) -> tuple[Array, Array, Array]:
-    """`shifted_moments` the mean of a sample, where x has one that will do; else in two passes."""
+    """`shifted_moments` about the mean of a sample, where x has one that will do; else in two passes."""
     sample = _spaced_sample(x, reduction.axes)
     if sample is None:
         return two_pass(x, keep, weights, n, reduction)
@@ -34,7 +32,7 @@ def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None =
 
 
 def one_pass_by_parts(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
-    """`one_pass` for a GPU, where sums by `parts` keep x - shift out of memory."""
+    """`one_pass` for a GPU, where sums over `split_axes` first keep x - shift out of memory."""
 
     def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
         apart = split_axes(a, axes)
@@ -77,15 +75,13 @@ def shifted_moments(
     w = weight_of(weights, n)
     total = total or total_over
     offset = weighted_mean(d, w, n, reduction.axes, total)
-    corrections = lambda prescale: n * scaled_abs_squared(offset, prescale)
     # The prescale taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
     squares = lambda prescale: total(w * abs_squared(difference(x, keep, shift, prescale)), reduction.axes)
-    m2, prescale = (
-        (squares(reduction.prescale), reduction.prescale)
-        if reduction.large_prescale is None
-        else in_range(reduction, squares, size)
-    )
-    correction = corrections(prescale)
+    if reduction.large_prescale is None:
+        m2, prescale = squares(reduction.prescale), reduction.prescale
+    else:
+        m2, prescale = in_range(reduction, squares, size)
+    correction = n * scaled_abs_squared(offset, prescale)
     m2 = m2 - correction
     constant = m2 <= 2.0**-18 * correction
     m2 = jnp.where(constant, 0.0, m2)
@@ -140,19 +136,18 @@ def two_pass(x, keep, weights, n, reduction: Reduction, rough: Array | None = No
     return shifted_moments(x, keep, weights, n, shift, reduction, size=size)
 
 
-def two_pass_on_cpu(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
-    """`two_pass`, long sums about a rough mean: XLA for CPU may add them up in one chain.
+def long_two_pass_on_cpu(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
+    """`two_pass` about a rough mean, for long sums: XLA for CPU may add them up in one chain.
 
     At a mean of many deviations that would drift by many of them.
     """
-    return two_pass(
-        x, keep, weights, n, reduction, _rough_mean(x, keep, reduction.axes) if is_long(x, reduction.axes) else None
-    )
+    return two_pass(x, keep, weights, n, reduction, _rough_mean(x, keep, reduction.axes))
 
 
 def is_long(x: Array, axes: tuple[int, ...]) -> bool:
+    """Whether a sum over these axes is one for `long_two_pass_on_cpu`."""
     size = math.prod(x.shape[a] for a in axes)
-    return isinstance(size, int) and size >= _LONG_SUM
+    return are_static(size) and size >= _LONG_SUM
 
 
 def _rounded(a: Array) -> Array:
@@ -170,12 +165,8 @@ def weighted_mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Ca
 def welford(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """One read of x: a reduction over (count, mean, m2) by the pairwise update, about the first element of each row."""
     first = _first(x, reduction.axes).astype(accumulator(x))
-    prescales = (
-        [reduction.prescale] if reduction.large_prescale is None else [reduction.prescale, reduction.large_prescale]
-    )
-    z = [
-        difference(x, keep, first, prescale) for prescale in prescales
-    ]  # not in `combine`: XLA would square before it scales
+    # Scaled here, not in `combine`, where XLA would square before it scales.
+    z = [difference(x, keep, first, prescale) for prescale in reduction.prescales]
     w = jnp.broadcast_to(weight_of(weights, n), x.shape)
 
     def combine(a, b):
@@ -220,10 +211,9 @@ def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `shifted_moments` has, would have XLA cut the kernel in three.
     """
     x = x.astype(accumulator(x))
-    over = lambda a: a.sum(reduction.axes, keepdims=True)
-    shift = (
-        over(x) / n if reduction.centered else over(x) * 0.0
-    )  # if no sum comes before the two others, XLA makes 3 kernels
+    over = lambda a: total_over(a, reduction.axes)
+    # If no sum came before the two others, XLA would make 3 kernels.
+    shift = over(x) / n if reduction.centered else over(x) * 0.0
     d = x - shift
     if not reduction.centered:
         assert reduction.large_prescale is not None  # `statistics_of_output`

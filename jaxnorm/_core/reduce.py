@@ -18,12 +18,12 @@ from .formulas import (
     fused_two_pass,
     in_range,
     is_long,
+    long_two_pass_on_cpu,
     one_pass,
     one_pass_by_parts,
     sharded_axes,
     total_over,
     two_pass,
-    two_pass_on_cpu,
     weight_of,
     welford,
 )
@@ -55,19 +55,19 @@ def local_statistics(x: Array, mask: Array | None, weights: Array | None, reduct
         zero = jnp.zeros(reduced_shape(x, reduction.axes), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
     by = lambda formula: lambda *args: formula(*args, reduction)
+    long = is_long(x, reduction.axes)
+    on_cpu = by(long_two_pass_on_cpu if long else two_pass)
     if reduction.one_pass and keep is None and sharded_axes(x):
         return Statistics(n, *one_pass(*args, reduction))
     if reduction.one_pass and keep is None:
         on_gpu = by(one_pass_by_parts)
         return Statistics(n, *by_platform(reduction, *args, cuda=on_gpu, rocm=on_gpu, default=by(one_pass)))
     if reduction.one_pass or keep is not None or sharded_axes(x):  # Welford's is for rows, and would lose the sharding
-        if not is_long(x, reduction.axes):
+        if not long:
             return Statistics(n, *two_pass(*args, reduction))
-        return Statistics(n, *by_platform(reduction, *args, cpu=by(two_pass_on_cpu), default=by(two_pass)))
+        return Statistics(n, *by_platform(reduction, *args, cpu=on_cpu, default=by(two_pass)))
     on_gpu = by(welford if are_last(x, reduction.axes) else one_pass_by_parts)
-    return Statistics(
-        n, *by_platform(reduction, *args, cpu=by(two_pass_on_cpu), cuda=on_gpu, rocm=on_gpu, default=by(welford))
-    )
+    return Statistics(n, *by_platform(reduction, *args, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=by(welford)))
 
 
 def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, reduction: Reduction):

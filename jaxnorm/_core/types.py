@@ -31,6 +31,10 @@ class Reduction:
     num_shards: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
     plain: bool = False  # lax operations alone, the same on every platform, for programs that read jaxprs
 
+    @property
+    def prescales(self) -> tuple[float, ...]:
+        return (self.prescale,) if self.large_prescale is None else (self.prescale, self.large_prescale)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -166,8 +166,7 @@ def batch_norm(
     train = False if frozen and train is None else _checked_flag(norm, train)
     check_activation(norm, activation, x.shape, x.dtype)
     seen, mask = align_boolean_mask(norm, x, mask)
-    weights = align_weights(norm, weights, x.shape)
-    weights = None if weights is None else shard_like(x, weights)
+    weights = align_weights(norm, x, weights)
     seen = finite_padding(seen, mask, weights)
     sync = canonicalize_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
     if isinstance(old, Moments) and (frozen or train is not True):

@@ -18,7 +18,7 @@ from .._core.explain import explained
 from .._core.masks import finite_padding
 from .._core.messages import shown
 from .._core.types import AxisName, Groups, Moments, Reduction, Statistics
-from .._core.vma import broadcast_like, shard_like
+from .._core.vma import broadcast_like
 from .statistics import statistics
 
 _PLAIN = Reduction(())  # how `Moments` are kept: with a prescale of 1
@@ -58,8 +58,7 @@ def moments(
     x = as_float_array("moments", x)
     axes = canonicalize_axes("moments", x.ndim, tuple(range(x.ndim)) if axes is None else axes, what="axes")
     x, mask = align_boolean_mask("moments", x, mask)
-    weights = align_weights("moments", weights, x.shape)
-    weights = None if weights is None else shard_like(x, weights)
+    weights = align_weights("moments", x, weights)
     x = finite_padding(x, mask, weights)
     check_implementation("moments", implementation)
     if implementation not in (None, "xla", "lax"):
@@ -113,7 +112,9 @@ def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | No
     """
     m = _checked_moments("merge_across", m)
     check_axis_name("merge_across", axis_name)
-    return _as_moments(merge_over_devices(_as_statistics(m), axis_name, canonicalize_groups(axis_index_groups), _PLAIN))
+    return _as_moments(
+        merge_over_devices(_as_statistics(m), axis_name, canonicalize_groups("merge_across", axis_index_groups), _PLAIN)
+    )
 
 
 def _checked_moments(name: str, m: Moments) -> Moments:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._backends.select import check_implementation
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
-from .._core.checks import canonicalize_epsilon, canonicalize_index_groups, canonicalize_number, check_axis_name
+from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
 from .._core.dtypes import widest
 from .._core.masks import finite_padding
 from .._core.mesh import active_axis_names, explain_unbound_axis
@@ -64,9 +64,7 @@ def normalize_stream(
     of = (x, residual, scale, bias) if gate is None else (gate,)
     check_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
     names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
-    groups = axis_index_groups
-    if groups is not None:
-        groups = canonicalize_index_groups(norm, "axis_index_groups", groups)
+    groups = canonicalize_groups(norm, axis_index_groups)
     reduction = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
     epsilon = canonicalize_epsilon(norm, epsilon)
     more = dict(cast_before_scale=cast_before_scale, activation=activation, gate=gate_where)
