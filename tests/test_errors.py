@@ -80,7 +80,7 @@ ONE = [
     (lambda: batch(state={"batch_stats": {}}), TypeError, r"got a dict with keys \['batch_stats'\]\. Write params, state"),
     (lambda: batch(state=jn.Affine(None, None)), TypeError, r"batch_norm: params and state are swapped.*Write batch_norm\(x, params, state, train=True\)"),
     (lambda: batch(params=state), TypeError, r"batch_norm: params and state are swapped: got running statistics as params"),
-    (lambda: batch(params=np.ones(8)), TypeError, r"params must be jaxnorm\.Affine\(scale, bias\), a dict of the two, or None; got an array float64\[8\]\. Write"),
+    (lambda: batch(params=np.ones(8)), TypeError, r"params must be jaxnorm\.Affine\(scale, bias\), a dict of the same names, or None; got an array float64\[8\]\. Write"),
     (lambda: batch(params={"params": {}}), TypeError, r"params must be .* got a dict with keys \['params'\]"),
     (lambda: batch(jn.Affine(None, None)), TypeError, r"batch_norm: x must be an array, got Affine\. Write batch_norm\(x, \.\.\.\): x comes first"),
     (lambda: batch(x[..., :7]), ValueError, r"state\.mean of shape \(8,\) does not fit the \(7,\) features.*Write .*init\(\(7,\)\)"),

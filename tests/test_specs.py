@@ -249,7 +249,7 @@ MAY_IMPORT = {
     "_core": (),
     "_backends": ("_core",),
     "_ops": ("_core", "_backends"),
-    "_norms": ("_core", "_ops", "_backends.select"),
+    "_norms": ("_core", "_ops"),
     "_layers": ("_core", "_ops", "_norms"),
     "": ("_core", "_backends", "_ops", "_norms", "_layers"),  # the faces: __init__, linen, nnx; and the demo
 }

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .._backends.select import check_implementation
-from .._core.arrays import as_dtype
+from .._core.arrays import as_dtype, canonicalize_axes
 from .._core.checks import canonicalize_epsilon, canonicalize_flags, canonicalize_number, refuse_array
 from .._core.explain import explained
 from .._core.messages import shown, to_python
 from .._core.types import Affine, Features, Params, RunningStats
 from .._ops.activation import check_activation_name
+from .._ops.plan import check_implementation
 
 Array = jax.Array
 
@@ -65,28 +65,29 @@ def spec(cls: type[T]) -> type[T]:
     return cls
 
 
-def scale_and_bias(norm: str, params: Params) -> tuple[Any, Any]:
-    """Return the scale and the bias in params: an `Affine`, a dict, or None."""
-    if params is None:
-        return None, None
-    if type(params) is Affine or (type(params) is tuple and len(params) == 2):
+def as_params(norm: str, params: Any, kind: Any = Affine) -> Any:
+    """Return params as `kind`, the NamedTuple that a norm declares: given as one, as a dict of its names, or None."""
+    if type(params) is kind:
         return params
-    if isinstance(params, Mapping) and {*params} <= {"scale", "bias"}:
-        return params.get("scale"), params.get("bias")
-    if isinstance(params, (RunningStats, Mapping)) and "mean" in (
-        params if isinstance(params, Mapping) else params._fields
-    ):
+    if params is None:
+        return kind(*(None for _ in kind._fields))
+    if type(params) is tuple and len(params) == len(kind._fields):
+        return kind(*params)
+    if isinstance(params, Mapping) and {*params} <= {*kind._fields}:
+        return kind(**{name: params.get(name) for name in kind._fields})
+    names = params if isinstance(params, Mapping) else getattr(params, "_fields", ())
+    if isinstance(params, (RunningStats, Mapping)) and "mean" in names:
         raise TypeError(
             f"{norm}: params and state are swapped: got running statistics as params. Write {_order(norm)}."
         )
+    write = f"{'jaxnorm.Affine' if kind is Affine else kind.__qualname__}({', '.join(kind._fields)})"
     raise TypeError(
-        f"{norm}: params must be jaxnorm.Affine(scale, bias), a dict of the two, or None; got {shown(params)}. "
-        f"Write {_order(norm)}."
+        f"{norm}: params must be {write}, a dict of the same names, or None; got {shown(params)}. Write {_order(norm)}."
     )
 
 
-def refuse_params_as_state(norm: str, state) -> None:
-    if type(state) is Affine or (isinstance(state, Mapping) and {*state} & {"scale", "bias"}):
+def refuse_params_as_state(norm: str, state: Any, kind: Any = Affine) -> None:
+    if type(state) is kind or (isinstance(state, Mapping) and {*state} & {*kind._fields}):
         raise TypeError(f"{norm}: params and state are swapped: got parameters as state. Write {_order(norm)}.")
 
 
@@ -108,6 +109,8 @@ class Spec:
     dtype: Any = None
     implementation: str | None = None
 
+    Params: ClassVar[type[tuple]] = Affine  # NamedTuple: its fields name the parameters, in layers and checkpoints too
+    State: ClassVar[type[tuple]] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
 
     def __post_init__(self):
@@ -142,8 +145,21 @@ class Spec:
         about_params = ("use_scale", "use_bias", "param_dtype")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in about_params}
 
-    def _made(self, features: Features) -> tuple[Affine, tuple[int, ...]]:
-        """Parameters for `features`, an int or a shape, and that shape: effective scale 1 and bias 0."""
+    def features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The feature shape of an x of this shape: the sizes along `axis`. It is what `init` takes.
+
+        Raises:
+          ValueError: an axis that is out of range for this shape, or a repeated one.
+        """
+        return tuple(shape[a] for a in canonicalize_axes(type(self).__name__, len(shape), self._axes()))
+
+    @explained("init")
+    def init(self, features: Features) -> tuple[Any, Any]:
+        """Parameters and state for `features`, an int or a shape: effective scale 1 and bias 0, and the first state.
+
+        Raises:
+          ValueError: features are not ints >= 0, or have more axes than `axis` names.
+        """
         name, sizes = type(self).__name__, to_python(features)
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
@@ -152,8 +168,16 @@ class Spec:
             width = of_x[at] if -len(of_x) <= at < len(of_x) else 64
             raise ValueError(f"{name}.init: features must be ints >= 0, got {shown(features)}. Write init({width}).")
         self._check_features(shape)
+        return self._init_params(shape), self._init_state(shape)
+
+    def _init_params(self, shape: tuple[int, ...]) -> Any:
+        """The first `Params`, None for each that this spec does not use."""
         scale = jnp.full(shape, 1.0 - self.scale_offset, self.param_dtype) if self.use_scale else None
-        return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None), shape
+        return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None)
+
+    def _init_state(self, shape: tuple[int, ...]) -> Any:
+        """The first `State`; `()` where a norm has none."""
+        return ()
 
     def _axes(self) -> tuple[int, ...]:
         axis = getattr(self, "axis", -1)
@@ -179,23 +203,19 @@ class RowSpec(Spec):
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Any = None
 
-    @explained("init")
-    def init(self, features: Features) -> tuple[Affine, tuple[()]]:
-        """Parameters for `features`, an int or a shape: effective scale 1 and bias 0. The state is `()`.
+    if TYPE_CHECKING:
 
-        Raises:
-          ValueError: features are not ints >= 0, or have more axes than `axis` names.
-        """
-        return self._made(features)[0], ()
+        def init(self, features: Features) -> tuple[Affine, tuple[()]]: ...
 
     @explained("apply")
     def apply(
         self, params: Params, state: State, x: ArrayLike, *, train: Any = None, mask: Any = None
     ) -> tuple[Array, State]:
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
-        refuse_params_as_state(type(self).__name__, state)
-        scale, bias = scale_and_bias(type(self).__name__, params)
-        return self._function(x, scale, bias, mask=mask, **self.options()), state
+        name = type(self).__name__
+        refuse_params_as_state(name, state, self.Params)
+        return self._function(x, *as_params(name, params, self.Params), mask=mask, **self.options()), state
 
-    def _function(self, x, scale, bias, **options) -> Array:
+    def _function(self, x, *params, **options) -> Array:
+        """The function of the same name; `params` are the fields of `Params`."""
         raise NotImplementedError

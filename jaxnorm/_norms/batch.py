@@ -6,14 +6,13 @@ Legend: N batch, C channels, F the feature shape (C,), n the number of elements 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from .._backends.select import check_implementation
 from .._core.arrays import (
     align_boolean_mask,
     align_param,
@@ -39,10 +38,10 @@ from .._core.types import Affine, Features, Moments, Params, Reduction, RunningS
 from .._core.vma import shard_like
 from .._ops.activation import Activation, check_activation
 from .._ops.normalize import as_affine, normalize_given
-from .._ops.plan import make_plan
+from .._ops.plan import check_implementation, make_plan
 from .._ops.running import accumulate, as_given, as_stats, is_stats, update, update_state
 from .._ops.sharing import canonicalize_sync, standardize_shared
-from .base import Spec, refuse_params_as_state, scale_and_bias, spec
+from .base import Spec, as_params, refuse_params_as_state, spec
 
 Array = jax.Array
 State = TypeVar("State", bound=RunningStats | Moments | Mapping[str, Any])
@@ -152,7 +151,7 @@ def batch_norm(
     x = as_float_array(norm, x, rank=1, layout="(batch, ..., channels)")
     channels = canonicalize_axes(norm, x.ndim, axis)
     features = tuple(x.shape[a] for a in channels)
-    scale, bias = scale_and_bias(norm, params)
+    scale, bias = as_params(norm, params)
     update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = canonicalize_flags(
         norm, update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
         unbiased_running_var=unbiased_running_var,
@@ -279,6 +278,8 @@ class BatchNorm(Spec):
      [ 1.]] [0.2]
     """
 
+    State: ClassVar[type[tuple]] = RunningStats
+
     axis: int | tuple[int, ...] = -1
     momentum: float | None = 0.99
     epsilon: float = 1e-5
@@ -298,17 +299,15 @@ class BatchNorm(Spec):
         canonicalize_min_count("BatchNorm", self.min_count)
         canonicalize_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
 
-    @explained("init")
-    def init(self, features: Features) -> tuple[Affine, RunningStats]:
-        """Parameters and running statistics for `features`, an int or a shape: scale 1, bias 0; mean 0, var 1.
+    if TYPE_CHECKING:
 
-        Raises:
-          ValueError: features are not ints >= 0, or have more axes than `axis` names.
-        """
-        params, shape = self._made(features)
+        def init(self, features: Features) -> tuple[Affine, RunningStats]: ...
+
+    def _init_state(self, shape: tuple[int, ...]) -> RunningStats:
+        """Mean 0 and variance 1."""
         f32 = jnp.float32
         count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None
-        return params, RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
+        return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
 
     @explained("apply")
     def apply(
@@ -317,9 +316,9 @@ class BatchNorm(Spec):
     ) -> tuple[Array, State]:  # fmt: skip
         """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
         refuse_params_as_state("BatchNorm.apply", state)
-        scale, bias = scale_and_bias("BatchNorm.apply", params)
+        params = as_params("BatchNorm.apply", params)
         call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
-        return batch_norm(x, Affine(scale, bias), state, **call, **self.options())
+        return batch_norm(x, params, state, **call, **self.options())
 
     def update_state(self, state: State, moments: Any) -> State:
         """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
@@ -342,7 +341,7 @@ class BatchNorm(Spec):
         >>> norm.as_affine(*norm.init(1)).scale.tolist()
         [1.0]
         """
-        scale, bias = scale_and_bias("BatchNorm.as_affine", params)
+        scale, bias = as_params("BatchNorm.as_affine", params)
         if not is_stats(state) or "var" not in (stats := as_stats(state))._fields:
             raise TypeError(
                 f"BatchNorm.as_affine: state must be a jaxnorm.RunningStats, got {shown(state)}. Write "

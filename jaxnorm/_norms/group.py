@@ -12,7 +12,6 @@ from .._core.channels import canonicalize_group_count, spans_devices, split_chan
 from .._core.checks import warn_if_single
 from .._core.explain import explained
 from .._core.messages import shown, to_python
-from .._core.types import Affine, Features
 from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
 from .base import RowSpec, spec
@@ -126,12 +125,9 @@ class GroupNorm(RowSpec):
         if self.num_groups is None and self.group_size is None:
             object.__setattr__(self, "num_groups", 32)
 
-    @explained("init")
-    def init(self, features: Features) -> tuple[Affine, tuple[()]]:
-        """Parameters for `features` channels, which the groups must divide."""
-        params, shape = self._made(features)
+    def _check_features(self, shape: tuple[int, ...]) -> None:
+        super()._check_features(shape)
         canonicalize_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)
-        return params, ()
 
     def _function(self, x, scale, bias, **options) -> Array:
         return group_norm(x, scale, bias, **options)

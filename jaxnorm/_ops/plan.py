@@ -7,6 +7,7 @@ import math
 
 from jax import lax
 
+from .._backends.select import check_implementation as check_implementation
 from .._core.arithmetic import prescales
 from .._core.dtypes import accumulator
 from .._core.mesh import is_bound

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._backends.select import check_implementation
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
 from .._core.dtypes import widest
@@ -18,7 +17,7 @@ from .._core.platforms import recompute
 from .._core.types import Reduction
 from .._core.vma import shard_like
 from .activation import check_activation
-from .plan import make_plan
+from .plan import check_implementation, make_plan
 from .residual import add_rounded, match_types
 from .standardize import add_and_standardize, can_fuse_add, standardize
 
