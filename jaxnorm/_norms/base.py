@@ -21,7 +21,7 @@ from .._ops.plan import check_implementation
 Array = jax.Array
 
 
-State = TypeVar("State")
+S = TypeVar("S")
 
 
 T = TypeVar("T")
@@ -209,8 +209,8 @@ class RowSpec(Spec):
 
     @explained("apply")
     def apply(
-        self, params: Params, state: State, x: ArrayLike, *, train: Any = None, mask: Any = None
-    ) -> tuple[Array, State]:
+        self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[Array, S]:
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
         name = type(self).__name__
         refuse_params_as_state(name, state, self.Params)

@@ -44,14 +44,14 @@ from .._ops.sharing import canonicalize_sync, standardize_shared
 from .base import Spec, as_params, refuse_params_as_state, spec
 
 Array = jax.Array
-State = TypeVar("State", bound=RunningStats | Moments | Mapping[str, Any])
+S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
 
 
 @explained("function")
 def batch_norm(
     x,
     params: Params,
-    state: State,
+    state: S,
     *,
     train,
     axis: int | Sequence[int] = -1,
@@ -73,7 +73,7 @@ def batch_norm(
     unbiased_running_var: bool = False,
     dtype=None,
     implementation: str | None = None,
-) -> tuple[Array, State]:
+) -> tuple[Array, S]:
     """Batch normalization, synchronized over devices where `axis_name` says so.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
@@ -311,16 +311,16 @@ class BatchNorm(Spec):
 
     @explained("apply")
     def apply(
-        self, params: Params, state: State, x: ArrayLike, *, train: Any = None, mask: Any = None, weights: Any = None,
+        self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None, weights: Any = None,
         update_stats: bool = True,
-    ) -> tuple[Array, State]:  # fmt: skip
+    ) -> tuple[Array, S]:  # fmt: skip
         """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
         refuse_params_as_state("BatchNorm.apply", state)
         params = as_params("BatchNorm.apply", params)
         call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
         return batch_norm(x, params, state, **call, **self.options())
 
-    def update_state(self, state: State, moments: Any) -> State:
+    def update_state(self, state: S, moments: Any) -> S:
         """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
 
         >>> import jaxnorm as jn
