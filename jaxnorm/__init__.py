@@ -8,6 +8,7 @@ from ._core.types import RunningStats as RunningStats
 from ._norms.base import Norm as Norm
 from ._norms.batch import BatchNorm as BatchNorm
 from ._norms.batch import batch_norm as batch_norm
+from ._norms.gated import GatedRMSNorm as GatedRMSNorm
 from ._norms.gated import gated_rms_norm as gated_rms_norm
 from ._norms.group import GroupNorm as GroupNorm
 from ._norms.group import group_norm as group_norm
@@ -33,6 +34,7 @@ __all__ = [
     "Affine",
     "Backend",
     "BatchNorm",
+    "GatedRMSNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",

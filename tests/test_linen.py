@@ -448,7 +448,7 @@ def test_scale_offset(norm):
     y, variables = init(getattr(jnn, norm)(**options, scale_offset=1.0), x, **call)
     np.testing.assert_array_equal(variables["params"]["scale"], 0)
     np.testing.assert_allclose(y, plain, rtol=1e-6, atol=1e-7)  # the backends round in another order
-    y, variables = getattr(jnn, norm)(**options, scale_offset=1.0, scale_init=nn.initializers.ones).init_with_output(
+    y, variables = getattr(jnn, norm)(**options, scale_offset=1.0, scale_init=nn.initializers.constant(1.0)).init_with_output(
         KEY, x, **call
     )
     np.testing.assert_array_equal(variables["params"]["scale"], 1)

@@ -66,9 +66,9 @@ class Call:
 def packed(order: tuple[str, ...], operands: Sequence) -> tuple[tuple[str, ...], list]:
     """The names and values of the operands that are there."""
     there = [(name, a) for name, a in zip(order, operands, strict=True) if a is not None]
-    return tuple(name for name, _ in there), [a for _, a in there]
+    return tuple([name for name, _ in there]), [a for _, a in there]
 
 
 def varying_axes(*parameters: Array | None) -> frozenset[int]:
     """The axes along which a scale or a bias, of x's rank, has more than one value."""
-    return frozenset(a for p in parameters if p is not None for a, size in enumerate(p.shape) if size != 1)
+    return frozenset([a for p in parameters if p is not None for a, size in enumerate(p.shape) if size != 1])

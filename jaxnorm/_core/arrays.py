@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 
@@ -56,7 +57,7 @@ def canonicalize_dtype(norm: str, dtype, x: Array, *others: Array | None):
     out = x.dtype if dtype is None else as_dtype(norm, dtype)
     if not jnp.issubdtype(out, jnp.inexact):
         raise TypeError(f"{norm}: dtype must be a floating dtype, got {out}. Write dtype=jnp.float32.")
-    if not jnp.issubdtype(out, jnp.complexfloating) and any(jnp.iscomplexobj(a) for a in (x, *others)):
+    if not jnp.issubdtype(out, jnp.complexfloating) and any([jnp.iscomplexobj(a) for a in (x, *others)]):
         raise TypeError(f"{norm}: {out} cannot hold a complex result. Write dtype=jnp.complex64.")
     return out
 
@@ -68,7 +69,7 @@ def canonicalize_axes(
     try:
         several = axes if type(axes) is int else to_python(axes)
         given = several if isinstance(several, (tuple, set, frozenset)) else (several,)
-        given = tuple(operator.index(a) for a in given)
+        given = tuple([operator.index(a) for a in given])
     except TypeError:
         raise TypeError(
             f"{norm}: {what} must be an int or a tuple of ints, got {shown(axes)}. Write {what}=-1."
@@ -80,13 +81,25 @@ def canonicalize_axes(
                 f"{-ndim}..{ndim - 1}. "
                 f"Write {what}=-1 for the last one."
             )
-    positive = sorted(a % ndim for a in given)
+    positive = sorted([a % ndim for a in given])
     if len(set(positive)) != len(positive):
         write = tuple(sorted(set(positive)))
         raise ValueError(f"{norm}: {what}={shown(several)} names an axis twice. Write {what}={write}.")
     if most is not None and len(positive) != most:
         raise ValueError(f"{norm}: {what} must be one int, got {shown(several)}. Write {what}={(given or (-1,))[-1]}.")
     return tuple(positive)
+
+
+@functools.lru_cache
+def sizes_along(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes along some axes."""
+    return tuple(shape[a] for a in axes)
+
+
+@functools.lru_cache
+def spread_along(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape that broadcasts: size 1 but along these axes."""
+    return tuple(n if a in axes else 1 for a, n in enumerate(shape))
 
 
 def align_mask(norm: str, mask, shape: tuple[int, ...], *, what: str = "mask") -> Array:
@@ -192,13 +205,13 @@ def align_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature_a
     if param is None:
         return None
     if what in ("scale", "bias"):
-        refuse_a_shape(norm, what, param, tuple(a - len(x_shape) for a in feature_axes))
+        refuse_a_shape(norm, what, param, tuple([a - len(x_shape) for a in feature_axes]))
     param = jnp.asarray(param)
-    features = tuple(x_shape[a] for a in feature_axes)
+    features = sizes_along(x_shape, feature_axes)
     if param.shape == features:
-        return param.reshape(tuple(s if a in feature_axes else 1 for a, s in enumerate(x_shape)))
+        return param.reshape(spread_along(x_shape, feature_axes))
     rest = len(x_shape) - param.ndim
-    if rest < 0 or any(p not in (1, s) for p, s in zip(param.shape, x_shape[rest:], strict=True)):
+    if rest < 0 or any([p not in (1, s) for p, s in zip(param.shape, x_shape[rest:], strict=True)]):
         axis = axis_that_fits(param.shape, x_shape, feature_axes)
         rank = (x_shape[0], *(1,) * (len(x_shape) - 2), x_shape[-1])
         write = f"{what}=jnp.ones({features}), or give it x's rank, such as {rank}"

@@ -13,7 +13,7 @@ Array = jax.Array
 
 def are_static(*sizes) -> bool:
     """Whether sizes are numbers. Under `jax.export` some may be symbols, which can be multiplied but not compared."""
-    return all(isinstance(n, int) for n in sizes)
+    return all([isinstance(n, int) for n in sizes])
 
 
 def widest(*dtypes):

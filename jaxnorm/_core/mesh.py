@@ -13,7 +13,7 @@ def active_axis_names(axis_name, whole: bool = True) -> tuple[str, ...]:
     names = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     mesh = jax.sharding.get_abstract_mesh()
     jits = () if mesh.empty or not whole else {n for n in mesh.axis_names if n not in mesh.manual_axes}
-    return tuple(name for name in names if name not in jits or is_bound(name))
+    return tuple([name for name in names if name not in jits or is_bound(name)])
 
 
 def is_bound(name) -> bool:

@@ -24,7 +24,7 @@ def tangent_like(out: Array, t: Array) -> Array:
 def pvary_all(*arrays: Array) -> tuple[Array, ...]:
     """Arrays marked to vary over all that any of them varies over."""
     over = frozenset().union(*map(varying, arrays))
-    return tuple(_varying_over(over, a) for a in arrays)
+    return tuple([_varying_over(over, a) for a in arrays])
 
 
 def varying(a: Array) -> frozenset:
@@ -39,13 +39,16 @@ def shard_like(x: Array, a: Array) -> Array:
     Parameters, masks and gates come to x in this way. JAX resharding is linear: a gradient goes back to where a was.
     """
     sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+        return a
     spec = [None if n == 1 else entry for n, entry in zip(a.shape, sharding.spec, strict=True)]
     return reshard_to(a, sharding.mesh, spec)
 
 
 def with_sharding_of(like: Array, a: Array) -> Array:
     """a with the sharding of an array of its rank."""
-    return reshard_to(a, jax.typeof(like).sharding.mesh, jax.typeof(like).sharding.spec)
+    sharding = jax.typeof(like).sharding
+    return a if sharding.mesh.empty else reshard_to(a, sharding.mesh, sharding.spec)
 
 
 def broadcast_like(x: Array, a: Array) -> Array:

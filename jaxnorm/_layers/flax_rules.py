@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
-from jax.nn import initializers
 
-from .._core.arrays import as_dtype, axis_that_fits, refuse_a_shape
+from .._core.arrays import as_dtype, axis_that_fits, refuse_a_shape, sizes_along, spread_along
 from .._core.messages import shown, to_python
-from .._core.types import Affine, RunningStats
 from .._core.vma import varying
-from .._norms.batch import batch_norm
-from .._norms.gated import gated_rms_norm
-from .._norms.group import group_norm
-from .._norms.instance import instance_norm
-from .._norms.layer import layer_norm
-from .._norms.rms import rms_norm
 
 Array = jax.Array
 Axes = int | Sequence[int]
@@ -34,98 +26,7 @@ Initializer = Callable[..., Any]
 Shape = tuple[int, ...]
 
 
-class Layout(NamedTuple):
-    """One call of a norm without state: the function, where its parameters belong, and its own keyword arguments."""
-
-    function: Callable[..., Array]
-    features: tuple[int, ...]
-    options: dict[str, Any]
-
-
-def layer_norm_layout(layer, ndim: int) -> Layout:
-    axes = canonical(layer, "reduction_axes", ndim, layer.reduction_axes)
-    features = canonical(layer, "feature_axes", ndim, layer.feature_axes)
-    return Layout(layer_norm, features, dict(axis=axes))
-
-
-def rms_norm_layout(layer, ndim: int) -> Layout:
-    axes = canonical(layer, "reduction_axes", ndim, layer.reduction_axes)
-    features = canonical(layer, "feature_axes", ndim, layer.feature_axes)
-    return Layout(rms_norm, features, dict(axis=axes, cast=layer.cast))
-
-
-def group_norm_layout(layer, ndim: int, num_groups: int | None, group_size: int | None) -> Layout:
-    check_groups(num_groups, group_size)
-    (channel,) = canonical(layer, "axis", ndim, layer.axis)
-    reduced = layer.reduction_axes
-    reduced = None if reduced is None else canonical(layer, "reduction_axes", ndim, reduced)
-    given = dict(num_groups=num_groups, group_size=group_size, axis=channel, reduction_axes=reduced)
-    return Layout(group_norm, (channel,), given)
-
-
-def instance_norm_layout(layer, ndim: int) -> Layout:
-    if layer.axis is not None and layer.feature_axes != -1:
-        raise ValueError(
-            f"InstanceNorm: axis is feature_axes by jaxnorm's name, got axis={shown(layer.axis)} and "
-            f"feature_axes={shown(layer.feature_axes)}. Write axis={shown(layer.axis)} alone."
-        )
-    features = layer.feature_axes if layer.axis is None else layer.axis
-    features = canonical(layer, "feature_axes", ndim, features)
-    if 0 in features:
-        raise ValueError(
-            f"InstanceNorm: the feature axes {features} include the batch axis 0; every example is normalized on its "
-            "own. Write feature_axes=-1."
-        )
-    return Layout(instance_norm, features, dict(axis=features))
-
-
-def normalized(layer, layout: Layout, x: Array, scale, bias, *, mask, dtype, axis_name) -> Array:
-    """x by a norm without state."""
-    if layout.function is group_norm and x.ndim == 1:  # one example without a batch axis, as linen has it
-        layout.options.update(axis=1, reduction_axes=None)
-        return normalized(layer, layout._replace(features=(1,)), x[None], scale, bias,
-                          mask=mask, dtype=dtype, axis_name=axis_name)[0]  # fmt: skip
-    return layout.function(
-        x,
-        scale,
-        bias,
-        mask=align_mask_like_flax(mask, x.shape),
-        dtype=dtype,
-        **layout.options,
-        **common(layer, axis_name),
-    )
-
-
-def apply_gated_rms_norm(layer, x: Array, gate, scale, *, mask, dtype, axis_name) -> Array:
-    """x by RMS norm with a gate."""
-    return gated_rms_norm(
-        x, gate, scale, axis=layer.axis, group_size=layer.group_size, norm_before_gate=layer.norm_before_gate,
-        cast=layer.cast, mask=align_mask_like_flax(mask, x.shape), dtype=dtype, **common(layer, axis_name),
-    )  # fmt: skip
-
-
-def apply_batch_norm(layer, x: Array, scale, bias, stats: RunningStats, *, train, mask, weights, update_stats, dtype,
-               axis_name) -> tuple[Array, RunningStats]:  # fmt: skip
-    """x by batch norm, and the new statistics in the shape of the old ones."""
-    axes = batch_features(layer, x)
-    check_width(layer, "running statistics", stats.mean.shape, x.shape, axes)
-    state = reshaped(stats, tuple(x.shape[a] for a in axes))
-    if jnp.iscomplexobj(x):
-        state = state._replace(mean=state.mean.astype(promoted(state.mean, x)))
-    initializing = axis_name is None and layer.axis_name is not None
-    y, new = batch_norm(
-        x, Affine(scale, bias), state, train=train, axis=axes, mask=align_mask_like_flax(mask, x.shape),
-        weights=align_mask_like_flax(weights, x.shape), update_stats=update_stats, dtype=dtype, momentum=layer.momentum,
-        frozen=layer.frozen, skip_nonfinite=layer.skip_nonfinite, zero_debias=layer.zero_debias,
-        unbiased_running_var=layer.unbiased_running_var, virtual_batch_size=layer.virtual_batch_size,
-        min_count=layer.min_count, sync="global" if initializing else layer.sync, **common(layer, axis_name),
-    )  # fmt: skip
-    if train is not False and update_stats:
-        check_replicated(layer, state, new)
-    return y, reshaped(new, stats.mean.shape)
-
-
-def check_replicated(layer, old: RunningStats, new: RunningStats) -> None:
+def check_replicated(layer, old: Any, new: Any) -> None:
     """Statistics that were the same on all devices stay so, as far as shard_map's types tell (with check_vma on)."""
     for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
         names = tuple(sorted(map(str, varying(after) - varying(before))))
@@ -139,28 +40,25 @@ def check_replicated(layer, old: RunningStats, new: RunningStats) -> None:
             )
 
 
-def reshaped(stats: RunningStats, shape: Shape) -> RunningStats:
-    mean, var, count = stats
-    return RunningStats(mean.reshape(shape), var.reshape(shape), None if count is None else count.reshape(shape))
+def state_for(layer, what: str, state: Any, x: Array, axes: tuple[int, ...]) -> Any:
+    """The state in x's feature shape, and with a complex mean for a complex x."""
+    features = sizes_along(x.shape, axes)
+    for a in jax.tree.leaves(state):
+        check_width(layer, what, a.shape, x.shape, axes)
+    state = jax.tree.map(lambda a: a.reshape(features), state)
+    if jnp.iscomplexobj(x) and "mean" in state._fields:
+        state = state._replace(mean=state.mean.astype(promoted(state.mean, x)))
+    return state
 
 
-def batch_features(layer, x: Array) -> tuple[int, ...]:
-    return canonical(layer, "axis", x.ndim, layer.axis)
-
-
-def common(layer, axis_name) -> dict[str, Any]:
-    """The keyword arguments that every function has."""
-    groups, epsilon = None if axis_name is None else layer.axis_index_groups, to_python(layer.epsilon)
-    if isinstance(epsilon, int) and epsilon > 1:
+def check_epsilon(layer, epsilon) -> None:
+    """Flax's linen layers take no sizes: one given by position stands for epsilon."""
+    if type(epsilon) is not float and isinstance(epsilon := to_python(epsilon), int) and epsilon > 1:
         name = type(layer).__name__
         raise ValueError(
             f"{name}: epsilon={epsilon} looks like a number of features, which linen's layers read off x. "
             f"Write {name}(), or epsilon={epsilon}.0 if that is meant."
         )
-    return dict(
-        epsilon=epsilon, scale_offset=layer.scale_offset, activation=layer.activation, axis_name=axis_name,
-        axis_index_groups=groups, implementation=layer.implementation,
-    )  # fmt: skip
 
 
 def training(use_running_average) -> Any:
@@ -176,16 +74,14 @@ def training(use_running_average) -> Any:
     return not use
 
 
-def needs_count(layer) -> bool:
-    return layer.momentum is None or layer.zero_debias
-
-
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def unit_scale(scale_offset: float) -> Initializer:
-    """An effective scale of 1, which is Flax's initial one where there is no offset."""
-    return initializers.constant(1.0 - scale_offset) if scale_offset else initializers.ones
+def cast(params: dict[str, Array | None], dtype, scale_offset: float) -> dict[str, Array | None]:
+    """Parameters in the compute dtype, the scale with its offset added there. EasyLM, t5x and MaxText do so."""
+    given = {name: p if p is None else p.astype(dtype) for name, p in params.items()}
+    scale = given.get("scale")
+    return given if scale is None or not scale_offset else {**given, "scale": scale + jnp.asarray(scale_offset, dtype)}
 
 
 def check_not_both(layer, **given: tuple[bool, Any]) -> None:
@@ -204,17 +100,19 @@ def broadcast_param(layer, what: str, param, shape: Shape, axes: tuple[int, ...]
         return None
     refuse_a_shape(type(layer).__name__, what, param)
     param = jnp.asarray(param)
+    if param.ndim == 0 and axes:
+        return param
     if learned:
         check_width(layer, what, param.shape, shape, axes)
-    elif param.shape != tuple(shape[a] for a in axes):
+    elif param.shape != sizes_along(shape, axes):
         return param
-    return param.reshape([s if a in axes else 1 for a, s in enumerate(shape)])
+    return param.reshape(spread_along(shape, axes))
 
 
 def check_width(layer, what: str, given: Shape, shape: Shape, axes: tuple[int, ...]) -> None:
     """A TypeError, as in Flax, whose reshape is the one to notice."""
-    features = tuple(shape[a] for a in axes)
-    if math.prod(given) != math.prod(features):
+    features = sizes_along(shape, axes)
+    if given != features and math.prod(given) != math.prod(features):
         name, axis = type(layer).__name__, axis_that_fits(given, shape, axes)
         write = f"Make the layer for {features} features, or name x's feature axes."
         if axis is not None:
@@ -228,10 +126,10 @@ def check_width(layer, what: str, given: Shape, shape: Shape, axes: tuple[int, .
 # --- Flax's rules -----------------------------------------------------------------------------------------------------
 
 
-def output_dtype(layer, *args):
+def output_dtype(given, layer, *args):
     """Flax's rule, by Flax's function: what was asked for, else what the arguments promote to, whatever JAX's mode."""
     name = type(layer).__name__
-    dtype = None if layer.dtype is None else as_dtype(name, layer.dtype)
+    dtype = None if given is None else as_dtype(name, given)
     try:
         with jax.numpy_dtype_promotion("standard"):
             return canonicalize_dtype(*args, dtype=dtype)
@@ -273,13 +171,3 @@ def align_mask_like_flax(mask, shape: Shape) -> Array | None:
     rest = len(shape) - mask.ndim
     fits = rest >= 0 and all(m in (1, s) for m, s in zip(mask.shape, shape[rest:], strict=True))
     return mask.reshape((1,) * rest + mask.shape) if fits else mask
-
-
-def check_groups(num_groups: int | None, group_size: int | None) -> None:
-    """Flax's default of 32 groups stands in the way of a group size that is given alone."""
-    if num_groups is not None and group_size is not None:
-        raise ValueError(
-            "GroupNorm: give one of num_groups, which is 32 by default, and group_size; got "
-            f"num_groups={shown(num_groups)} and group_size={shown(group_size)}. "
-            f"Write num_groups=None, group_size={shown(group_size)}, or num_groups={shown(num_groups)} alone."
-        )

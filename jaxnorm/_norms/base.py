@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
@@ -58,11 +58,17 @@ class Norm(Protocol):
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def spec(cls: type[T]) -> type[T]:
-    """Make a frozen, keyword-only dataclass whose constructor explains a wrong call."""
-    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    cls.__init__ = explained("spec")(cls.__init__)
-    return cls
+def spec(function: Callable[..., Any] | None = None) -> Callable[[type[T]], type[T]]:
+    """Make a class the spec of a function: a frozen, keyword-only dataclass whose constructor explains a wrong call."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        cls.__init__ = explained("spec")(cls.__init__)
+        if function is not None:
+            cls.function = staticmethod(function)  # pyright: ignore[reportAttributeAccessIssue]
+        return cls
+
+    return decorate
 
 
 def as_params(norm: str, params: Any, kind: Any = Affine) -> Any:
@@ -97,20 +103,20 @@ def _order(norm: str) -> str:
     return "norm.as_affine(params, state)" if norm.endswith("as_affine") else "norm.apply(params, state, x)"
 
 
-@spec
+@spec()
 class Spec:
     """The hyperparameters that all norms have. Fields that describe no parameter are options of the function."""
 
     use_scale: bool = True
-    use_bias: bool = True
     param_dtype: Any = jnp.float32
     scale_offset: float = 0.0
     activation: Any = None
     dtype: Any = None
     implementation: str | None = None
 
-    Params: ClassVar[type[tuple]] = Affine  # NamedTuple: its fields name the parameters, in layers and checkpoints too
-    State: ClassVar[type[tuple]] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
+    Params: ClassVar[Any] = Affine  # NamedTuple: its fields name the parameters, in layers and checkpoints too
+    function: ClassVar[Callable[..., Any]]  # whose options the fields are
+    State: ClassVar[Any] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
 
     def __post_init__(self):
@@ -142,8 +148,8 @@ class Spec:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the function of the same name."""
-        about_params = ("use_scale", "use_bias", "param_dtype")
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in about_params}
+        names = [f.name for f in dataclasses.fields(self) if not f.name.startswith("use_") and f.name != "param_dtype"]
+        return {name: getattr(self, name) for name in names}
 
     def features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The feature shape of an x of this shape: the sizes along `axis`. It is what `init` takes.
@@ -168,14 +174,18 @@ class Spec:
             width = of_x[at] if -len(of_x) <= at < len(of_x) else 64
             raise ValueError(f"{name}.init: features must be ints >= 0, got {shown(features)}. Write init({width}).")
         self._check_features(shape)
-        return self._init_params(shape), self._init_state(shape)
+        return self.init_params(shape), self.init_state(shape)
 
-    def _init_params(self, shape: tuple[int, ...]) -> Any:
+    def init_params(self, shape: tuple[int, ...]) -> Any:
         """The first `Params`, None for each that this spec does not use."""
-        scale = jnp.full(shape, 1.0 - self.scale_offset, self.param_dtype) if self.use_scale else None
-        return Affine(scale, jnp.zeros(shape, self.param_dtype) if self.use_bias else None)
+        used = lambda name: getattr(self, f"use_{name}", True)
+        return self.Params(*(self.init_param(name, shape) if used(name) else None for name in self.Params._fields))
 
-    def _init_state(self, shape: tuple[int, ...]) -> Any:
+    def init_param(self, name: str, shape: tuple[int, ...]) -> Array:
+        """The first value of one parameter: of the effective scale 1, of all others 0."""
+        return jnp.full(shape, 1.0 - self.scale_offset if name == "scale" else 0.0, self.param_dtype)
+
+    def init_state(self, shape: tuple[int, ...]) -> Any:
         """The first `State`; `()` where a norm has none."""
         return ()
 
@@ -196,7 +206,7 @@ class Spec:
             )
 
 
-@spec
+@spec()
 class RowSpec(Spec):
     """What the norms without state share: statistics of each example's own, the same in training and at inference."""
 
@@ -208,14 +218,9 @@ class RowSpec(Spec):
         def init(self, features: Features) -> tuple[Affine, tuple[()]]: ...
 
     @explained("apply")
-    def apply(
-        self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None
-    ) -> tuple[Array, S]:
+    def apply(self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None) -> tuple[Array, S]:
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
         name = type(self).__name__
         refuse_params_as_state(name, state, self.Params)
-        return self._function(x, *as_params(name, params, self.Params), mask=mask, **self.options()), state
-
-    def _function(self, x, *params, **options) -> Array:
-        """The function of the same name; `params` are the fields of `Params`."""
-        raise NotImplementedError
+        given = as_params(name, params, self.Params)
+        return type(self).function(x, *given, mask=mask, **self.options()), state

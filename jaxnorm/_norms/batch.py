@@ -21,6 +21,7 @@ from .._core.arrays import (
     axis_that_fits,
     canonicalize_axes,
     canonicalize_dtype,
+    sizes_along,
 )
 from .._core.checks import (
     canonicalize_epsilon,
@@ -150,7 +151,7 @@ def batch_norm(
     norm = "batch_norm"
     x = as_float_array(norm, x, rank=1, layout="(batch, ..., channels)")
     channels = canonicalize_axes(norm, x.ndim, axis)
-    features = tuple(x.shape[a] for a in channels)
+    features = sizes_along(x.shape, channels)
     scale, bias = as_params(norm, params)
     update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = canonicalize_flags(
         norm, update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
@@ -185,10 +186,10 @@ def batch_norm(
 
     scale = align_param(norm, "scale", scale, x.shape, channels)
     bias = align_param(norm, "bias", bias, x.shape, channels)
-    scale, bias = (None if p is None else shard_like(x, p) for p in (scale, bias))
+    scale, bias = [None if p is None else shard_like(x, p) for p in (scale, bias)]
     args = (seen, scale, bias, mask, weights)
     out = canonicalize_dtype(norm, dtype, x, scale, bias)
-    axes = tuple(a for a in range(x.ndim) if a not in channels)
+    axes = tuple([a for a in range(x.ndim) if a not in channels])
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
     reduction = Reduction(axes, one_pass=True)
@@ -216,7 +217,7 @@ def _as_batch_moments(stats: Statistics, features, reduction: Reduction) -> Mome
     )
     count = stats.count + jnp.zeros_like(stats.m2)
     moments = Moments(count, stats.mean_hi + stats.mean_lo, m2)
-    return Moments(*(a.reshape(features) for a in moments))
+    return Moments(*[a.reshape(features) for a in moments])
 
 
 def _checked_flag(norm: str, train):
@@ -230,7 +231,7 @@ def _checked_flag(norm: str, train):
 
 
 def _checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_count: bool):
-    features = tuple(x.shape[a] for a in channels)
+    features = sizes_along(x.shape, channels)
     if not isinstance(state, (RunningStats, Moments)):
         refuse_params_as_state(norm, state)
         if not is_stats(state):
@@ -265,7 +266,7 @@ def _checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_
     return state
 
 
-@spec
+@spec(batch_norm)
 class BatchNorm(Spec):
     """The hyperparameters of `batch_norm`, said once. See `jaxnorm.Norm` for what a spec does.
 
@@ -278,8 +279,9 @@ class BatchNorm(Spec):
      [ 1.]] [0.2]
     """
 
-    State: ClassVar[type[tuple]] = RunningStats
+    State: ClassVar[Any] = RunningStats
 
+    use_bias: bool = True
     axis: int | tuple[int, ...] = -1
     momentum: float | None = 0.99
     epsilon: float = 1e-5
@@ -303,7 +305,7 @@ class BatchNorm(Spec):
 
         def init(self, features: Features) -> tuple[Affine, RunningStats]: ...
 
-    def _init_state(self, shape: tuple[int, ...]) -> RunningStats:
+    def init_state(self, shape: tuple[int, ...]) -> RunningStats:
         """Mean 0 and variance 1."""
         f32 = jnp.float32
         count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None

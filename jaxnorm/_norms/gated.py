@@ -5,16 +5,21 @@ Legend: C channels, G groups of them, f the activation of the gate.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.channels import canonicalize_group_count, spans_devices, split_channels
 from .._core.checks import canonicalize_flags, check_cast
 from .._core.explain import explained
 from .._core.messages import shown, to_python
+from .._core.types import Features
 from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
+from .base import RowSpec, S, as_params, refuse_params_as_state, spec
 
 Array = jax.Array
 
@@ -106,6 +111,51 @@ def gated_rms_norm(
         view=lambda a: a if one else split_channels(a, x.shape, channel, groups),
         spans_devices=not one and spans_devices(x, channel, groups),
     )  # fmt: skip
+
+
+class GatedParams(NamedTuple):
+    """The parameters of `gated_rms_norm`."""
+
+    scale: Array | None  # of the size of x's `axis`
+
+
+@spec(gated_rms_norm)
+class GatedRMSNorm(RowSpec):
+    """The hyperparameters of `gated_rms_norm`, said once. The gate is an argument of `apply`, after x.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.GatedRMSNorm(epsilon=0., activation="sigmoid")
+    >>> params, state = norm.init(2)
+    >>> y, state = norm.apply(params, state, np.array([[3., -3.]]), np.array([[0., 1.]]))
+    >>> y.round(3).tolist()
+    [[0.5, -0.7310000061988831]]
+    """
+
+    Params: ClassVar[Any] = GatedParams
+
+    axis: int = -1
+    group_size: int | None = None
+    norm_before_gate: bool = True
+    activation: Activation = "silu"
+    epsilon: float = 1e-6
+    cast: str = "after_scale"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_cast("GatedRMSNorm", self.cast)
+
+    if TYPE_CHECKING:
+
+        def init(self, features: Features) -> tuple[GatedParams, tuple[()]]: ...
+
+    @explained("apply")
+    def apply(
+        self, params: Any, state: S, x: ArrayLike, gate: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[Array, S]:
+        """The normalized and gated x, and the state `()` as it came."""
+        refuse_params_as_state("GatedRMSNorm", state, GatedParams)
+        (scale,) = as_params("GatedRMSNorm", params, GatedParams)
+        return gated_rms_norm(x, gate, scale, mask=mask, **self.options()), state
 
 
 def _aligned_gate(norm: str, gate, x: Array) -> Array:

@@ -103,7 +103,7 @@ def group_norm(
     )  # fmt: skip
 
 
-@spec
+@spec(group_norm)
 class GroupNorm(RowSpec):
     """The hyperparameters of `group_norm`, said once. 32 groups, as in the paper, unless told otherwise.
 
@@ -114,6 +114,7 @@ class GroupNorm(RowSpec):
     [[-1.0, 1.0, -1.0, 1.0]]
     """
 
+    use_bias: bool = True
     num_groups: int | None = None
     group_size: int | None = None
     axis: int = -1
@@ -128,6 +129,3 @@ class GroupNorm(RowSpec):
     def _check_features(self, shape: tuple[int, ...]) -> None:
         super()._check_features(shape)
         canonicalize_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)
-
-    def _function(self, x, scale, bias, **options) -> Array:
-        return group_norm(x, scale, bias, **options)

@@ -86,7 +86,7 @@ def instance_norm(
     )  # fmt: skip
 
 
-@spec
+@spec(instance_norm)
 class InstanceNorm(RowSpec):
     """The hyperparameters of `instance_norm`, said once.
 
@@ -97,8 +97,6 @@ class InstanceNorm(RowSpec):
     [[[-1.0, -1.0], [1.0, 1.0]]]
     """
 
+    use_bias: bool = True
     axis: int | tuple[int, ...] = -1
     epsilon: float = 1e-6
-
-    def _function(self, x, scale, bias, **options) -> Array:
-        return instance_norm(x, scale, bias, **options)

@@ -78,7 +78,7 @@ def layer_norm(
     )  # fmt: skip
 
 
-@spec
+@spec(layer_norm)
 class LayerNorm(RowSpec):
     """The hyperparameters of `layer_norm`, said once. See `jaxnorm.Norm` for what a spec does.
 
@@ -90,10 +90,8 @@ class LayerNorm(RowSpec):
     ([[-1.0, 1.0]], ())
     """
 
+    use_bias: bool = True
     axis: int | tuple[int, ...] = -1
     epsilon: float = 1e-6
 
     _spare_axes: ClassVar[int] = 1  # per head: (H, D)
-
-    def _function(self, x, scale, bias, **options) -> Array:
-        return layer_norm(x, scale, bias, **options)

@@ -80,7 +80,7 @@ def rms_norm(
     )  # fmt: skip
 
 
-@spec
+@spec(rms_norm)
 class RMSNorm(RowSpec):
     """The hyperparameters of `rms_norm`, said once. There is no bias unless `use_bias=True`.
 
@@ -101,6 +101,3 @@ class RMSNorm(RowSpec):
     def __post_init__(self):
         super().__post_init__()
         check_cast("rms_norm", self.cast)
-
-    def _function(self, x, scale, bias, **options) -> Array:
-        return rms_norm(x, scale, bias, **options)

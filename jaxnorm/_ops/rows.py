@@ -58,7 +58,7 @@ def normalize_stream(
     scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
     if residual is not None:
         x, residual = match_types(x, residual)
-    scale, bias, gate = (None if a is None else shard_like(x, a) for a in (scale, bias, gate))
+    scale, bias, gate = [None if a is None else shard_like(x, a) for a in (scale, bias, gate)]
     out = canonicalize_dtype(norm, dtype, x, scale, bias)
     of = (x, residual, scale, bias) if gate is None else (gate,)
     check_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
