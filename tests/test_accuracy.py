@@ -57,8 +57,9 @@ def test_a_constant_gives_the_bias(row, constant, rng):
     params = row.params(rng)
     y = row.apply(params, np.full(row.shape, constant, np.float32))
     if row.centered:
-        bias = 0.0 if params.bias is None else np.reshape(params.bias, row.param)
-        np.testing.assert_allclose(y, np.broadcast_to(row.activated(bias), row.shape), atol=1e-6)
+        bias = row.in_rank(params).bias
+        bias = np.zeros(row.shape) if bias is None else np.broadcast_to(bias, row.shape)
+        np.testing.assert_allclose(y, row.activated(bias), atol=1e-6)
     else:
         np.testing.assert_allclose(
             y, row.truth(params, np.full(row.shape, np.float32(constant))).y, rtol=1e-6, atol=2e-6

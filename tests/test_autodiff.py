@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from catalogue import EACH, ROWS
+from catalogue import EACH, ROWS, ghosts
 from jax import lax
 
 
@@ -16,12 +16,10 @@ def shrunk(row):
     shape = tuple(12 if n == 12 else min(n, m) for n, m in zip(row.shape, small, strict=True))
     param = row.with_shape(shape)[1]
     spec = row.spec
-    if "ghost" in row.flags:
-        size = 2 if spec.virtual_batch_size == 8 else 3
+    if row.ghost:
+        size = 2 if row.ghost == 8 else 3
         spec = dataclasses.replace(spec, virtual_batch_size=size)
-        statistic = (lambda n, t, c: (n // 2, c)) if size == 2 else (lambda n, t, c: (n // 3, c))
-        row = dataclasses.replace(row, spec=spec, statistic=statistic)
-        param = row.with_shape(shape)[1]
+        row = dataclasses.replace(row, spec=spec, statistic=ghosts(size))
     given = None if row.given is None else tuple(p for p in param if p != 1)
     return dataclasses.replace(row, shape=shape, param=param, given=given)
 

@@ -21,14 +21,14 @@ def test_jit_changes_nothing(row, rng):
     near(row.apply(params, x), row.spec.apply(params, row.state(), x, train=True)[0])
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if "ghost" not in r.flags and "per-sample" not in r.flags], ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_permuted_batch_permutes(row, rng):
     params, x = row.params(rng), draw(rng, row.shape, 1.0)
     order = rng.permutation(row.shape[0])
     near(row.apply(params, x[order]), row.apply(params, x)[order])
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.centered], ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_shift_and_scale_of_x(row, rng):
     params, x = row.params(rng), draw(rng, row.shape)
     spec = dataclasses.replace(row, spec=dataclasses.replace(row.spec, epsilon=0.0))

@@ -197,8 +197,8 @@ def test_lax_is_lax_operations_alone(name, rng):
         f = functools.partial(FUNCTIONS[name], implementation="lax")
     else:
         x, params = draw(rng, row.shape, 1.0), row.params(rng)
-        spec = dataclasses.replace(row.spec, implementation="lax")
-        f = lambda x, p: spec.apply(p, row.state(), x, train=True)
+        lax = dataclasses.replace(row, spec=dataclasses.replace(row.spec, implementation="lax"))
+        f = lambda x, p: lax.call(p, row.state(), x, train=True)
     forward = jax.make_jaxpr(f)(x, params)
     assert primitives(forward.jaxpr) <= LAX | CALLS
     both = jax.make_jaxpr(lambda *args: (lambda y, vjp: vjp(y))(*jax.vjp(f, *args)))(x, params)

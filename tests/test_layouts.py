@@ -85,10 +85,7 @@ class Case:
         return P(*(s if p != 1 else None for s, p in zip(self.spec, self.param, strict=True)))
 
     def arguments(self, rng):
-        params = jn.Affine(*(
-            jnp.asarray(rng.normal(size=self.param), jnp.float32) if there else None
-            for there in (self.row.spec.use_scale, self.row.spec.use_bias)
-        ))  # fmt: skip
+        params = dataclasses.replace(self.row, shape=self.shape, param=self.param).params(rng, x_rank=True)
         state = self.row.spec.init(self.shape[self.feature])[1]
         return params, state, draw(rng, self.shape, 2.0), draw(rng, self.shape)
 
@@ -143,7 +140,7 @@ def fits(row, layout) -> bool:
     return case.middle is not None or LAYOUTS[layout][2][1] is None
 
 
-ROWS = [by_name[name] for name in MECHANISMS if "ghost" not in by_name[name].flags]
+ROWS = [by_name[name] for name in MECHANISMS if not by_name[name].ghost]
 CASES = [(row, layout) for layout in LAYOUTS for row in ROWS if fits(row, layout)]
 ids = lambda v: v if isinstance(v, str) else str(v)
 
@@ -212,7 +209,7 @@ def assert_little_moves(case: Case, text: str, rounds: int) -> None:
     most = (4 * devices + 2) * statistics_of_one_device(case) + 2 * math.prod(case.param)
     assert all(size <= most for _, size in ops), ops
     # Those given per example are sums over fewer devices than the statistics, so they come apart.
-    parameters = 2 + 2 * ("per-sample" in case.row.flags)
+    parameters = 2 + 2 * case.row.per_sample
     assert len(ops) <= rounds + parameters, ops
 
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from catalogue import EACH, ROWS, by_name, draw
+from catalogue import EACH, NOT_NATIVE, ROWS, by_name, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -26,12 +26,6 @@ from jaxnorm._backends.call import varying_axes
 from jaxnorm._core.types import Reduction
 
 pytestmark = pytest.mark.skipif(not cpu.library().loaded, reason=cpu.library().reason)
-
-REFUSED = {  # the reason, of the rows of the catalogue that the backend leaves to XLA
-    "layer-nchw": "without transposing",
-    "batch-conditional": "without transposing",
-    "batch-ghost-remainder": "masks and weights are XLA's",
-}
 
 
 def forced(row):
@@ -52,13 +46,9 @@ def gradients(f):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_forced_it_runs_or_says_why_not(row, rng):
+def test_the_native_backend_runs_every_row(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 3.0), draw(rng, row.shape)
     apply = forced(row).apply
-    if row.name in REFUSED:
-        with pytest.raises(ValueError, match=f"implementation='native' cannot run here: .*{REFUSED[row.name]}"):
-            apply(params, x)
-        return
     assert kernels_in(apply, params, x) == ["forward"]
     assert kernels_in(gradients(apply), params, x, g) == ["forward", "backward"]
     y, vjp = jax.vjp(apply, params, x)
@@ -67,6 +57,13 @@ def test_forced_it_runs_or_says_why_not(row, rng):
     for got, true in zip((dx, *dparams), row.gradients(params, x, g), strict=True):
         if got is not None:
             np.testing.assert_allclose(np.reshape(got, true.shape), true, rtol=1e-5, atol=4e-6 * np.abs(true).max())
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("row", [row for row in ROWS if NOT_NATIVE in row.exempt], ids=str)
+def test_the_native_backend_says_why_it_does_not_run_a_row(row, rng):
+    with pytest.raises(ValueError, match=f"implementation='native' cannot run here: .*{row.exempt[NOT_NATIVE]}"):
+        forced(row).apply(row.params(rng), draw(rng, row.shape))
 
 
 @pytest.mark.parametrize(

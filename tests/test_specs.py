@@ -166,17 +166,19 @@ def test_equal_specs_share_a_trace(row, rng):
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_init_touches_no_data_and_makes_an_identity_of_parameters(row):
     params, state = row.spec.init(row.features)
-    assert (params.scale is None) == (not row.spec.use_scale)
-    assert (params.bias is None) == (not row.spec.use_bias)
-    if params.scale is not None:
-        np.testing.assert_array_equal(params.scale + row.spec.scale_offset, 1.0)
-        assert params.scale.dtype == np.float32
-    if params.bias is not None:
-        np.testing.assert_array_equal(params.bias, 0.0)
+    # The parameters that a norm declares, with the names and options that all norms share for the two they may have.
+    assert type(params) is row.spec.Params
+    assert type(state) is row.spec.State or state == ()
+    for name, first in (("scale", 1.0 - getattr(row.spec, "scale_offset", 0.0)), ("bias", 0.0)):
+        if name in params._fields:
+            assert (getattr(params, name) is None) != getattr(row.spec, f"use_{name}", True)
+        if getattr(params, name, None) is not None:
+            np.testing.assert_array_equal(getattr(params, name), first)
+    assert all(p.dtype == np.float32 for p in jax.tree.leaves(params))
     assert (state == ()) != row.batch
     features = (12, 5) if isinstance(row.spec.axis, tuple) else (12,)
     shaped = jax.eval_shape(lambda: row.spec.init(features))
-    assert all(leaf.shape == features for leaf in jax.tree.leaves(shaped))
+    assert all(leaf.shape in (features, ()) for leaf in jax.tree.leaves(shaped))
     half = dataclasses.replace(row.spec, param_dtype=jnp.bfloat16).init(row.features)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half[0]))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half[1]))
@@ -186,7 +188,7 @@ def test_init_touches_no_data_and_makes_an_identity_of_parameters(row):
 def test_a_norm_without_state_ignores_train(row, rng):
     params, x = row.params(rng), draw(rng, row.shape)
     for train in (True, False, jnp.array(True)):
-        y, state = row.spec.apply(params, (), x, train=train)
+        y, state = row.call(params, (), x, train=train)
         assert state == ()
         np.testing.assert_allclose(y, row.apply(params, x), rtol=2e-6, atol=2e-6)
 
