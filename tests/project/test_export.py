@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import ROWS, by_name, draw
+from helpers.native import run_python
 from jax.extend.core import Primitive
-from test_native import run_python
 
 import jaxnorm as jn
 from jaxnorm._backends import cpu

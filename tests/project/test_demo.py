@@ -17,7 +17,7 @@ from jaxnorm import demo
 optax = pytest.importorskip("optax")
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COUNTS = (1, 4)
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import oracle
 import pytest
 from catalogue import draw
+from helpers.devices import collectives, mesh_of, placed
+from helpers.memory import kept_bytes
+from helpers.transforms import compare, modes
 from jax.sharding import PartitionSpec as P
-from test_autodiff import compare, modes
-from test_devices import collectives, mesh_of, placed
-from test_memory import kept_bytes
 
 import jaxnorm as jn
 from jaxnorm._backends import registry

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import MECHANISMS, Row, by_name, draw
+from helpers.devices import close, mesh_of, moved, placed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_devices import close, mesh_of, placed
 
 import jaxnorm as jn
 
@@ -114,15 +114,6 @@ def train(norm, params, state, x, g):
 
 
 on_one_device = jax.jit(train, static_argnums=0)  # compiled once for each row, whatever the layouts
-
-
-def moved(text: str) -> list[tuple[str, int]]:
-    """The collectives of a compiled program, each with the number of elements that it moves."""
-    found = re.findall(
-        r"= (\([^)]*\)|\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
-    )
-    size = lambda shape: math.prod(int(n) for n in shape.split(",") if n)
-    return [(name, sum(size(s) for s in re.findall(r"\[([\d,]*)\]", shapes))) for shapes, name in found]
 
 
 def statistics_of_one_device(case: Case) -> int:

@@ -1,10 +1,6 @@
 """The native backend: what it takes, what it runs, what it refuses, and what it does when it is misused."""
 
-import dataclasses
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -15,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from catalogue import EACH, NOT_NATIVE, ROWS, by_name, draw
+from helpers.native import forced, kernels_in, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -26,15 +23,6 @@ from jaxnorm._backends.call import varying_axes
 from jaxnorm._core.types import Reduction
 
 pytestmark = pytest.mark.skipif(not cpu.library().loaded, reason=cpu.library().reason)
-
-
-def forced(row):
-    return dataclasses.replace(row, spec=dataclasses.replace(row.spec, implementation="native"))
-
-
-def kernels_in(f, *args) -> list[str]:
-    """The kernels that a compiled program calls, each as often as it stands there."""
-    return re.findall(r'custom_call_target="jaxnorm_(\w+)"', jax.jit(f).lower(*args).compile().as_text())
 
 
 def gradients(f):
@@ -298,18 +286,6 @@ def test_what_does_not_fit_is_an_exception_and_the_process_lives_on(changes, mes
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(misuse(**changes))
     assert np.all(np.isfinite(misuse()[0]))
-
-
-def run_python(code: str, **env) -> str:
-    """A fresh interpreter, without what the tests set."""
-    if (isa := env.get("JAXNORM_ISA", "baseline")) not in cpu.library().instruction_sets:
-        pytest.skip(f"this processor has no {isa}")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAXNORM_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**kept, "JAX_PLATFORMS": "cpu", **env}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "baseline"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from catalogue import EACH, ROWS
+from helpers.memory import kept_bytes, limit
 
 import jaxnorm as jn
 
@@ -14,16 +15,6 @@ WIDE = {
     "instance-nhwc": (8, 32, 32, 24),
     "batch-nhwc": (8, 16, 16, 24),
 }
-
-
-def kept_bytes(f, *args) -> int:
-    """The bytes of every array that the vjp of f keeps, each counted once."""
-    kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(f, *args)[1], *args))
-    return sum(a.size * a.dtype.itemsize for a in kept)
-
-
-def limit(dtype) -> float:
-    return jnp.dtype(dtype).itemsize + 0.1
 
 
 @pytest.mark.versions

@@ -7,17 +7,9 @@ import numpy as np
 import oracle
 import pytest
 from catalogue import EACH, ROWS, by_name, draw
+from helpers.rounding import HALVES, ulp
 
 import jaxnorm as jn
-
-HALVES = [ml_dtypes.bfloat16, np.float16]
-
-
-def ulp(y):
-    """The spacing of y's dtype at y, in float64."""
-    info = ml_dtypes.finfo(y.dtype)
-    exponent = np.frexp(np.abs(y.astype(np.float64)))[1] - 1
-    return np.exp2(np.maximum(exponent, info.minexp) - info.nmant)
 
 
 @pytest.mark.versions

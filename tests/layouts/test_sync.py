@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from catalogue import draw
 from helpers.compiled import hlo
+from helpers.devices import SHAPE, alone_step, case, close, collectives, mesh_of, placed, step, uneven_mask
 from jax.sharding import PartitionSpec as P
-from test_devices import SHAPE, alone_step, case, close, collectives, mesh_of, placed, step, uneven_mask
 
 import jaxnorm as jn
 import jaxnorm.linen as jnn

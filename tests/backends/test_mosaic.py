@@ -245,7 +245,7 @@ for *args, g in [(half, half), (half, half, (half, half)), (full, full, (full, f
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1",
-             "PYTHONPATH": os.path.dirname(__file__)},
+             "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))},
     )  # fmt: skip
     spills = re.findall(r"(\d+) bytes spill stores", found.stdout + found.stderr)
     assert spills == ["0"] * 6

@@ -12,7 +12,7 @@ from benchmarks.harness import records
 from benchmarks.harness import torus as model
 
 V5E, V5P = model.CHIPS["v5e"], model.CHIPS["v5p"]
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def boxes(kind: str) -> list[tuple[int, ...]]:

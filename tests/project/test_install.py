@@ -19,7 +19,7 @@ from jaxnorm._backends import cpu
 from jaxnorm._backends.pallas import adapter as mosaic
 from jaxnorm._core import install as _install
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 REPOSITORY = PYPROJECT["project"]["urls"]["Repository"]
 THIRD_PARTY = ROOT / "jaxnorm" / "_backends" / "cpu" / "third_party"

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import draw
+from helpers.devices import close, mesh_of
 from jax.sharding import PartitionSpec as P
-from test_devices import close, mesh_of
 
 import jaxnorm as jn
 import jaxnorm.linen as jnn

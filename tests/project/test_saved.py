@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 from catalogue import draw
+from helpers.devices import close, collectives, mesh_of, placed
+from helpers.native import run_python
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_devices import close, collectives, mesh_of, placed
-from test_native import run_python
 
 import jaxnorm as jn
 from jaxnorm._backends import partition

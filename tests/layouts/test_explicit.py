@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import draw
+from helpers.devices import close, mesh_of, moved
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_devices import close, mesh_of
-from test_layouts import moved
 
 import jaxnorm as jn
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 CROSS_COMPILER = "aarch64-linux-gnu-g++"  # Debian: apt-get install g++-aarch64-linux-gnu
-SANITIZE = Path(__file__).parent / "native" / "sanitize"
+SANITIZE = Path(__file__).parents[1] / "native" / "sanitize"
 CANNOT_RUN = 77
 
 
@@ -40,6 +40,6 @@ def test_no_race():
 @pytest.mark.skipif(shutil.which(CROSS_COMPILER) is None, reason=f"no {CROSS_COMPILER}")
 @pytest.mark.parametrize("source", ["ffi.cpp", "baseline.cpp"])
 def test_it_compiles_for_arm64(source):
-    backend = Path(__file__).parents[1] / "jaxnorm" / "_backends" / "cpu"
+    backend = Path(__file__).parents[2] / "jaxnorm" / "_backends" / "cpu"
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi", "-isystem", str(backend / "third_party")]
     subprocess.run([CROSS_COMPILER, *flags, str(backend / source)], check=True)

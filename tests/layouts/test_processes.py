@@ -29,7 +29,8 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from catalogue import EACH, draw
+from catalogue import EACH
+from helpers.devices import row_case
 from jax.sharding import Mesh
 
 pytest.importorskip("optax")
@@ -42,7 +43,7 @@ from examples.processes import __main__ as processes
 from examples.processes import launcher, training
 from jaxnorm import demo
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IMAGES, SIZE, STEPS, RATE = 71, 13, 6, 0.1
 OPTIONS = f"--images {IMAGES} --batch-size {SIZE} --steps {STEPS} --every 3 --learning-rate {RATE}".split()
 NORM, OPTIMIZER = demo.NORMS["batch"], demo.make_optimizer(STEPS, RATE)
@@ -396,7 +397,7 @@ with joined(address, 2, int(process), 2):
     from catalogue import EACH
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
     from jaxnorm._backends import cpu
-    from test_processes import case
+    from helpers.devices import row_case
     cpu.is_profitable = lambda view, dtype: True  # however small
 
     def on(mesh):
@@ -405,7 +406,7 @@ with joined(address, 2, int(process), 2):
         own = lambda a: jax.make_array_from_process_local_data(rows, np.split(a, 2)[int(process)])
         shards = lambda a: np.concatenate([s.data for s in a.addressable_shards])
         for row in EACH:
-            params, x, g = case(row)
+            params, x, g = row_case(row)
             def step(params, x, g):
                 f = lambda params, x: row.spec.apply(params, row.state(), x, train=True)
                 y, pull, state = jax.vjp(f, params, x, has_aux=True)
@@ -434,12 +435,6 @@ with joined(address, 2, int(process), 2):
 ALONE, SYNCED = ["backward", "forward"], ["gradient", "gradient_sums", "moments", "normalize"]
 
 
-def case(row):
-    rng = np.random.default_rng(0)
-    shape = (16, *row.shape[1:])
-    return row.params(rng), draw(rng, shape, 2.0), draw(rng, shape)
-
-
 def close(halves, row: str, name: str, want) -> None:
     got = np.concatenate([half[f"{row} {name}"] for half in halves])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5, err_msg=f"{row} {name}")
@@ -458,7 +453,7 @@ def test_norms_over_global_arrays_are_exact_and_gather_nothing(native, kernels, 
         found = [] if not native else SYNCED if row.batch else ALONE
         for i in (0, 1):
             assert f"{name} in {i}: {found} {['all-reduce'] * rounds}\n" in printed, printed
-        params, x, g = case(row)
+        params, x, g = row_case(row)
         labels, _ = row.with_shape(x.shape)
         how = dict(epsilon=row.spec.epsilon, centered=row.centered)
         truth = oracle.normalize(x, labels, *row.in_rank(params), **how)

@@ -11,12 +11,12 @@ import oracle
 import pytest
 from catalogue import EACH, draw
 from flax import nnx
+from helpers.devices import collectives, mesh_of, placed
+from helpers.memory import kept_bytes
+from helpers.native import kernels_in
+from helpers.rounding import HALVES, ulp
+from helpers.transforms import ESSENTIAL, compare, modes
 from jax.sharding import PartitionSpec as P
-from test_autodiff import ESSENTIAL, compare, modes
-from test_devices import collectives, mesh_of, placed
-from test_dtypes import HALVES, ulp
-from test_memory import kept_bytes
-from test_native import kernels_in
 
 import jaxnorm as jn
 from jaxnorm import linen as jnn

@@ -13,7 +13,7 @@ from benchmarks.harness import case, records, table, timing
 from benchmarks.harness.case import Case, least
 from benchmarks.harness.contest import Contest, Crew, measured
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LAWS = {
     "layer_norm_1e2": 2e-6, "layer_norm_1e4": 2e-6, "batch_norm_1e2": 2e-6, "batch_norm_1e4": 2e-6, "sync_mean": 1e-6,
     "sync_var": 2e-6, "residuals": 2.1, "bfloat16": 0.51,

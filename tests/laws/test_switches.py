@@ -12,7 +12,7 @@ import pytest
 from catalogue import EACH, by_name, draw
 from flax import linen as nn
 from flax import nnx
-from test_devices import close
+from helpers.devices import close
 
 import jaxnorm as jn
 from jaxnorm import linen as jnn
