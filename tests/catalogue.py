@@ -146,9 +146,9 @@ def ghosts(size: int) -> Callable[..., Any]:
 
 
 # Exemptions: a law of this row -> why it does not hold.
-UNCENTERED = {"test_shift_and_scale_of_x": "the mean stays in x"}
-PER_SAMPLE = {"test_a_permuted_batch_permutes": "each example's parameters stay where they are"}
-GHOSTS = {"test_a_permuted_batch_permutes": "an example moves into another ghost batch"}
+UNCENTERED = {"test_shifting_and_scaling_x_changes_nothing": "the mean stays in x"}
+PER_SAMPLE = {"test_permuting_the_batch_permutes_the_output": "each example's parameters stay where they are"}
+GHOSTS = {"test_permuting_the_batch_permutes_the_output": "an example moves into another ghost batch"}
 NOT_NATIVE = "test_the_native_backend_runs_every_row"
 rms = dict(oracle=oracle.root_mean_square, exempt=UNCENTERED)
 

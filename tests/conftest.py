@@ -3,7 +3,9 @@
 The arrays of the catalogue are small, and the default leaves such to XLA. So that the laws are tested on the kernels,
 `--backend native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
 `--backend auto` leaves the default as users have it, and `--backend absent` is an installation without the extension.
-`--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others.
+`--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others; `--versions`
+runs the tests marked `versions`, on one row for each norm. `-m "not slow"` leaves out layouts, backends, and whatever
+starts processes: CONTRIBUTING has the tiers.
 """
 
 import os
@@ -44,8 +46,15 @@ def pytest_addoption(parser):
     parser.addoption("--versions", action="store_true", help="what .ci/versions runs on other releases of JAX")
 
 
+SLOW = {"layouts", "backends"}  # folders whose tests are all slow
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the marks that are made here
 def pytest_collection_modifyitems(config, items):
-    """Exemptions of rows. `--rows mechanisms`: one row for each mechanism. `--versions`: one for each norm, marked."""
+    """Slow folders, exemptions of rows, and the rows that `--rows mechanisms` and `--versions` keep."""
+    for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
     from catalogue import EACH, MECHANISMS, Row
 
     rows = {item: [v for v in item.callspec.params.values() if isinstance(v, Row)] for item in items

@@ -38,7 +38,7 @@ def norm_of(which, backend="xla"):
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 @pytest.mark.parametrize("which", ["layer", "rms", "batch"])
-def test_traffic_of_training(which, target):
+def test_training_moves_no_more_bytes_than_expected(which, target):
     """In units of x: 3 forward, where statistics are a read of their own, and 5 backward."""
     norm, x, params = norm_of(which)
     found = compiled.passes(norm, needs(target), x, *params, which=["forward", "backward", "forward+backward"])
@@ -72,13 +72,13 @@ def test_groups_and_instances_read_x_once_for_their_statistics(which):
 
 
 @pytest.mark.parametrize("which", cases.NORMS)
-def test_what_is_kept_is_x(which):
+def test_compiled_programs_save_only_x(which):
     norm, x, params = norm_of(which)
     assert compiled.residuals(norm, x, *params).bytes <= 1.05 * 2 * x.size
 
 
 @pytest.mark.parametrize("target", ["h200x8", "v5ex8", "v5ex256"])
-def test_a_batch_that_is_spread_over_devices_is_merged_at_once(target):
+def test_a_sharded_batch_is_merged_at_once(target):
     """One all-reduce forward and one backward, of few bytes, and the traffic of one device."""
     norm, x, params = norm_of("batch", None)
     n = TARGETS[needs(target)].devices

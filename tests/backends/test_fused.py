@@ -41,7 +41,7 @@ def passes(f, g, *args, **call):
     return jax.tree.map(np.asarray, _passes(f, g, args, call))
 
 
-def test_gelu_tanh_keeps_its_digits_where_it_is_small():
+def test_gelu_tanh_is_precise_where_it_is_small():
     """A group of two gates far out is normalized: what cancels in 1 + tanh would be 1 % of its output."""
     z = np.linspace(-5.0, -1.0, 64, dtype=np.float32)
     wide = z.astype(np.float64)
@@ -53,7 +53,7 @@ def test_gelu_tanh_keeps_its_digits_where_it_is_small():
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_each_activation_and_its_derivative_against_the_formulas_written_out(name, rng):
+def test_each_activation_and_its_derivative_match_the_formulas(name, rng):
     x, scale, g = draw(rng, (64, 32)), draw(rng, 32, 2.0), draw(rng, (64, 32))
     f, slope = oracle.ACTIVATIONS[name]
     labels = np.indices(x.shape)[0]
@@ -69,7 +69,7 @@ def test_each_activation_and_its_derivative_against_the_formulas_written_out(nam
 
 
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_a_function_is_as_good_as_a_name_and_equal_ones_share_a_trace(row, rng):
+def test_an_activation_may_be_a_function_and_equal_ones_share_a_trace(row, rng):
     params, x = row.params(rng), draw(rng, row.shape)
     calls = []
 
@@ -89,7 +89,7 @@ def test_a_function_is_as_good_as_a_name_and_equal_ones_share_a_trace(row, rng):
         np.testing.assert_allclose(evaluated(named), jax.nn.silu(evaluated(row)), rtol=1e-5, atol=1e-6)
 
 
-def test_one_rounding_after_the_activation_and_llama_s_three_where_they_are_asked_for(rng):
+def test_activation_rounds_once_or_three_times_in_llama_order(rng):
     x, scale = draw(rng, (64, 128), dtype=ml_dtypes.bfloat16), draw(rng, 128, 1.0, ml_dtypes.bfloat16)
     wide = np.asarray(jax.nn.silu(jn.rms_norm(x, scale, dtype=jnp.float32, implementation="xla")))
     for backend in BACKENDS:
@@ -171,7 +171,7 @@ class Gated:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", GATED.values(), ids=GATED)
-def test_a_gate_against_float64(options, backend, rng):
+def test_a_gated_norm_matches_float64(options, backend, rng):
     # A gate that is constant along the row and comes first is normalized away: its gradient is rounding, and left out.
     first = options.get("norm_before_gate", True)
     for gate_shape in (SHAPE, (4, 6, 1), (1, 1, 40)) if first else (SHAPE, (1, 6, 40)):
@@ -202,7 +202,7 @@ def test_a_gate_in_half_precision_is_the_truth_rounded_once(options, dtype, back
 
 
 @pytest.mark.parametrize("options", [GATED[k] for k in ("norm, gate", "gate, norm", "another axis")], ids=str)
-def test_every_transformation_of_a_gate(options, rng):
+def test_every_transformation_of_a_gated_norm_matches_the_reference(options, rng):
     with jax.enable_x64(True):
         case = Gated(rng, options, np.float64, (3, 3, 4), (3, 3, 4))
         other = Gated(rng, options, np.float64, (3, 3, 4), (3, 3, 4))
@@ -215,7 +215,7 @@ def test_every_transformation_of_a_gate(options, rng):
 
 
 @pytest.mark.parametrize("norm", [r for r in EACH if r.name in ("layer", "batch-nhwc")], ids=str)
-def test_every_transformation_of_an_activation(norm, rng):
+def test_every_transformation_of_an_activation_matches_the_reference(norm, rng):
     """All of them for one norm; the other one, and the rows of the catalogue, go through the essential ones."""
     with jax.enable_x64(True):
         spec = dataclasses.replace(norm.spec, activation="gelu")
@@ -238,7 +238,7 @@ def test_every_transformation_of_an_activation(norm, rng):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("options", GATED.values(), ids=GATED)
-def test_x_and_the_gate_are_kept_and_no_more(options, masked, backend):
+def test_a_gated_norm_saves_only_x_and_the_gate(options, masked, backend):
     x, scale = jax.ShapeDtypeStruct((16, 12, 480), jnp.bfloat16), jax.ShapeDtypeStruct((480,), jnp.float32)
     if options.get("axis") == 1:
         scale = jax.ShapeDtypeStruct((12,), jnp.float32)
@@ -252,7 +252,7 @@ def test_x_and_the_gate_are_kept_and_no_more(options, masked, backend):
 
 
 @pytest.mark.parametrize("options", GATED.values(), ids=GATED)
-def test_poison_in_the_padding_of_x_or_the_gate_reaches_nothing(options, rng):
+def test_poison_in_the_padding_of_x_or_the_gate_reaches_no_gradient(options, rng):
     case = Gated(rng, options)
     for mask in (rng.random((*SHAPE[:2], 1)) < 0.7, rng.random(SHAPE) < 0.7):
         full = np.broadcast_to(mask, SHAPE)
@@ -268,7 +268,7 @@ def test_poison_in_the_padding_of_x_or_the_gate_reaches_nothing(options, rng):
                     close(got, want, rtol=1e-4)
 
 
-def test_complex_values_integers_and_nothing_at_all(rng):
+def test_gated_and_add_norms_take_complex_integer_and_empty_arrays(rng):
     x, gate = draw(rng, (4, 8)) + 1j * draw(rng, (4, 8)), draw(rng, (4, 8))
     f, labels = oracle.ACTIVATIONS["silu"][0], np.indices(x.shape)[0]
     truth = lambda u: oracle.normalize(u, labels, None, None, epsilon=1e-6, centered=False).y
@@ -285,7 +285,7 @@ def test_complex_values_integers_and_nothing_at_all(rng):
         assert jn.gated_rms_norm(nothing, nothing).shape == jn.add_rms_norm(nothing, nothing)[0].shape == shape
 
 
-def test_a_gate_and_an_activation_stand_around_a_kernel(kernels, rng):
+def test_a_gate_and_an_activation_keep_the_kernel(kernels, rng):
     """One forward and one backward kernel, as for the norm alone, whatever stands around."""
     if not kernels:
         pytest.skip("the native backend is shut")
@@ -311,7 +311,7 @@ STREAMS = [(f32, f32), (bf16, bf16), (f16, f16), (bf16, f32), (f32, bf16), (f16,
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("of_x", "of_stream"), STREAMS, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("name", ADDED)
-def test_the_stream_is_the_sum_rounded_once_and_y_is_its_norm_to_the_bit(name, of_x, of_stream, backend, rng):
+def test_add_norm_rounds_the_sum_once_and_normalizes_it(name, of_x, of_stream, backend, rng):
     fused, plain = ADDED[name]
     x, residual, scale = draw(rng, (64, 96), dtype=of_x), draw(rng, (64, 96), 2.0, of_stream), draw(rng, 96)
     stream = (x.astype(np.float64) + residual.astype(np.float64)).astype(of_stream)
@@ -328,7 +328,7 @@ def test_the_stream_is_the_sum_rounded_once_and_y_is_its_norm_to_the_bit(name, o
 
 
 @pytest.mark.parametrize("name", ADDED)
-def test_every_transformation_of_the_stream(name, rng):
+def test_every_transformation_of_the_residual_matches_the_reference(name, rng):
     """Against the norm of the sum; both outputs, through one array."""
     with jax.enable_x64(True):
         fused, plain = ADDED[name]
@@ -343,7 +343,7 @@ def test_every_transformation_of_the_stream(name, rng):
 
 
 @pytest.mark.parametrize("name", ADDED)
-def test_gradients_of_the_stream_against_float64(name, rng):
+def test_gradients_of_add_norm_match_float64(name, rng):
     fused, plain = ADDED[name]
     x, r, scale, g, h = (draw(rng, s) for s in ((16, 24), (16, 24), (24,), (16, 24), (16, 24)))
     for backend in BACKENDS:
@@ -359,7 +359,7 @@ def test_gradients_of_the_stream_against_float64(name, rng):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ADDED)
-def test_of_a_step_of_the_stream_the_new_one_is_kept_alone(name, backend):
+def test_add_norm_saves_only_the_new_residual(name, backend):
     fused, _ = ADDED[name]
     x, scale = jax.ShapeDtypeStruct((64, 512), bf16), jax.ShapeDtypeStruct((512,), f32)
     f = lambda x, r, s: fused(x, r, s, implementation=backend)
@@ -376,7 +376,7 @@ def test_of_a_step_of_the_stream_the_new_one_is_kept_alone(name, backend):
     assert kept_bytes(network, x, layers) / (6 * x.size) <= 2.2
 
 
-def test_padding_in_the_stream_stays_where_it_is(rng):
+def test_padding_in_the_residual_stays_where_it_is(rng):
     x, r, g, mask = draw(rng, (6, 5, 16)), draw(rng, (6, 5, 16)), draw(rng, (6, 5, 16)), rng.random((6, 5)) < 0.6
     g[~mask] = 0.0
     holed = np.where(mask[..., None], x, np.float32(np.nan))
@@ -402,7 +402,7 @@ EVERY = {
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("name", EVERY)
-def test_over_devices_as_on_one(name, kind, rng):
+def test_add_norm_over_devices_matches_one_device(name, kind, rng):
     """Examples sharded under jit: nothing is moved but the gradient of scale. Features sharded in shard_map: sums."""
     x, other, g, scale = draw(rng, (16, 64)), draw(rng, (16, 64)), draw(rng, (16, 64)), draw(rng, 64)
     both = lambda x, other, scale, g, **o: jax.vjp(lambda *args: EVERY[name](*args, **o), x, other, scale)[1](g)
@@ -476,7 +476,7 @@ def test_a_layer_takes_an_activation(name, activation, rng):
 
 
 @pytest.mark.parametrize("options", [GATED[k] for k in ("norm, gate", "gate, norm, in groups", "sigmoid")], ids=str)
-def test_gated_layers_are_the_function(options, rng):
+def test_gated_layers_match_the_function(options, rng):
     case = Gated(rng, options)
     start = np.full(40, 1.0 - options.get("scale_offset", 0.0), np.float32)
     want = case(start, case.gate, case.x)

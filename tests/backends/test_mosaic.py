@@ -77,12 +77,12 @@ CASES = [  # rows, columns, dtype, centered, with scale and bias, dtype of a res
 
 
 @pytest.mark.parametrize(("rows", "columns", "dtype", "centered", "affine", "stream"), CASES)
-def test_kernels_equal_the_oracle(kernels, rows, columns, dtype, centered, affine, stream, rng):
+def test_kernels_match_the_oracle(kernels, rows, columns, dtype, centered, affine, stream, rng):
     check(kernels, rng, rows, columns, dtype, centered, affine, stream, lambda shape: rng.normal(1, 2, shape))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_kernels_equal_the_oracle_over_random_shapes(seed):
+def test_kernels_match_the_oracle_over_random_shapes(seed):
     rng = np.random.default_rng(seed)
     kernels = SimpleNamespace(
         forward=functools.partial(mosaic_tpu.forward, interpret=True),
@@ -123,7 +123,7 @@ def as_array(p):
 
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("epsilon", [1e-6, 0.0])
-def test_extremes(kernels, epsilon, centered):
+def test_kernels_are_exact_at_the_extremes(kernels, epsilon, centered):
     """1e30 does not overflow, 1e-30 is not lost, a constant row is the bias, and a mean of 1e4 costs what it costs."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(6, 128))
@@ -171,7 +171,7 @@ BACKENDS = [("mosaic_gpu", "cuda", "mosaic_gpu_v2"), ("mosaic_tpu", "tpu", "tpu_
 @pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
 @pytest.mark.parametrize("norm", [jn.layer_norm, jn.rms_norm, functools.partial(jn.layer_norm, axis=(-2, -1)),
                                   lambda x, scale, **how: jn.add_rms_norm(x, 2 * x, scale, **how)])  # fmt: skip
-def test_one_kernel_each_way(backend, platform, target, norm):
+def test_a_norm_runs_one_kernel_each_way(backend, platform, target, norm):
     x, scale = jax.ShapeDtypeStruct((6, 10, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), jnp.float32)
     lowered = jax.jit(both_passes(norm, backend)).trace(x, scale, x).lower(lowering_platforms=(platform,)).as_text()
     assert lowered.count(target) == 2
@@ -180,7 +180,7 @@ def test_one_kernel_each_way(backend, platform, target, norm):
 
 
 @pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
-def test_vmap_folds_into_rows(backend, platform, target):
+def test_vmap_adds_rows_to_one_kernel(backend, platform, target):
     x = jax.ShapeDtypeStruct((5, 8, 256), jnp.bfloat16)
     norm = jax.vmap(functools.partial(jn.layer_norm, implementation=backend))
     assert jax.jit(norm).trace(x).lower(lowering_platforms=(platform,)).as_text().count(target) == 1
@@ -219,7 +219,7 @@ def test_jit_over_devices_does_not_split_tpu_kernels():
         jax.jit(functools.partial(jn.rms_norm, implementation="mosaic_tpu")).trace(x).lower(lowering_platforms=("tpu",))
 
 
-def test_rows_are_the_last_axes():
+def test_rows_must_be_the_last_axes():
     assert rows_of((4, 1, 8), (2,), frozenset({2})) == (4, 8)
     assert rows_of((4, 8, 1), (1,), frozenset()) == (4, 8)
     assert rows_of((4, 8, 2), (1,), frozenset()) is None
@@ -228,7 +228,7 @@ def test_rows_are_the_last_axes():
 
 @pytest.mark.skipif(bool(compiled.missing("cuda")), reason="needs jax[cuda13]")
 @pytest.mark.parametrize("columns", [1024, 4096, 8192])
-def test_no_register_is_spilled(columns):
+def test_kernels_spill_no_register(columns):
     code = f"""
 import jax, jax.numpy as jnp
 from helpers import compiled

@@ -74,7 +74,7 @@ def test_a_refusal_names_the_norm_the_reason_and_the_line_to_write(call, reason,
         run()
 
 
-def test_the_rule_of_the_default(monkeypatch, rng):
+def test_small_arrays_stay_with_xla_by_default(monkeypatch, rng):
     """Small arrays stay with XLA, where a kernel's own overhead would be the larger part."""
     monkeypatch.setattr(cpu, "is_profitable", getattr(cpu.is_profitable, "rule", cpu.is_profitable))
     jax.clear_caches()
@@ -86,7 +86,7 @@ def test_the_rule_of_the_default(monkeypatch, rng):
     jax.clear_caches()
 
 
-def test_the_last_axes_and_the_first_are_never_transposed(rng):
+def test_reductions_of_first_or_last_axes_are_never_transposed(rng):
     nchw = draw(rng, (8, 12, 9, 9))
     state = jn.BatchNorm().init(12)[1]
     for f in (
@@ -101,7 +101,7 @@ def test_the_last_axes_and_the_first_are_never_transposed(rng):
 
 
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_vmap_is_more_rows_for_the_same_kernel(row, rng):
+def test_vmap_adds_rows_to_the_same_kernel(row, rng):
     xs, g, params = draw(rng, (3, *row.shape)), draw(rng, (3, *row.shape)), row.params(rng)
     many = jax.vmap(row.apply, (None, 0))
     of_all = lambda params, xs, g: jax.vjp(many, params, xs)[1](g)
@@ -125,7 +125,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("of_x", "of_y"), PAIRS, ids=lambda d: np.dtype(d).name)
-def test_every_pair_of_dtypes(of_x, of_y, rng):
+def test_every_pair_of_input_and_output_dtypes_is_exact(of_x, of_y, rng):
     row = by_name["group-nhwc"]
     with jax.enable_x64(of_x == np.float64):
         x, g = draw(rng, row.shape, 2.0, of_x), draw(rng, row.shape, dtype=of_y)
@@ -148,7 +148,7 @@ SIZES = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 1
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(SIZES, min_size=1, max_size=5), st.data())
-def test_any_shape_reduced_over_any_axes(shape, data):
+def test_any_shape_may_be_reduced_over_any_axes(shape, data):
     """The view is right or there is none: against the XLA backend, which knows no views."""
     while np.prod(shape) > 60_000:
         shape[int(np.argmax(shape))] = 2
@@ -178,7 +178,7 @@ def test_any_shape_reduced_over_any_axes(shape, data):
 
 
 @pytest.mark.parametrize("shape", [(1, 300_001), (3, 70_001), (5, 1), (1, 1), (0, 7), (7, 0), (3, 2, 0, 4)], ids=str)
-def test_huge_single_and_empty_rows(shape, rng):
+def test_huge_rows_single_elements_and_empty_rows_are_exact(shape, rng):
     x, g = draw(rng, shape, 5.0), draw(rng, shape)
     y, vjp = jax.vjp(lambda x: jn.layer_norm(x, implementation="native"), x)
     truth = oracle.normalize(x, np.cumsum(np.ones(shape), 0, dtype=int) - 1, None, None, epsilon=1e-6)
@@ -206,7 +206,7 @@ print(abs(wide(back(g)[0]) / r).max())
     assert max(map(float, run_python(code, JAXNORM_ISA=name).split())) < 4e-6
 
 
-def test_what_is_not_finite_stays_in_its_own_row(rng):
+def test_nonfinite_values_stay_in_their_row(rng):
     x, g = draw(rng, (9, 100)), draw(rng, (9, 100))
     poisoned = x.copy()
     poisoned[2, 5], poisoned[4, 99], poisoned[6, 0] = np.nan, np.inf, -np.inf
@@ -223,14 +223,14 @@ def test_what_is_not_finite_stays_in_its_own_row(rng):
 
 
 @pytest.mark.parametrize("magnitude", [1e-42, 1e-38, 1e28], ids=str)
-def test_denormals_and_the_largest_numbers(magnitude, rng):
+def test_denormals_and_the_largest_numbers_are_exact(magnitude, rng):
     x = (rng.uniform(-1, 1, (4, 200)) * magnitude).astype(np.float32)
     y = jn.layer_norm(x, implementation="native")
     np.testing.assert_allclose(y, jn.layer_norm(x, implementation="xla"), atol=1e-5)
     assert np.all(np.isfinite(y))
 
 
-def test_a_shift_far_from_the_mean_is_taken_back(rng):
+def test_a_shift_far_from_the_mean_is_corrected(rng):
     """Where the sample that the sums are taken about is no sample at all: a border of zeros around data far from 0."""
     image = draw(rng, (2, 40, 40, 8), 1e4)
     image[:, ::4] = 0.0
@@ -247,7 +247,7 @@ def test_a_shift_far_from_the_mean_is_taken_back(rng):
 # --- safety -----------------------------------------------------------------------------------------------------------
 
 
-def test_equal_inputs_give_equal_bits_also_at_once(rng):
+def test_equal_inputs_give_equal_bits_in_concurrent_calls(rng):
     x, g = draw(rng, (64, 31, 17, 40), 1.0), draw(rng, (64, 31, 17, 40))
     f = jax.jit(lambda x, g: jax.vjp(lambda x: jn.group_norm(x, num_groups=4, implementation="native"), x)[1](g)[0])
     want = np.asarray(f(x, g))
@@ -282,7 +282,7 @@ def misuse(target="forward", **changes):
         (dict(static=dict(view=cpu.View((4, 8), ()))), "a view has six sizes"),
     ],
 )
-def test_what_does_not_fit_is_an_exception_and_the_process_lives_on(changes, message):
+def test_misuse_raises_and_the_process_survives(changes, message):
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(misuse(**changes))
     assert np.all(np.isfinite(misuse()[0]))
@@ -333,7 +333,7 @@ except ValueError as error:
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_program_for_export_has_no_kernels_in_it(rng):
+def test_exported_programs_contain_no_kernels(rng):
     """An exported program may run where this library is not."""
     x = draw(rng, (64, 256))
     exported = jax.export.export(jax.jit(lambda x: jax.vjp(jn.layer_norm, x)[1](x)[0]))(x)
@@ -373,7 +373,7 @@ def test_each_device_runs_the_kernel_on_its_own_part(name, kind, rng):
 @pytest.mark.versions
 @pytest.mark.parametrize("where", ["auto", "explicit", "pmap"])
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_manual_devices_each_run_the_kernel(row, where, rng):
+def test_shard_map_runs_the_kernel_on_each_device(row, where, rng):
     """shard_map with check_vma on: gradients of replicated parameters are summed over the devices."""
     shape = (16, *row.shape[1:])
     params, x, g = row.params(rng), draw(rng, shape, 2.0), draw(rng, shape)
@@ -398,7 +398,7 @@ def test_manual_devices_each_run_the_kernel(row, where, rng):
     jax.tree.map(lambda a, b: near(a, b.sum(0)), dparams, want_p)
 
 
-def test_a_shard_map_over_some_axes_of_a_mesh(rng):
+def test_shard_map_over_some_axes_runs_the_kernel(rng):
     x, scale = draw(rng, (8, 6, 32), 2.0), draw(rng, 32)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     f = lambda x, s: jn.layer_norm(x, s)
@@ -407,7 +407,7 @@ def test_a_shard_map_over_some_axes_of_a_mesh(rng):
     np.testing.assert_allclose(run(put, scale), f(x, scale), atol=2e-6)
 
 
-def test_views():
+def test_each_reduction_has_its_view():
     """Rows before slabs, planes where they are long, parameters for each example only where they are."""
     view = lambda shape, axes, varying: cpu.view_of(shape, axes, frozenset(varying)).sizes
     assert view((8, 64), (1,), {1}) == (1, 8, 1, 1, 64, 1)

@@ -29,17 +29,17 @@ def passes(mode: str, cases: int) -> None:
     assert lines[-1] == f"{cases} cases, 0 failures"
 
 
-def test_no_access_out_of_bounds_and_nothing_undefined():
+def test_kernels_access_nothing_out_of_bounds():
     passes("address,undefined", 40)
 
 
-def test_no_race():
+def test_kernels_have_no_race():
     passes("thread", 24)
 
 
 @pytest.mark.skipif(shutil.which(CROSS_COMPILER) is None, reason=f"no {CROSS_COMPILER}")
 @pytest.mark.parametrize("source", ["ffi.cpp", "baseline.cpp"])
-def test_it_compiles_for_arm64(source):
+def test_kernels_compile_for_arm64(source):
     backend = Path(__file__).parents[2] / "jaxnorm" / "_backends" / "cpu"
     flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Werror", "-Wno-psabi", "-isystem", str(backend / "third_party")]
     subprocess.run([CROSS_COMPILER, *flags, str(backend / source)], check=True)

@@ -72,7 +72,7 @@ STREAMS = [("layer", f32, f32), ("rms", bf16, f32), ("layer", bf16, bf16)]
 
 
 @pytest.mark.parametrize(("name", "of_x", "of_stream"), STREAMS)
-def test_one_kernel_each_way_and_gradients_of_either_output_or_both(run, name, of_x, of_stream, rng):
+def test_add_norm_runs_one_kernel_each_way(run, name, of_x, of_stream, rng):
     shape = (6, 10, 256)
     x, g = (draw(rng, shape, dtype=of_x) for _ in range(2))
     residual, h = (draw(rng, shape, dtype=of_stream) for _ in range(2))
@@ -102,7 +102,7 @@ def test_one_kernel_each_way_and_gradients_of_either_output_or_both(run, name, o
             np.testing.assert_array_equal(out[1], new)
 
 
-def test_every_transformation(run, rng):
+def test_every_transformation_of_add_norm_matches_the_reference(run, rng):
     """In float64, where the backend runs its formulas, both outputs through one array."""
     with jax.enable_x64(True):
         join = lambda y, new: jnp.concatenate([y, new], 1)
@@ -116,7 +116,7 @@ def test_every_transformation(run, rng):
     assert not run
 
 
-def test_transformations_of_kernels(run, rng):
+def test_transformations_of_add_norm_run_kernels(run, rng):
     x, v, r, dr, g = jnp.asarray(rng.normal(size=(5, 3, 128)), f32)
     scale, dscale = jnp.asarray(rng.normal(size=(2, 128)), f32)
     mixed = lambda y, new: jnp.sin(y) + new * y
@@ -128,7 +128,7 @@ def test_transformations_of_kernels(run, rng):
 
 
 @pytest.mark.parametrize("where", ["auto", "explicit", "shard_map"])
-def test_over_devices_as_on_one(run, where, rng):
+def test_fused_add_norm_over_devices_matches_one_device(run, where, rng):
     """Rows stay where they are, with their stream and its cotangent; the gradient of scale is summed."""
     x, r, g, h, scale = (draw(rng, s) for s in (*[(16, 128)] * 4, (128,)))
     step = lambda x, r, scale, g, h: (lambda y, vjp: (y, vjp((g, h))))(*jax.vjp(of("layer"), x, r, scale))
@@ -152,12 +152,12 @@ def test_over_devices_as_on_one(run, where, rng):
 
 
 @pytest.mark.parametrize("name", ADDED)
-def test_the_new_stream_is_kept_alone(run, name):
+def test_fused_add_norm_saves_only_the_new_residual(run, name):
     x, scale = jax.ShapeDtypeStruct((64, 512), bf16), jax.ShapeDtypeStruct((512,), f32)
     assert kept_bytes(of(name), x, x, scale) / x.size <= 2.2
 
 
-def test_what_a_kernel_of_sums_is_not_for_is_added_before_it(run, rng):
+def test_unsupported_add_norm_falls_back_to_separate_add(run, rng):
     x, r, scale = draw(rng, (8, 128)), draw(rng, (8, 128)), draw(rng, 128)
     for options in (dict(mask=np.arange(8)[:, None] < 5), dict(activation="silu")):
         run.clear()

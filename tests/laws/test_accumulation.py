@@ -38,7 +38,7 @@ def in_both_ways(norm, params, state, together, x, m):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_k_micro_batches_update_as_one_batch_does(options, rng):
+def test_micro_batches_update_as_one_batch_does(options, rng):
     norm = jn.BatchNorm(**{"momentum": 0.9, **options})
     some = rng.random((2, 4, 6)) < np.array([0.0, 0.3, 0.7, 1.0])[:, None]
     for mask in (np.ones_like(some), some):
@@ -51,7 +51,7 @@ def test_k_micro_batches_update_as_one_batch_does(options, rng):
         close(state, together)
 
 
-def test_what_is_merged_may_come_from_devices(rng):
+def test_moments_may_be_merged_across_devices(rng):
     norm = jn.BatchNorm(axis_name="data", momentum=0.5)
     (params, state), xs = norm.init(3), draw(rng, (4, 16, 3), 2.0)
 
@@ -63,7 +63,7 @@ def test_what_is_merged_may_come_from_devices(rng):
     close(jax.jit(mapped)(xs), whole)
 
 
-def test_nothing_nonfinite_nothing_frozen_is_gathered(rng):
+def test_nonfinite_and_frozen_statistics_are_not_accumulated(rng):
     norm = jn.BatchNorm(skip_nonfinite=True)
     params, state = norm.init(3)
     xs = draw(rng, (3, 8, 3), 1.0)
@@ -77,7 +77,7 @@ def test_nothing_nonfinite_nothing_frozen_is_gathered(rng):
         norm.apply(params, seen, xs[0], train=False)
 
 
-def test_gathering_has_no_gradient_and_keeps_the_output_s(rng):
+def test_accumulated_moments_have_no_gradient(rng):
     norm = jn.BatchNorm()
     (params, state), x, g = norm.init(3), draw(rng, (8, 3), 1.0), draw(rng, (8, 3))
     run = lambda state: jax.vjp(lambda p, x: norm.apply(p, state, x, train=True)[0], params, x)[1](g)
@@ -86,7 +86,7 @@ def test_gathering_has_no_gradient_and_keeps_the_output_s(rng):
     assert np.all(jax.grad(total)(x) == 0)
 
 
-def test_with_optax_multisteps(rng):
+def test_optax_multisteps_updates_the_statistics_once_a_step(rng):
     """The example of the docs: one step of the optimizer, and one of the statistics, for every k micro-batches."""
     optax = pytest.importorskip("optax")
     norm, k = jn.BatchNorm(momentum=0.9), 4
@@ -119,7 +119,7 @@ def test_with_optax_multisteps(rng):
     np.testing.assert_array_equal(changed, np.arange(1, 3 * k + 1) % k == 0)
 
 
-def test_in_flax_a_cumulative_layer_gathers(rng):
+def test_a_cumulative_flax_layer_accumulates(rng):
     """`momentum=None` and a count of zero; trees of `batch_stats` update as one."""
     xs, layer = draw(rng, (4, 8, 3), 3.0), jnn.BatchNorm(momentum=None, use_running_average=False)
     variables = layer.init(jax.random.key(0), xs[0])
@@ -143,7 +143,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[m[:40] for _, _, m in ERRORS])
-def test_errors(call, error, message):
+def test_a_wrong_accumulation_is_explained(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call(jn.BatchNorm().init(3)[1], jn.Moments.empty(3))
 
@@ -162,7 +162,7 @@ def on_devices(f, *args, where):
 
 
 @pytest.mark.parametrize("where", ["shard_map", "pmap", "vmap"])
-def test_diverged_states_merge_with_the_variance_between_them(where, rng):
+def test_merging_diverged_states_adds_the_variance_between_them(where, rng):
     mean, var = rng.normal(size=(8, 3)).astype("f") * 5, rng.uniform(0.5, 2, (8, 3)).astype("f")
     got = on_devices(lambda s: jn.sync_state(s, "data"), jn.RunningStats(mean, var), where=where)
     close(got, jn.RunningStats(mean.mean(0), var.mean(0) + mean.var(0)))
@@ -195,7 +195,7 @@ def test_cumulative_statistics_stay_exact_however_often_they_are_merged(where, r
         close(state, jn.RunningStats(seen.mean(0), seen.var(0), np.full(3, len(seen) / 8)), rtol=1e-4)
 
 
-def test_states_that_counted_nothing_stay_as_they_began():
+def test_merging_states_without_data_keeps_the_initial_ones():
     norm = jn.BatchNorm(momentum=None)
     state = norm.init(3)[1]
     stacked = jax.tree.map(lambda a: jnp.stack([a] * 8), state)

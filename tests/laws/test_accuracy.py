@@ -68,7 +68,7 @@ def test_a_constant_gives_the_bias(row, constant, rng):
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-12, None], ids=str)
 @pytest.mark.parametrize("row", [*EACH, *NCHW], ids=str)
-def test_any_magnitude_and_any_epsilon(row, epsilon, rng):
+def test_output_and_gradients_are_exact_at_every_magnitude_and_epsilon(row, epsilon, rng):
     implementations = [None, "xla"] if epsilon == 0 else [None]
     for implementation in implementations:
         own = row.spec.epsilon if epsilon is None else epsilon
@@ -77,7 +77,7 @@ def test_any_magnitude_and_any_epsilon(row, epsilon, rng):
 
 
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_any_magnitude_in_bfloat16(row, rng):
+def test_output_and_gradients_are_exact_at_every_magnitude_in_bfloat16(row, rng):
     check_magnitudes(replace(row, spec=replace(row.spec, epsilon=0.0)), jnp.bfloat16, rng)
 
 
@@ -104,7 +104,7 @@ def check_magnitudes(row, dtype, rng):
 
 
 @pytest.mark.parametrize("how", ["slots", "two sums", "jit", "ghosts"])
-def test_any_magnitude_merged_over_devices(how, rng, monkeypatch):
+def test_devices_merge_statistics_of_any_magnitude(how, rng, monkeypatch):
     """Also where each device has another: 8 of them, or of the parts of a batch."""
     if how == "two sums":
         monkeypatch.setattr(collectives, "SLOT_BYTES", 0)
@@ -131,7 +131,7 @@ def test_any_magnitude_merged_over_devices(how, rng, monkeypatch):
 
 
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_what_float32_cannot_hold_is_not_finite(row, rng):
+def test_values_too_large_for_float32_statistics_give_nan(row, rng):
     """Squares of the largest floats are in no unit's range: the output is NaN, not 0."""
     x = np.where(draw(rng, row.shape) > 0, 3e38, -3e38).astype(np.float32)
     for epsilon in (row.spec.epsilon, 0.0):
@@ -143,7 +143,7 @@ def test_what_float32_cannot_hold_is_not_finite(row, rng):
     assert np.all(np.isnan(jn.batch_norm(np.ones((2, 3), "f"), None, state, train=False)[0]))
 
 
-def test_units():
+def test_prescales_keep_sums_of_squares_finite_and_precise():
     """A sum of n squares neither overflows, nor loses what counts beside epsilon, in the one unit or the two."""
     largest, smallest = math.log2(2e30), -126  # of x - shift, and of what is not flushed to 0
     for n in (1, 2, 40, 300, 512, 4096, 1 << 14, 10**5, 1 << 18, 1 << 20, 1 << 24, 1 << 28):
@@ -165,7 +165,7 @@ def test_units():
 
 
 @pytest.mark.parametrize("values", [{}, {"weights": True}], ids=["plain", "weights"])
-def test_two_units_have_the_derivatives_of_one(values, rng, monkeypatch):
+def test_two_prescales_have_the_derivatives_of_one(values, rng, monkeypatch):
     """Of every order, also where x is constant, whose spread has no derivative."""
     x, scale = draw(rng, (2, 3, 8), 1.0), draw(rng, 8)
     x[0] = 0.75
@@ -196,7 +196,7 @@ def test_two_units_have_the_derivatives_of_one(values, rng, monkeypatch):
         np.testing.assert_allclose(got, true, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(true).max()))
 
 
-def test_a_stream_of_another_dtype_than_x_is_summed_in_its_own_range(rng):
+def test_add_norm_sums_in_the_range_of_the_residual_dtype(rng):
     """The sum of a float64 x and a float32 residual is float32, whose squares need two prescales here."""
     with jax.enable_x64(True):
         x, residual = rng.normal(size=(6, 8)) * 1e-16, (rng.normal(size=(6, 8)) * 1e-16).astype(np.float32)
@@ -206,7 +206,7 @@ def test_a_stream_of_another_dtype_than_x_is_summed_in_its_own_range(rng):
 
 
 @pytest.mark.parametrize("implementation", [None, "xla"])
-def test_long_columns(implementation, rng):
+def test_long_columns_keep_their_accuracy(implementation, rng):
     norm = jn.BatchNorm(implementation=implementation)
     x, g = draw(rng, (1 << 19, 16), 100.0), draw(rng, (1 << 19, 16), 1.0)
     params, state = norm.init(16)
@@ -223,7 +223,7 @@ def kernels_run(implementation) -> bool:
     return implementation is None and jn.backends()["native"].active
 
 
-def test_a_mask_along_the_batch_at_a_mean_of_many_deviations(rng):
+def test_a_batch_mask_is_exact_at_a_mean_of_many_deviations(rng):
     """The mean that differences are taken to is the one that is returned, to the bit, however XLA divides."""
     x, mask = draw(rng, (1 << 14, 8), 1e6), rng.uniform(size=(1 << 14, 1)) < 0.7
     y = jax.jit(lambda x, m: jn.group_norm(x, num_groups=2, mask=m, reduction_axes=(0, 1)))(x, mask)
@@ -245,14 +245,14 @@ def test_a_batch_of_any_size_has_exact_statistics(size, rng):
 
 
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
-def test_one_outlier_among_the_samples_of_the_pilot_costs_nothing(row, rng):
+def test_an_outlier_in_the_sample_mean_costs_no_accuracy(row, rng):
     x = draw(rng, row.shape, 3.0)
     x[0] = 1e5
     params = row.params(rng)
     np.testing.assert_allclose(row.apply(params, x), row.truth(params, x).y, rtol=1e-5, atol=5e-6)
 
 
-def test_no_epsilon_is_allowed_even_where_nothing_varies(rng):
+def test_epsilon_zero_gives_zero_for_a_constant_row(rng):
     x = np.stack([np.full(8, 3.0, np.float32), draw(rng, 8)])
     y = jn.layer_norm(x, epsilon=0.0)
     assert np.all(y[0] == 0)
@@ -358,7 +358,7 @@ def test_rows_of_rms_norm_on_a_gpu_hold_at_the_extremes(epsilon, rng):
 
 
 @pytest.mark.parametrize("mean", MEANS)
-def test_moments(mean, rng):
+def test_moments_match_float64(mean, rng):
     x = draw(rng, (40, 6, 9), mean)
     w = rng.uniform(0, 2, x.shape).astype(np.float32)
     for axes in ((0,), (0, 2), (0, 1, 2)):
@@ -372,7 +372,7 @@ def test_moments(mean, rng):
 
 
 @pytest.mark.parametrize("name", ["layer", "group-nhwc", "batch-nhwc", "instance-nhwc", "rms"])
-def test_complex(name, rng):
+def test_complex_outputs_and_derivatives_match_the_formula(name, rng):
     row = by_name[name]
     x = (draw(rng, row.shape, 2.0) + 1j * draw(rng, row.shape, -1.0)).astype(np.complex64)
     params = row.params(rng)

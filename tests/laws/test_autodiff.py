@@ -12,7 +12,7 @@ from helpers.transforms import ESSENTIAL, arguments, compare, modes, shrunk
 
 @pytest.mark.versions
 @pytest.mark.parametrize("row", [shrunk(r) for r in ROWS], ids=str)
-def test_transformations(row, rng):
+def test_every_transformation_matches_the_reference(row, rng):
     with jax.enable_x64(True):
         params, x, v = arguments(row, rng, np.float64)
         dp, _, g = arguments(row, rng, np.float64)
@@ -21,14 +21,14 @@ def test_transformations(row, rng):
 
 
 @pytest.mark.parametrize("row", [shrunk(r) for r in EACH], ids=str)
-def test_in_float32(row, rng):
+def test_transformations_match_the_reference_in_float32(row, rng):
     params, x, v = arguments(row, rng, np.float32)
     dp, _, g = arguments(row, rng, np.float32)
     names = ("jvp", "vjp", "vmap of grad", "forward over reverse", "reverse over reverse", "third derivative")
     compare(row.apply, row.reference, names, params, x, v, dp, g, rtol=2e-3, atol=5e-4)
 
 
-def test_without_jit(rng):
+def test_transformations_match_the_reference_without_jit(rng):
     row = shrunk(EACH[0])
     params, x, v = arguments(row, rng, np.float32)
     apply = lambda params, x: row.spec.apply(params, (), x)[0]
@@ -39,7 +39,7 @@ def test_without_jit(rng):
 
 
 @pytest.mark.parametrize("row", [shrunk(r) for r in EACH], ids=str)
-def test_a_mask_under_transformations(row, rng):
+def test_transformations_of_a_masked_norm_match_the_reference(row, rng):
     """Masked by a constant mask, f is the reference on what is left: checked by derivatives of both."""
     with jax.enable_x64(True):
         mask = np.ones(row.shape, bool)

@@ -44,14 +44,14 @@ def test_half_precision_is_the_truth_rounded_once(row, dtype, rng):
 
 @pytest.mark.parametrize("row", EACH, ids=str)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e15, 1e28])
-def test_bfloat16_of_any_scale(row, magnitude, rng):
+def test_bfloat16_of_any_magnitude_is_rounded_once(row, magnitude, rng):
     params, x = row.params(rng), (draw(rng, row.shape) * magnitude).astype(ml_dtypes.bfloat16)
     y = np.asarray(row.apply(params, x))
     np.testing.assert_array_less(np.abs(y.astype(np.float64) - row.truth(params, x).y), 0.51 * ulp(y) + 2e-5)
 
 
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_the_dtype_of_the_output_is_x_s_unless_told(row, rng):
+def test_the_output_has_the_dtype_of_x_unless_dtype_is_given(row, rng):
     x = draw(rng, row.shape)
     for given in (np.float32, np.float16, ml_dtypes.bfloat16):
         for param in (np.float32, ml_dtypes.bfloat16):
@@ -78,7 +78,7 @@ def test_integers_are_promoted(row, dtype, rng):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_x64(row, rng):
+def test_float64_is_computed_in_float64(row, rng):
     with jax.enable_x64(True):
         params, x, g = row.params(rng, np.float64), draw(rng, row.shape, 1e6, np.float64), rng.normal(size=row.shape)
         y, vjp = jax.vjp(row.apply, params, x)
@@ -94,7 +94,7 @@ def test_x64(row, rng):
             assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
-def test_the_two_orders_of_rounding_of_rms_norm(rng):
+def test_rms_norm_rounds_in_the_order_of_gemma_or_of_llama(rng):
     """Gemma rounds once, at the end; Llama rounds x / rms, multiplies, and rounds again. Also inside jit."""
     x, scale = draw(rng, (64, 128), dtype=ml_dtypes.bfloat16), draw(rng, 128, 1.0, ml_dtypes.bfloat16)
     normed = by_name["rms"].spec
@@ -131,7 +131,7 @@ def test_8_bit_floats_are_computed_in_float32_and_rounded_once(row, rng):
         assert row.spec.apply(params, row.state(), x, train=True)[1].mean.dtype == np.float32
 
 
-def test_8_bit_floats_in_other_dtypes_out(rng):
+def test_8_bit_floats_take_a_wider_output_dtype(rng):
     x = draw(rng, (4, 6, 8))
     narrow, half = x.astype(ml_dtypes.float8_e4m3fn), jnp.bfloat16
     wide = narrow.astype(np.float32)
@@ -194,7 +194,7 @@ SPREAD = {  # operands that broadcast, over 4096 elements each
 
 @pytest.mark.parametrize("mask", [None, "rows"])
 @pytest.mark.parametrize("name", SPREAD)
-def test_the_gradient_of_what_broadcasts_is_summed_in_float32_and_rounded_once(name, mask, rng):
+def test_gradients_of_broadcast_operands_are_summed_in_float32_and_rounded_once(name, mask, rng):
     x, p = (draw(rng, s, dtype=ml_dtypes.bfloat16) for s in ((4096, 8), (1, 8)))
     g, p = np.abs(draw(rng, (4096, 8))).astype(ml_dtypes.bfloat16), np.abs(p)  # a variance and a weight are positive
     mask = None if mask is None else rng.random((4096, 1)) < 0.9
@@ -209,7 +209,7 @@ def test_the_gradient_of_what_broadcasts_is_summed_in_float32_and_rounded_once(n
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["activation", "gate"])
-def test_rounding_before_the_scale_is_where_the_derivative_is_taken(gated, kernels, rng):
+def test_the_activation_is_differentiated_at_the_rounded_value(gated, kernels, rng):
     """sigmoid(round(round(xhat) scale)): the derivative is at the z that is rounded twice, in every program."""
     x, s, g = draw(rng, (32, 64)), draw(rng, 64, 3.0, ml_dtypes.bfloat16), draw(rng, (32, 64))
     g = g.astype(ml_dtypes.bfloat16)

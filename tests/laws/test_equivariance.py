@@ -22,14 +22,14 @@ def test_jit_changes_nothing(row, rng):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_a_permuted_batch_permutes(row, rng):
+def test_permuting_the_batch_permutes_the_output(row, rng):
     params, x = row.params(rng), draw(rng, row.shape, 1.0)
     order = rng.permutation(row.shape[0])
     near(row.apply(params, x[order]), row.apply(params, x)[order])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_shift_and_scale_of_x(row, rng):
+def test_shifting_and_scaling_x_changes_nothing(row, rng):
     params, x = row.params(rng), draw(rng, row.shape)
     spec = dataclasses.replace(row, spec=dataclasses.replace(row.spec, epsilon=0.0))
     np.testing.assert_allclose(spec.apply(params, 8.0 * x + 4.0), spec.apply(params, x), rtol=1e-5, atol=1e-5)
@@ -47,7 +47,7 @@ def test_one_group_is_layer_norm_and_c_groups_are_instance_norm(rng):
     near(jn.group_norm(x, num_groups=1, reduction_axes=-1), jn.layer_norm(x))
 
 
-def test_a_batch_of_one_is_instance_norm(rng):
+def test_batch_norm_of_one_example_is_instance_norm(rng):
     norm = jn.BatchNorm(epsilon=1e-6)
     params, state = norm.init(8)
     x = draw(rng, (1, 5, 6, 8), 2.0)

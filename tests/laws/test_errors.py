@@ -50,7 +50,7 @@ OF_EACH = [  # what is wrong, the error, what the message says (after the norm's
 
 @pytest.mark.parametrize(("wrong", "error", "says", "write"), OF_EACH, ids=lambda v: str(v)[:40])
 @pytest.mark.parametrize("norm", FIVE)
-def test_each_norm(norm, wrong, error, says, write):
+def test_every_norm_explains_a_wrong_input(norm, wrong, error, says, write):
     with pytest.raises(error, match=rf"^{norm}: (?s:.*)({says})(?s:.*){write}"):
         FIVE[norm](**wrong)
 
@@ -122,7 +122,7 @@ ONE = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), ONE, ids=[m[:50] for _, _, m in ONE])
-def test_one_norm(call, error, message):
+def test_one_norm_explains_a_wrong_input(call, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
         call()
 
@@ -215,13 +215,13 @@ HABITS = [
 
 
 @pytest.mark.parametrize(("call", "message"), HABITS, ids=[m[:60] for _, m in HABITS])
-def test_habits(call, message):
+def test_habits_of_other_libraries_are_explained(call, message):
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}") as caught:
         call()
     assert len(str(caught.value)) < 320
 
 
-def test_a_traced_additive_mask_cannot_pass_for_a_right_one():
+def test_a_traced_additive_mask_gives_nan():
     """Its values are not known, so where it is negative the output is NaN; 1 and 0 are a mask in any dtype."""
     run = jax.jit(lambda x, mask: jn.layer_norm(x, axis=(1, 2), mask=mask))
     assert np.isnan(run(x, additive)).all()
@@ -272,7 +272,7 @@ def refused(call, name: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_array_in_the_place_of_an_option_is_named_by_its_shape(name):
+def test_an_array_given_as_an_option_is_named_by_its_shape(name):
     takes = inspect.signature(getattr(jn, name)).parameters.values()
     options = [p.name for p in takes if p.kind is p.KEYWORD_ONLY]
     for loud in (LOUD, jnp.asarray(LOUD)):
@@ -302,5 +302,5 @@ def test_an_empty_x_is_normalized_to_an_empty_y(norm, shape):
             assert np.all(np.asarray(a) == b)
 
 
-def test_moments_of_nothing():
+def test_moments_of_an_empty_array_are_zero():
     assert [np.asarray(p).tolist() for p in jn.moments(np.ones((0, 2)), 0)] == [[0.0, 0.0]] * 3

@@ -38,7 +38,7 @@ def outputs_and_gradients(row, params, x, masks, cotangents):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_true_counts_forward_and_backward(row, rng):
+def test_masked_outputs_and_gradients_match_true_counts(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 5.0), draw(rng, row.shape)
     kinds, each = zip(*masks(row, rng), strict=True)
     truths = [row.truth(params, x, mask=in_rank(mask, row.shape)) for mask in each]
@@ -65,7 +65,7 @@ def output_gradients_and_tangent(row, params, x, mask, g, v):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_poison_in_the_padding_reaches_nothing(row, rng):
+def test_poison_in_the_padding_reaches_no_output_and_no_gradient(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape), draw(rng, row.shape)
     mask = rng.random(row.shape[:-1]) < 0.7
     full = in_rank(mask, row.shape)
@@ -87,7 +87,7 @@ def test_poison_in_the_padding_reaches_nothing(row, rng):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_nothing_at_all_is_finite_and_still(row, rng):
+def test_a_fully_masked_input_gives_a_constant_and_finite_gradients(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, dtype=np.float16), draw(rng, row.shape, dtype=np.float16)
     ((y, *gradients),) = outputs_and_gradients(row, params, x, [np.zeros(row.shape, bool)], [g])
     nothing = row.truth(params, x, mask=np.zeros(row.shape, bool)).y  # of a standardization, the bias
@@ -96,7 +96,7 @@ def test_nothing_at_all_is_finite_and_still(row, rng):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_a_mask_of_ones_is_no_mask(row, rng):
+def test_a_mask_of_ones_equals_no_mask(row, rng):
     params, x = row.params(rng), draw(rng, row.shape, 3.0)
     np.testing.assert_allclose(
         row.apply(params, x), row.apply(params, x, mask=np.ones(row.shape)), rtol=1e-6, atol=2e-6
@@ -104,7 +104,7 @@ def test_a_mask_of_ones_is_no_mask(row, rng):
 
 
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
-def test_weights(row, rng):
+def test_weighted_statistics_and_gradients_match_the_truth(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 2.0), draw(rng, row.shape)
     weights = rng.uniform(0.1, 2.0, row.shape).astype(np.float32)
     weights[rng.random(row.shape) < 0.2] = 0.0
@@ -128,7 +128,7 @@ def test_weights(row, rng):
     np.testing.assert_array_equal(np.asarray(run(params, holed, weights)[0])[weights > 0], y[weights > 0])
 
 
-def test_weights_and_mask_together_and_integer_weights_are_repeats(rng):
+def test_integer_weights_are_repeats_and_combine_with_a_mask(rng):
     norm = jn.BatchNorm(unbiased_running_var=True, momentum=0.0)
     params, state = norm.init(3)
     x, repeats = draw(rng, (10, 3)), rng.integers(1, 4, 10)
@@ -142,7 +142,7 @@ def test_weights_and_mask_together_and_integer_weights_are_repeats(rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), cut, masked)
 
 
-def test_the_mean_of_an_empty_set_is_zero_and_merging_it_changes_nothing(rng):
+def test_merging_moments_of_an_empty_set_changes_nothing(rng):
     x = draw(rng, (5, 3), 7.0)
     empty = jn.moments(x, 0, mask=np.zeros((5, 1), bool))
     assert all(np.all(np.asarray(part) == 0) for part in empty)
@@ -196,7 +196,7 @@ def test_the_count_of_broadcast_weights_has_a_tangent_of_its_shape(rng):
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["mask", "weights"])
-def test_an_infinity_that_counts_spoils_its_channel_and_one_that_does_not_spoils_nothing(weighted, rng):
+def test_an_infinity_spoils_its_channel_unless_it_is_masked_out(weighted, rng):
     """With an activation as without one, which could hide a NaN where an element is masked out."""
     x, mask = draw(rng, (8, 3)), rng.random((8, 3)) < 0.6
     mask[3], mask[0] = True, False
@@ -216,7 +216,7 @@ def test_an_infinity_that_counts_spoils_its_channel_and_one_that_does_not_spoils
 
 
 @pytest.mark.parametrize("row", [*EACH, by_name["batch-ghost"]], ids=str)
-def test_padding_gives_the_bias_so_a_masked_loss_of_it_stays_finite(row, rng):
+def test_padding_gives_the_bias_so_that_a_masked_loss_stays_finite(row, rng):
     """A loss that multiplies by the mask last squares the padding's output first."""
     params, x = row.params(rng), draw(rng, row.shape)
     mask = rng.random(row.shape) < 0.7

@@ -21,7 +21,7 @@ WIDE = {
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_plain(row, masked, dtype, rng):
+def test_only_x_and_row_statistics_are_saved(row, masked, dtype, rng):
     shape = WIDE[row.name]
     params, state = row.spec.init(shape[-1])
     x = jax.ShapeDtypeStruct(shape, dtype)
@@ -32,7 +32,7 @@ def test_plain(row, masked, dtype, rng):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_inside_a_scan_over_layers(row, dtype):
+def test_each_layer_of_a_scan_saves_only_its_x(row, dtype):
     """Each layer keeps its own x and no more."""
     layers, shape = 6, WIDE[row.name]
     params, state = jax.tree.map(lambda a: jnp.stack([a] * layers), row.spec.init(shape[-1]))
@@ -48,7 +48,7 @@ def test_inside_a_scan_over_layers(row, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda d: d.__name__)
-def test_batch_norm_at_inference_and_with_a_traced_train(dtype):
+def test_batch_norm_saves_only_x_at_inference_and_with_a_traced_train(dtype):
     norm = jn.BatchNorm()
     params, state = norm.init(24)
     x = jax.ShapeDtypeStruct(WIDE["batch-nhwc"], dtype)
@@ -58,7 +58,7 @@ def test_batch_norm_at_inference_and_with_a_traced_train(dtype):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_nothing_of_x_s_size_but_x_is_kept(row, rng):
+def test_only_x_is_saved_at_full_size(row, rng):
     params = row.params(rng)
     x = jnp.zeros(row.shape, jnp.bfloat16)
     kept = jax.tree.leaves(jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: row.apply(p, x), p, x)[1], params, x))

@@ -51,7 +51,7 @@ def moments(x: Float[Array, "n *hw c"]) -> tuple[Float32[Array, " c"], Float32[A
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (3, 4, 5, 8), (2, 3, 4, 5, 8)], ids=str)
-def test_shapes(shape, dtype, rng):
+def test_outputs_have_the_shapes_of_their_types(shape, dtype, rng):
     x, scale = jnp.asarray(rng.normal(size=shape), dtype), jnp.ones(8, dtype)
     assert layer(x, scale, jnp.ones(shape[:-1], bool)).dtype == dtype
     assert rms(x, jnp.ones(shape[-2:], dtype)).dtype == dtype
@@ -62,7 +62,7 @@ def test_shapes(shape, dtype, rng):
     moments(x)
 
 
-def test_the_check_can_fail():
+def test_a_wrong_shape_fails_the_type_check():
     with pytest.raises(TypeCheckError):
         layer(jnp.ones((3, 8)), jnp.ones(7), jnp.ones(3, bool))
     with pytest.raises(TypeCheckError):

@@ -32,7 +32,7 @@ def same(a, b):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
-def test_ten_steps_against_float64(row, rng):
+def test_ten_updates_match_float64(row, rng):
     norm = dataclasses.replace(row.spec, momentum=0.9)
     params, state = row.params(rng), row.state()
     step = jax.jit(lambda state, x: norm.apply(params, state, x, train=True)[1])
@@ -74,7 +74,7 @@ def test_zero_debias_by_a_momentum_that_float32_rounds_to_one(rng):
     close(state.mean, np.mean(batches, (0, 1), dtype=np.float64))
 
 
-def test_unbiased_running_var(rng):
+def test_unbiased_running_var_divides_by_one_less(rng):
     x = draw(rng, (8, 3))
     close(run(jn.BatchNorm(momentum=0.0, unbiased_running_var=True), [x]).var, x.var(0, ddof=1, dtype=np.float64))
     with pytest.warns(UserWarning, match="one element per channel"):
@@ -82,14 +82,14 @@ def test_unbiased_running_var(rng):
     close(one, jn.RunningStats(x[0], np.ones(3), None))  # one element has a mean, and no unbiased variance
 
 
-def test_momentum_zero_and_one(rng):
+def test_momentum_zero_replaces_and_one_keeps_the_statistics(rng):
     x = draw(rng, (8, 3), 2.0)
     close(run(jn.BatchNorm(momentum=0.0), [x])[:2], (x.mean(0, dtype=np.float64), x.var(0, dtype=np.float64)))
     close(run(jn.BatchNorm(momentum=1.0), [x])[:2], (np.zeros(3), np.ones(3)))
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"zero_debias": True}, {"virtual_batch_size": 4}], ids=str)
-def test_an_update_that_saw_nothing_leaves_the_state_as_it_was(options, rng):
+def test_an_update_without_valid_elements_keeps_the_state(options, rng):
     norm = jn.BatchNorm(**options)
     params, state = norm.init(3)
     _, state = norm.apply(params, state, draw(rng, (8, 3), 4.0), train=True)
@@ -109,7 +109,7 @@ def test_an_update_that_saw_nothing_leaves_the_state_as_it_was(options, rng):
     assert np.all(new.mean[::2] != state.mean[::2])
 
 
-def test_frozen_never_updates_and_normalizes_by_the_running_statistics(rng):
+def test_frozen_never_updates_and_uses_the_running_statistics(rng):
     norm = jn.BatchNorm(frozen=True)
     params, _ = norm.init(3)
     state = jn.RunningStats(jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 1.0, 9.0]))
@@ -155,7 +155,7 @@ def test_one_element_per_channel_in_training_warns(rng):
 
 
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
-def test_a_traced_train(row, rng):
+def test_a_traced_train_matches_a_static_one(row, rng):
     params, state, x, g = row.params(rng), row.state(), draw(rng, row.shape, 1.0), draw(rng, row.shape)
     state = state._replace(mean=state.mean + 0.5)
 
@@ -171,7 +171,7 @@ def test_a_traced_train(row, rng):
 
 
 @pytest.mark.parametrize("row", BATCH_NORMS, ids=str)
-def test_inference(row, rng):
+def test_inference_uses_the_running_statistics(row, rng):
     params = row.params(rng)
     state = jn.RunningStats(*(jnp.asarray(rng.uniform(0.5, 2, row.features), f32) for _ in range(2)))
     x, g = draw(rng, row.shape), draw(rng, row.shape)
@@ -205,7 +205,7 @@ def test_no_gradient_flows_into_the_state(rng):
     assert np.all(dx == 0)
 
 
-def test_the_state_out_has_the_tree_of_the_state_in(rng):
+def test_apply_keeps_the_tree_shapes_and_dtypes_of_the_state(rng):
     for options in ({}, {"momentum": None}, {"zero_debias": True}):
         norm = jn.BatchNorm(**options)
         for dtype in (f32, jnp.bfloat16):
@@ -249,7 +249,7 @@ def test_running_statistics_have_no_bias(momentum, rng):
     close(state.var, batch.var, rtol=rounding)
 
 
-def test_running_mean_of_many_noisy_batches(rng):
+def test_the_running_mean_of_many_noisy_batches_matches_float64(rng):
     """Momentum 0.999, 10,000 steps of N(100, 1): within 1e-4 of the same recursion in float64."""
     means = draw(rng, (10_000, 1), 100.0)
     step = lambda state, m: (jn.update_state(state, jn.Moments(jnp.ones(1), m, jnp.zeros(1)), momentum=0.999), None)
@@ -261,7 +261,7 @@ def test_running_mean_of_many_noisy_batches(rng):
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_cumulative_statistics_go_on_where_float32_cannot_count(unbiased, rng):
+def test_cumulative_statistics_keep_moving_when_float32_cannot_count(unbiased, rng):
     """From 2**24 batches of one size on the count stays. The statistics then move as an average of that many does."""
     full, size, steps = 2.0**28, 8.0, 1 << 20
     assert np.float32(full) + np.float32(size) == full

@@ -150,7 +150,7 @@ VERSIONS = {"layer", "ghost", "mapped", "masked", "nnx"}  # run on other release
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.versions] if name in VERSIONS else []) for name in PROGRAMS]
 )
-def test_values_are_the_same_under_each_switch(name, rng):
+def test_every_switch_gives_the_same_values(name, rng):
     params, x = arguments(rng)
     program = PROGRAMS[name]
     want = compiled(program)(params, jnp.asarray(x), 0)
@@ -217,7 +217,7 @@ def test_context_managers_are_the_same_switches(rng):
             close(run(params, x, 0), want, rtol=5e-5, atol=5e-5)
 
 
-def test_a_nan_of_the_user_s_own_is_found_where_it_is_made(rng, capsys):
+def test_a_nan_of_the_user_is_found_where_it_is_made(rng, capsys):
     """The program is run again operation by operation: NaN padding in the norm before is not what it stops at."""
     params, x = arguments(rng)
     x = np.where(MASK, x, np.float32(np.nan))
@@ -231,7 +231,7 @@ def test_a_nan_of_the_user_s_own_is_found_where_it_is_made(rng, capsys):
         jax.jit(loss)(x)
 
 
-def test_an_additive_mask_of_traced_values_makes_no_nan_for_a_good_mask(rng):
+def test_the_check_for_additive_masks_makes_no_nan_for_a_valid_mask(rng):
     """Its values are checked by a NaN in the output; there must be none on the way where all is well."""
     params, x = arguments(rng)
     norm = jn.LayerNorm()

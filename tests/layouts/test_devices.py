@@ -40,7 +40,7 @@ WHERES = ["shard_map-auto", "shard_map-explicit", "pmap", "vmap"]
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("where", WHERES)
-def test_synchronized_batch_norm_is_one_device_s(where, options, rng):
+def test_synchronized_batch_norm_matches_one_device(where, options, rng):
     """With a mask in every other case: each way to run, and all options, have some of both kinds."""
     masked = (WHERES.index(where) + OPTIONS.index(options)) % 2
     norm = jn.BatchNorm(**options)
@@ -75,7 +75,7 @@ def test_synchronized_batch_norm_is_one_device_s(where, options, rng):
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_jit_over_sharded_arrays(row, masked, kind, kernels, rng):
+def test_jit_over_a_sharded_batch_matches_one_device(row, masked, kind, kernels, rng):
     """Batch sharded: equal to one device, nothing gathered, nothing moved; collectives for batch norm alone."""
     shape = (16, *row.shape[1:])
     params, x, g = row.params(rng), draw(rng, shape, 2.0), draw(rng, shape)
@@ -111,7 +111,7 @@ ANY = {
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("axis", [1, 2], ids=["positions", "features"])
 @pytest.mark.parametrize("norm", ANY.values(), ids=ANY)
-def test_jit_over_arrays_sharded_along_another_axis(norm, axis, kind, rng):
+def test_jit_over_another_sharded_axis_matches_one_device(norm, axis, kind, rng):
     """What each device needs of the others are sums: nothing of x's size is ever gathered or moved."""
     x, g = draw(rng, (4, 16, 32), 3.0), draw(rng, (4, 16, 32))
     params, state = norm.init(32)
@@ -128,7 +128,7 @@ def test_jit_over_arrays_sharded_along_another_axis(norm, axis, kind, rng):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_one_all_reduce_forward_and_one_backward_for_each_layer(layers, masked, rng):
+def test_each_layer_takes_one_all_reduce_forward_and_one_backward(layers, masked, rng):
     norm = jn.BatchNorm(axis_name="data")
     params, state, x, g = case(norm, rng)
     mask = uneven_mask(rng) if masked else None
@@ -160,7 +160,7 @@ def test_one_all_reduce_forward_and_one_backward_for_each_layer(layers, masked, 
 @pytest.mark.parametrize(
     "groups", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 7], [1, 6], [2, 5], [3, 4]], [[0], [1, 2, 3, 4, 5, 6, 7]]]
 )
-def test_groups_of_devices(where, groups, rng):
+def test_axis_index_groups_share_statistics(where, groups, rng):
     norm = jn.BatchNorm(axis_name="data", axis_index_groups=groups)
     alone = jn.BatchNorm()
     params, state, x, g = case(norm, rng)
@@ -206,7 +206,7 @@ def test_groups_must_hold_every_index_once(rng):
         jax.vmap(lambda x: norm.apply(params, state, x, train=True)[0], axis_name="d")(draw(rng, (4, 5, 6)))
 
 
-def test_two_axis_names(rng):
+def test_two_axis_names_share_statistics(rng):
     norm = jn.BatchNorm(axis_name=("host", "chip"))
     params, state, x, g = case(norm, rng)
     want = alone_step(jn.BatchNorm(), params, state, x, g, None)
@@ -219,7 +219,7 @@ def test_two_axis_names(rng):
 
 
 @pytest.mark.parametrize("name", ["scale", "bias", "x", "weights"])
-def test_one_tangent_alone_in_shard_map(name, rng):
+def test_a_single_tangent_in_shard_map_matches_one_device(name, rng):
     """The tangent of y varies over devices as y does, also where that of a replicated parameter is all there is."""
     norm = jn.BatchNorm(axis_name="data")
     params, state, x, _ = case(norm, rng)
@@ -247,7 +247,7 @@ def test_one_tangent_alone_in_shard_map(name, rng):
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("name", ["layer", "rms", "group-nhwc", "instance-nhwc"])
-def test_reduced_axes_sharded_in_shard_map(name, kind, rng):
+def test_axis_name_merges_the_statistics_of_sharded_rows(name, kind, rng):
     """Features of a row, or the spatial axis of an image, over eight devices: axis_name for the norms of rows."""
     row = by_name[name]
     spatial = name in ("group-nhwc", "instance-nhwc")
@@ -299,7 +299,7 @@ def test_large_statistics_merge_in_two_rounds(rng, monkeypatch):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("where", ["shard_map", "pmap", "vmap"])
-def test_merge_across(where, rng):
+def test_merge_across_matches_the_moments_of_all_data(where, rng):
     x = draw(rng, (8, 7, 3), 1e3)
     mask = rng.random((8, 7, 1)) < np.arange(8)[:, None, None] / 7
     merged = lambda x, m: jn.merge_across(jn.moments(x, 0, mask=m), "d")

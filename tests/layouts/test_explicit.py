@@ -248,7 +248,7 @@ RUNS += [(name, "explicit", "xla") for name, case in CASES.items() if case.kerne
 
 
 @pytest.mark.parametrize(("name", "kind", "implementation"), RUNS)
-def test_equal_to_one_device(name, kind, implementation, rng):
+def test_explicit_meshes_match_one_device(name, kind, implementation, rng):
     case = CASES[name]
     if kind == "auto" or implementation == "xla":  # second derivatives are made of the same parts there
         case = dataclasses.replace(case, second=False)
@@ -281,7 +281,7 @@ def _is_pair(a) -> bool:
 
 
 @pytest.mark.parametrize("name", ["params-over-another-axis", "batch"])
-def test_outside_of_jit(name, rng):
+def test_eager_calls_on_an_explicit_mesh_match_one_device(name, rng):
     """An operation at a time under `jax.set_mesh`, each of which has the types that JAX asks for."""
     case = dataclasses.replace(CASES[name], second=False)
     arrays = case.draw(rng)
@@ -297,7 +297,7 @@ def test_outside_of_jit(name, rng):
 
 
 @pytest.mark.parametrize("axes", [(0, None), (0, 0), (None, 0), (1, None)], ids=str)
-def test_vmap_over_a_sharded_axis(axes, rng):
+def test_vmap_over_a_sharded_axis_matches_one_device(axes, rng):
     """The new axis is sharded where the mapped ones are, on the kernels too: also of an x that is not mapped."""
     of_x, of_scale = axes
     x, scale = draw(rng, SHAPE if of_x is not None else SHAPE[1:]), draw(rng, (8, 16) if of_scale == 0 else (16,))

@@ -137,7 +137,7 @@ ids = lambda v: v if isinstance(v, str) else str(v)
 
 
 @pytest.mark.parametrize(("row", "layout"), CASES, ids=ids)
-def test_jit(row, layout, rng):
+def test_jit_matches_one_device_in_every_layout(row, layout, rng):
     """Auto and Explicit meshes in turn; parameters lie as the features do."""
     kind = ("auto", "explicit")[CASES.index((row, layout)) % 2]
     case = Case(row, layout, kind)
@@ -158,7 +158,7 @@ def test_jit(row, layout, rng):
 
 
 @pytest.mark.parametrize(("row", "layout"), CASES, ids=ids)
-def test_shard_map(row, layout, rng):
+def test_shard_map_matches_one_device_in_every_layout(row, layout, rng):
     """check_vma is on: that the out_specs are accepted proves what is replicated."""
     kind = ("explicit", "auto")[CASES.index((row, layout)) % 2]
     case = Case(row, layout, kind)
@@ -209,7 +209,7 @@ ONE_OF_EACH = [by_name[n] for n in ("layer", "rms", "group-size", "instance-sequ
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("row", ONE_OF_EACH, ids=str)
-def test_fully_sharded_parameters(row, kind, rng):
+def test_fully_sharded_parameters_are_gathered_and_x_is_not(row, kind, rng):
     """FSDP: the batch and the parameters lie along one axis. The parameters are gathered, x is not."""
     case = Case(row, "batch", kind)
     params, state, x, g = case.arguments(rng)
@@ -228,7 +228,7 @@ def test_fully_sharded_parameters(row, kind, rng):
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("layout", ["features", "batch and features", "all three"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_groups_of_channels_that_span_devices_under_jit(groups, layout, kind, rng):
+def test_channel_groups_may_span_devices_under_jit(groups, layout, kind, rng):
     """A group on two devices or more: its parts are merged, and nothing of x's size moves."""
     row = dataclasses.replace(by_name["group-size"], spec=jn.GroupNorm(num_groups=groups))
     case = Case(row, layout, kind)
@@ -246,7 +246,7 @@ def test_groups_of_channels_that_span_devices_under_jit(groups, layout, kind, rn
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_a_group_that_spans_devices_in_shard_map(kind, rng):
+def test_a_channel_group_may_span_devices_in_shard_map(kind, rng):
     """In shard_map one group of all channels is `num_groups=1` on each part, over the axis."""
     mesh, x, g = mesh_of(kind, names=("model",)), draw(rng, (4, 6, 16), 2.0), draw(rng, (4, 6, 16))
     params = jn.Affine(*(jnp.asarray(p, jnp.float32) for p in rng.normal(size=(2, 16))))

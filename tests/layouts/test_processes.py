@@ -139,7 +139,7 @@ def apart(a, b) -> list[float]:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_tolerance_is_one_of_rounding(one):
+def test_the_tolerance_is_that_of_rounding(one):
     beginning = training.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
     assert min(apart(beginning[:2], one[0][:2])) > 100 * TOLERANCE, "all of them were trained"
     assert 0 < max(apart(on_one_device(lambda rows: rows[::-1])[0], one[0])) < TOLERANCE / 5
@@ -155,7 +155,7 @@ COLLECTIVES = {"shard_map": 1 + 2 * len(demo.STRIDES), "jit": 1 + 3 * len(demo.S
 
 
 @pytest.mark.parametrize(("form", "processes"), [("shard_map", 2), ("shard_map", 4), ("jit", 2)])
-def test_processes_train_as_one_does(form, processes, through, one):
+def test_several_processes_train_as_one_does(form, processes, through, one):
     printed, folder = through(form, processes)
     for i, images in enumerate(REAL[processes]):
         assert f"process {i}: {images} rows a step\n" in printed
@@ -177,7 +177,7 @@ def others_ended_by_themselves(printed: str, processes: int, victim: int) -> Non
 
 
 @pytest.mark.parametrize(("form", "processes", "victim"), [("shard_map", 4, 2), ("jit", 2, 0)])
-def test_a_death_ends_all_and_a_restart_changes_no_bit(form, processes, victim, through, tmp_path):
+def test_a_crash_stops_all_processes_and_a_restart_changes_no_bit(form, processes, victim, through, tmp_path):
     """Process 0 is the coordinator. The death is before step 5, the last checkpoint of step 3."""
     printed = train(tmp_path, form, processes, "--kill", f"{victim}:5", "--restarts", "1")
     others_ended_by_themselves(printed, processes, victim)
@@ -186,7 +186,7 @@ def test_a_death_ends_all_and_a_restart_changes_no_bit(form, processes, victim, 
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path), saved(folder))
 
 
-def test_a_process_that_falls_silent_ends_all(tmp_path):
+def test_a_silent_process_stops_all_processes(tmp_path):
     """Its connections stay open, and only the heartbeats tell: JAX ends the others, `launch` what is left."""
     printed = train(tmp_path, "shard_map", 2, "--kill", "1:5:STOP", "--heartbeat", "6", status=1)
     assert "stopped sending heartbeats" in printed
@@ -212,7 +212,7 @@ def test_a_checkpoint_fits_other_processes_and_devices(form, processes, devices,
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path):
+def test_ctrl_c_stops_all_processes_without_a_traceback(tmp_path):
     """As from a terminal, which sends it to all of them."""
     command = [sys.executable, "-m", "examples.processes", "--processes", "2", "--checkpoints", str(tmp_path)]
     piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -231,7 +231,7 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "raised"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
-def test_a_signal_to_the_parent_ends_its_children(number, raised, monkeypatch, capfd):
+def test_a_signal_to_the_parent_stops_its_children(number, raised, monkeypatch, capfd):
     """They ignore SIGINT themselves; that it kills a shell that does not is the control."""
     number, handlers = getattr(signal, number), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     script = ["sh", "-c", "kill -INT $$; echo survived; exec sleep 60"]
@@ -311,7 +311,7 @@ def one_message(run, line: str, capsys) -> str:
 
 
 @pytest.mark.parametrize("line", BAD, ids=lambda line: line[:40])
-def test_a_bad_option_is_one_message_and_status_2(line, main, tmp_path, capsys):
+def test_a_bad_option_prints_one_message_and_exits_with_status_2(line, main, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert one_message(main.run, line, capsys).startswith(BAD[line])
     assert main.lines == []
@@ -319,7 +319,7 @@ def test_a_bad_option_is_one_message_and_status_2(line, main, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kill", ["--kill 1:30", "--kill=1:30:STOP", "--ki 1:30"])
-def test_the_line_to_repeat_kills_no_more(kill, main, tmp_path, capsys):
+def test_the_printed_command_to_repeat_does_not_kill_again(kill, main, tmp_path, capsys):
     main.ends_well = False
     given = f"--processes 2 {kill} --checkpoints 'my folder'"
     assert main.run(given) == 1
@@ -339,7 +339,7 @@ def test_the_line_to_repeat_kills_no_more(kill, main, tmp_path, capsys):
     assert main.lines[-1] == ["--processes", "2", "--checkpoints", "my folder", "--restarts", "2"]
 
 
-def test_a_folder_that_holds_another_training_is_refused(main, tmp_path, capsys):
+def test_a_folder_of_another_training_is_refused(main, tmp_path, capsys):
     """Of processes and devices there may be others, and of what was never saved nothing is left."""
     assert main.run("--steps 6 --checkpoints c") == 0
     assert main.run("--steps 7 --checkpoints c") == 0
@@ -356,7 +356,7 @@ def test_a_folder_that_holds_another_training_is_refused(main, tmp_path, capsys)
     assert "cannot use 'c': Expecting" in one_message(main.run, "--checkpoints c", capsys)
 
 
-def test_processes_that_cannot_be_started_are_one_message(monkeypatch, main, capsys):
+def test_processes_that_cannot_start_give_one_message(monkeypatch, main, capsys):
     def launch(*_):
         raise OSError(11, "Resource temporarily unavailable")
 
@@ -365,7 +365,7 @@ def test_processes_that_cannot_be_started_are_one_message(monkeypatch, main, cap
     assert message == "cannot start 3 processes: Resource temporarily unavailable."
 
 
-def test_an_address_where_nobody_can_meet_is_one_message(main, monkeypatch, capsys):
+def test_an_unreachable_address_gives_one_message(main, monkeypatch, capsys):
     """Where JAX would end the process by a signal."""
     monkeypatch.setattr(processes, "meet", functools.partial(launcher.meet, patience=0.3))
     with socket.socket() as taken:

@@ -34,12 +34,12 @@ def boxes(kind: str) -> list[tuple[int, ...]]:
         (V5P, (8, 8, 16), 180_000, 2 * (16e-6 + 1e-6)),
     ],
 )
-def test_the_time_of_an_all_reduce(chip, box, payload, want):
+def test_the_model_times_an_all_reduce(chip, box, payload, want):
     assert model.seconds(chip, box, payload) == pytest.approx(want, rel=1e-12)
     assert model.seconds(chip, box, payload, ways=1) == pytest.approx(want / 2, rel=1e-12)
 
 
-def test_one_chip_waits_for_nobody():
+def test_one_chip_does_not_communicate():
     assert model.seconds(V5E, (1, 1, 1), 1 << 30) == 0
     assert model.total(V5E, []) == 0
 
@@ -54,7 +54,7 @@ def test_more_chips_and_more_bytes_take_longer(kind):
     assert by_bytes == sorted(set(by_bytes))
 
 
-def test_collectives_follow_one_another():
+def test_collectives_run_one_after_another():
     one = {"kind": "all-reduce", "bytes": 45_000, "chips": 8, "box": [4, 2, 1]}
     gather = one | {"kind": "all-gather", "bytes": 45_000 // 8}
     assert model.total(V5E, [one, one, gather]) == pytest.approx(25e-6, rel=1e-12)
@@ -62,7 +62,7 @@ def test_collectives_follow_one_another():
         model.total(V5E, [one | {"kind": "all-to-all"}])
 
 
-def test_a_resnet50():
+def test_a_resnet50_has_the_published_norms():
     norms = model.resnet50()
     assert len(norms) == 53
     assert sum(2 * channels for channels, _ in norms) == 53_120, "scales and biases, as published"
@@ -72,12 +72,12 @@ def test_a_resnet50():
     assert one == pytest.approx(8 * 2 * 16 * 256 * 3136 / 819e9, rel=1e-12)
 
 
-def test_the_least_time_of_a_step():
+def test_a_step_takes_at_least_the_published_time():
     memory = model.memory_seconds(V5P, model.resnet50(), 16)
     assert model.step_seconds(V5P, 16) == pytest.approx(memory + 16 * 24.6e9 / 459e12, rel=1e-12)
 
 
-def test_what_to_choose():
+def test_the_advice_follows_from_the_waiting_times():
     waits = {"global": 1.0, "groups": 0.1, "local": 0.0}
     assert model.choose(4, waits, 10.0, 8) == "global", "it adds a tenth"
     assert model.choose(32, waits, 9.9, 8) == "local"
@@ -94,7 +94,7 @@ def found() -> list[dict]:
     return records.read(RESULTS / "scale.jsonl")
 
 
-def test_groups_wait_no_longer_than_all_and_local_not_at_all(found):
+def test_groups_wait_at_most_as_long_as_all_and_local_does_not_wait(found):
     waits = scale.waits(found)
     assert {TARGETS[t].devices for t in waits} == {8, 64, 256, 1024}
     for by in waits.values():
@@ -102,7 +102,7 @@ def test_groups_wait_no_longer_than_all_and_local_not_at_all(found):
             assert by[f"local, {form}"] == 0 < by[f"groups of 8, {form}"] <= by[f"global, {form}"]
 
 
-def test_small_planes_communicate_what_large_ones_do(found):
+def test_small_planes_communicate_as_much_as_large_ones(found):
     """What is compiled with 2 images of 8 x 8 on a chip is what 16 of 56 x 56 would give."""
     key = lambda it: (it["target"], it["sync"])
     sent = lambda it: sorted((c["kind"], c["bytes"], c["chips"]) for c in it["collectives"])
@@ -140,7 +140,7 @@ def counts(target: str, sync: str, form: str) -> list[tuple[str, int, int, int]]
 
 @pytest.mark.compiled
 @pytest.mark.skipif(missing("tpu") is not None, reason=str(missing("tpu")))
-def test_one_batch_norm_compiled():
+def test_a_compiled_batch_norm_communicates_its_statistics_alone():
     """256 float32 channels. Forward a slot for each chip, with 3 values (4 with an axis name), backward 2 sums."""
     values, back = 256 * 4, ("all-reduce", 2 * 256 * 4, 8, 8)
     assert counts("v5ex8", "global", "jit") == [("all-reduce", 8 * 3 * values, 8, 8), back]
@@ -151,7 +151,7 @@ def test_one_batch_norm_compiled():
 
 @pytest.mark.compiled
 @pytest.mark.skipif(missing("tpu") is not None, reason=str(missing("tpu")))
-def test_row_norms_compiled():
+def test_compiled_row_norms_communicate_gradients_alone():
     """Over features that are spread, in shard_map: an all-reduce each way, nothing gathered, and no chip outside."""
     for norm, values in (("LayerNorm", 4), ("RMSNorm", 2)):
         found = scaling.spread("v5ex64", norm, "shard_map")["collectives"]
@@ -164,7 +164,7 @@ def test_row_norms_compiled():
 @pytest.mark.skipif(missing("tpu") is not None, reason=str(missing("tpu")))
 @jax.numpy_dtype_promotion("standard")  # for flax
 @jax.numpy_rank_promotion("allow")
-def test_a_step_compiled():
+def test_a_compiled_step_communicates_as_predicted():
     """Two all-reduces for each of six norms, and the gradients; where each chip is alone, one for all six besides."""
     bytes_of = lambda sync: [it["bytes"] for it in scaling.stage("v5ex8", sync)["collectives"]]
     sent = {sync: bytes_of(sync) for sync in ("global", "local", None)}

@@ -74,7 +74,7 @@ WHERES = ["shard_map-auto", "shard_map-explicit", "pmap", "vmap", "jit-auto", "j
 
 @pytest.mark.parametrize("sync", SYNCS)
 @pytest.mark.parametrize("where", WHERES)
-def test_a_group_is_one_device_with_its_data(where, sync, rng):
+def test_each_group_matches_one_device_with_its_data(where, sync, rng):
     """With a mask in every other case: each way to run, and each sync, has some of both kinds."""
     said, groups = SYNCS[sync]
     masked = (WHERES.index(where) + list(SYNCS).index(sync)) % 2
@@ -85,7 +85,7 @@ def test_a_group_is_one_device_with_its_data(where, sync, rng):
 
 @pytest.mark.parametrize("options", [{"momentum": None}, {"axis": 1}, {"unbiased_running_var": True}], ids=str)
 @pytest.mark.parametrize("where", ["shard_map-auto", "jit-auto", "jit-explicit"])
-def test_with_other_options(where, options, rng):
+def test_local_sync_works_with_every_option(where, options, rng):
     norm = jn.BatchNorm(axis_name="data", sync="local", **options)
     channels = 5 if norm.axis == 1 else 6
     params, state = norm.init(channels)
@@ -94,7 +94,7 @@ def test_with_other_options(where, options, rng):
 
 
 @pytest.mark.parametrize("where", ["shard_map-auto", "shard_map-explicit", "jit-auto", "jit-explicit"])
-def test_parameters_per_example(where, rng):
+def test_groups_take_parameters_per_example(where, rng):
     """They are divided among the devices as x is."""
     norm = jn.BatchNorm(axis_name="data", sync=2)
     state, x, g = norm.init(6)[1], draw(rng, SHAPE, 1.0), draw(rng, SHAPE)
@@ -124,7 +124,7 @@ IN_TURN = ("shard_map-explicit", "jit-auto"), ("shard_map-auto", "jit-explicit")
 
 
 @pytest.mark.parametrize(("sync", "where"), [(s, w) for i, s in enumerate(NESTED) for w in IN_TURN[i % 2]])
-def test_hosts_and_chips(sync, where, rng):
+def test_groups_of_neighbours_follow_the_last_axis_first(sync, where, rng):
     """Of two axes the last runs fastest: four neighbours are the chips of one host."""
     said, groups = NESTED[sync]
     names = ("host", "chip")
@@ -151,7 +151,7 @@ def test_hosts_and_chips(sync, where, rng):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("where", ["shard_map-auto", "jit-auto", "jit-explicit"])
-def test_local_costs_one_all_reduce_which_only_the_running_statistics_need(where, masked, rng):
+def test_local_sync_takes_one_all_reduce_for_the_running_statistics(where, masked, rng):
     norm = jn.BatchNorm(axis_name="data", sync="local")
     params, state, x, g = case(norm, rng)
     mask = uneven_mask(rng) if masked else None
@@ -199,7 +199,7 @@ def test_ghost_batches_under_every_sync_stay_on_their_device(rng):
         close(on_devices(where, norm, params, state, x, g, None), want, atol=5e-5)
 
 
-def test_under_jit_the_axis_of_the_mesh_in_use_is_as_good_as_none(rng):
+def test_jit_ignores_the_name_of_an_automatic_mesh_axis(rng):
     """One spec runs in shard_map and under jit: there arrays are whole along the axis, for row norms as well."""
     mesh = mesh_of("auto")
     x = draw(rng, SHAPE, 3.0)
@@ -226,7 +226,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD, ids=lambda v: str(v)[:40])
-def test_errors(options, message):
+def test_a_wrong_sync_is_explained(options, message):
     with pytest.raises(ValueError, match=f"(?s)BatchNorm: .*{message}"):
         jn.BatchNorm(**options)
     x, state = np.ones((4, 6), np.float32), jn.BatchNorm().init(6)[1]
@@ -234,7 +234,7 @@ def test_errors(options, message):
         jn.batch_norm(x, None, state, train=True, **options)
 
 
-def test_errors_that_need_the_devices(rng):
+def test_a_sync_that_does_not_fit_the_devices_is_explained(rng):
     norm = jn.BatchNorm(axis_name="data", sync=3)
     params, state, x, _ = case(norm, rng)
     run = lambda norm, x: norm.apply(params, state, x, train=True)[0]
@@ -251,7 +251,7 @@ def test_errors_that_need_the_devices(rng):
 
 
 @pytest.mark.parametrize("sync", ["local", 2, CROSSED], ids=str)
-def test_the_flax_layers_carry_it(sync, rng):
+def test_flax_layers_pass_sync_on(sync, rng):
     x, data, mesh = draw(rng, (32, 6), 2.0), P("data"), mesh_of("auto")
     spec = jn.BatchNorm(axis_name="data", sync=sync)
     params, state = spec.init(6)
@@ -274,7 +274,7 @@ def test_the_flax_layers_carry_it(sync, rng):
     close(mapped(run_nnx, P(), data, outs=(data, P()))(variables, x), (y, (new.mean, new.var)))
 
 
-def test_the_flax_layers_refuse_statistics_that_differ_between_devices(rng):
+def test_flax_layers_refuse_statistics_that_differ_between_devices(rng):
     nnx = pytest.importorskip("flax.nnx")
     x, data, mesh = draw(rng, (32, 6), 2.0), P("data"), mesh_of("auto")
     layer = jnn.BatchNorm(use_running_average=False)

@@ -34,7 +34,7 @@ def ordered(low, middle, high) -> bool:
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch", "group", "add_rms", "gated_rms"])
-def test_truth_of_a_tile_is_that_of_the_array(norm):
+def test_the_truth_of_a_tile_is_that_of_the_array(norm):
     """The gradient of the whole array by JAX, in float64, against the tile's truth by the oracle."""
     shape = (4096, 2, 4, 64) if norm in ("batch", "group") else (1 << 15, 64)
     it = Case(norm, shape, "float32")
@@ -136,7 +136,7 @@ def test_rounds_take_one_sample_of_each_and_end_in_time():
     assert merged.tolist() == [3, 4, 5, 6, 7, 8], "the first round is not counted"
 
 
-def test_records_are_one_a_line(tmp_path):
+def test_each_record_is_one_line(tmp_path):
     found = [{"command": "x", "jax": "1", "processor": "cpu"}, {"name": "a", "forward": {"copies": [1, 2, 3]}}]
     records.write(tmp_path / "x.jsonl", found)
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 2

@@ -143,7 +143,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD, ids=lambda line: line[:30])
-def test_a_bad_option_is_one_message_and_status_2_before_any_training(line, made_up, monkeypatch, tmp_path, capsys):
+def test_a_bad_option_prints_one_message_before_any_training(line, made_up, monkeypatch, tmp_path, capsys):
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr(demo, "fit", lambda *_, **__: pytest.fail("it trains"))
     with pytest.raises(SystemExit) as end:
@@ -164,7 +164,7 @@ def test_a_bad_option_ends_the_command_itself_with_status_2(tmp_path):
     assert re.fullmatch(r"python -m jaxnorm\.demo: .*there are 64 cpu devices to be had, not 1000.*\n", done.stderr)
 
 
-def test_a_picture_that_cannot_be_written_after_all_is_one_message(made_up, monkeypatch, tmp_path, capsys):
+def test_a_picture_that_cannot_be_written_gives_one_message(made_up, monkeypatch, tmp_path, capsys):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -176,7 +176,7 @@ def test_a_picture_that_cannot_be_written_after_all_is_one_message(made_up, monk
     assert capsys.readouterr().err == message
 
 
-def test_a_link_to_a_picture_to_come_is_kept(made_up, tmp_path):
+def test_a_link_to_a_picture_not_yet_drawn_is_kept(made_up, tmp_path):
     (tmp_path / "link.png").symlink_to("picture.png")
     made_up(["--norm", "layer", "--steps", "1", "--out", "link.png"])
     assert (tmp_path / "link.png").is_symlink()

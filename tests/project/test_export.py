@@ -87,7 +87,7 @@ def test_any_size_may_be_a_symbol(sizes):
     ],
     ids=["native", "group"],
 )
-def test_what_symbols_cannot_be_says_what_to_write(norm, message):
+def test_an_unsupported_symbolic_size_is_explained(norm, message):
     if "native" in message and not cpu.library().loaded:
         message = "layer_norm: .*'native' cannot run here"
     with pytest.raises(ValueError, match=message):
@@ -189,7 +189,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", [*map(str, ROWS), *FUNCTIONS])
-def test_lax_is_lax_operations_alone(name, rng):
+def test_implementation_lax_traces_lax_operations_alone(name, rng):
     """Forward and gradient. JAX's own sums of cotangents are a primitive too."""
     row = by_name.get(name)
     if row is None:
@@ -205,7 +205,7 @@ def test_lax_is_lax_operations_alone(name, rng):
     assert primitives(both.jaxpr) <= LAX | CALLS | {"add_any"}
 
 
-def test_lax_computes_what_xla_does(rng):
+def test_implementation_lax_matches_xla(rng):
     x, params, _, mask = values(rng, (8, 4, 4, 6))
 
     def norms(x, params, implementation):

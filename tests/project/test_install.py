@@ -205,14 +205,14 @@ class Installed:
     ],
     ids=["folder", "git", "revision", "folder gone", "wheel", "index", "old metadata", "not installed"],
 )
-def test_the_command_to_install_again_is_of_where_it_came_from(installed, source, monkeypatch):
+def test_the_command_to_reinstall_names_the_source_of_the_installation(installed, source, monkeypatch):
     monkeypatch.setattr(_install, "_checkout", lambda: None)
     monkeypatch.setattr(_install, "_installed", lambda: installed)
     assert _install.reinstall() == f"pip install --force-reinstall --no-deps{source}"
     assert _install.extra("flax") == 'pip install "jaxnorm[flax]"'
 
 
-def test_in_a_checkout_commands_name_it(monkeypatch):
+def test_commands_name_the_checkout_they_run_in(monkeypatch):
     assert (_install._checkout() == str(ROOT)) == (Path(jn.__file__).parents[1] == ROOT)
     monkeypatch.setattr(_install, "_checkout", lambda: "/my code")
     assert _install.reinstall() == "pip install --force-reinstall --no-deps -e '/my code'"
@@ -221,7 +221,7 @@ def test_in_a_checkout_commands_name_it(monkeypatch):
     assert _install.extra("flax") == "pip install -e '/my code[flax]'"
 
 
-def test_the_repository_s_address_is_everywhere_that_of_pyproject():
+def test_every_page_has_the_address_of_pyproject():
     """[project.urls] is the one place to change it: then this test names the others."""
     name = REPOSITORY.removeprefix("https://github.com/")
     files = [ROOT / "README.md", *(ROOT / "notebooks").glob("*.ipynb")]

@@ -51,7 +51,7 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_links_of_the_readme_work_on_the_page_of_an_index():
+def test_links_of_the_readme_work_on_a_package_index():
     """A relative link leads nowhere there, so every link has the repository's address."""
     assert "!" in [image for image, _ in links(README)]
     name = REPOSITORY.removeprefix("https://github.com/")

@@ -85,7 +85,7 @@ def test_equal_programs_have_equal_text_and_others_do_not(rng):
 
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, None, "data")], ids=str)
-def test_gspmd(spec, rng):
+def test_the_former_partitioner_gives_the_same_values(spec, rng):
     """JAX's former partitioner, as long as there is one."""
     if not hasattr(jax.config, "jax_use_shardy_partitioner"):
         pytest.skip("this jax has Shardy alone")
@@ -108,7 +108,7 @@ MESHES = [((6,), "a"), ((3, 2), "ab"), ((2, 3), "ab"), ((2, 2, 2), "abc")]
 
 
 @pytest.mark.parametrize(("sizes", "names"), MESHES, ids=str)
-def test_how_an_array_lies_is_read_off_its_sharding_alone(sizes, names, rng):
+def test_the_layout_is_read_from_the_sharding_alone(sizes, names, rng):
     """Every order of every mesh axis along two axes of x, in a program over a mesh that it does not name."""
     mesh = jax.make_mesh(sizes, tuple(names), devices=jax.devices()[: int(np.prod(sizes))])
     orders = [p for k in range(len(names) + 1) for p in itertools.permutations(names, k)]
@@ -123,7 +123,7 @@ def test_how_an_array_lies_is_read_off_its_sharding_alone(sizes, names, rng):
         assert partition._spread((25, 1, 48), sharding)[1][0] == ()
 
 
-def test_over_six_devices_in_another_order(rng):
+def test_six_devices_in_another_order_give_the_same_values(rng):
     mesh = jax.make_mesh((3, 2), ("a", "b"), devices=jax.devices()[:6])
     spec = P(("b", "a"))
     params, x, g = jn.BatchNorm().init(128)[0], draw(rng, (24, 2, 128), 3.0), draw(rng, (24, 2, 128))

@@ -17,14 +17,14 @@ from jaxnorm._ops import formula
 
 
 @pytest.mark.parametrize("start", range(0, 72, 12))
-def test_a_short_run(start):
+def test_a_short_search_finds_no_fault(start):
     """Six runs of three programs, each with four sets of data."""
     for index in range(start, start + 12):
         run.check(drawn(1, index))
 
 
 @pytest.mark.parametrize("start", range(0, 12, 4))
-def test_a_short_run_over_devices(start):
+def test_a_short_search_over_devices_finds_no_fault(start):
     for index in range(start, start + 4):
         devices.check(devices.drawn(1, index))
 
@@ -60,7 +60,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
-def test_found_before(case):
+def test_faults_found_before_stay_fixed(case):
     for seed in range(case.seed, case.seed + 3):
         run.check(dataclasses.replace(case, seed=seed))
 
@@ -81,7 +81,7 @@ FOUND_OVER_DEVICES = {
 
 
 @pytest.mark.parametrize("layout", FOUND_OVER_DEVICES.values(), ids=FOUND_OVER_DEVICES)
-def test_found_before_over_devices(layout):
+def test_faults_found_before_over_devices_stay_fixed(layout):
     devices.check(layout)
 
 
@@ -97,7 +97,7 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize("case", FORMULAS, ids=lambda c: c.norm)
-def test_the_closed_gradients_are_the_complex_steps(case, rng):
+def test_the_closed_gradients_match_complex_steps(case, rng):
     """Two roads to the truth: <gradient, t> = <g, derivative along t>, for each operand alone."""
     o, mask = operands(case)
     o, how, g = {k: np.float64(a) for k, a in o.items()}, case.setting(mask), rng.normal(size=case.shape)
@@ -108,7 +108,7 @@ def test_the_closed_gradients_are_the_complex_steps(case, rng):
         np.testing.assert_allclose(np.vdot(gradients[name], t), np.vdot(g, slope), rtol=1e-10, atol=1e-12)
 
 
-def test_moments_have_such_gradients_too(rng):
+def test_the_closed_gradients_of_moments_match_complex_steps(rng):
     case = Case("moments", (4, 3), (0,), mask=(4, 3), weights=(4, 3))
     o, mask = operands(case)
     o, how = {k: np.float64(a) for k, a in o.items()}, case.setting(mask)

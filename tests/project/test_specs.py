@@ -55,7 +55,7 @@ SPELLINGS = [np.asarray, jnp.asarray, lambda v: np.asarray(v)[()]]
 
 
 @pytest.mark.parametrize("spell", SPELLINGS, ids=["numpy", "jax", "scalar"])
-def test_numpy_s_numbers_are_python_s(spell):
+def test_specs_turn_numpy_numbers_into_python_numbers(spell):
     """Equal, with equal hashes, so that they share a trace: ints, floats, bools, and 0-d arrays."""
     for spec, options in PLAIN:
         spelt = {k: v if isinstance(v, str) else spell(v) for k, v in options.items()}
@@ -67,7 +67,7 @@ def test_numpy_s_numbers_are_python_s(spell):
         assert jax.tree.map(jnp.shape, norm.init(spell(features))) == jax.tree.map(jnp.shape, norm.init(features))
 
 
-def test_functions_take_numpy_s_numbers():
+def test_functions_take_numpy_numbers():
     """The programs are those of Python's own numbers."""
     state = jn.RunningStats(jnp.zeros(8), jnp.ones(8))
     train = lambda x, **options: jn.batch_norm(x, None, state, train=True, **options)
@@ -95,7 +95,7 @@ def test_functions_take_numpy_s_numbers():
 
 
 @pytest.mark.parametrize("row", EACH, ids=str)
-def test_dicts_do_as_params_and_as_state(row, rng):
+def test_params_and_state_may_be_dicts(row, rng):
     """As Flax has them, and as a checkpoint restored without a template does. The state out is a dict as well."""
     params, x = row.params(rng), draw(rng, row.shape)
     state = row.state()
@@ -120,7 +120,7 @@ def restored_from_bytes(tree):
     return serialization.msgpack_restore(serialization.msgpack_serialize(serialization.to_state_dict(tree)))
 
 
-def test_a_restored_state_goes_on():
+def test_a_restored_state_continues_training():
     """Through a scan, at inference, folded, gathered over micro-batches."""
     norm, batches = jn.BatchNorm(momentum=0.5), np.arange(24.0, dtype=np.float32).reshape(3, 4, 2)
     params, state = norm.init(2)
@@ -164,7 +164,7 @@ def test_equal_specs_share_a_trace(row, rng):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_init_touches_no_data_and_makes_an_identity_of_parameters(row):
+def test_init_makes_identity_parameters_without_data(row):
     params, state = row.spec.init(row.features)
     # The parameters that a norm declares, with the names and options that all norms share for the two they may have.
     assert type(params) is row.spec.Params
@@ -292,7 +292,7 @@ def test_the_only_collectives_are_in_one_file():
                 assert f"lax.{name}(" not in text, (path.name, name)
 
 
-def test_backends():
+def test_every_backend_gives_a_reason():
     backends = jn.backends()
     assert backends["xla"].active
     assert all(isinstance(backend.reason, str) and backend.reason for backend in backends.values())
