@@ -225,7 +225,10 @@ def test_padding_gives_the_bias_so_that_a_masked_loss_stays_finite(row, rng):
     bias = np.broadcast_to(0.0 if params.bias is None else np.reshape(params.bias, row.param), row.shape)
     np.testing.assert_array_equal(y[~mask], bias[~mask])
     assert np.isfinite((y**2 * mask.astype("f")).sum())
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(vjp(2 * y)))
+    dparams, dx = vjp(2 * y)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dparams))
+    assert np.isfinite(dx).all()
+    np.testing.assert_array_equal(dx[~mask], 0.0)  # the bias, whatever stands there
 
 
 @pytest.mark.parametrize("train", [False, "traced"])
