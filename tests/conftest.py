@@ -3,7 +3,9 @@
 The arrays of the catalogue are small, and the default leaves such to XLA. So that the laws are tested on the kernels,
 `--backend native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
 `--backend auto` leaves the default as users have it, and `--backend absent` is an installation without the extension.
-`--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others.
+`--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others; `--versions`
+runs the tests marked `versions`, on one row for each norm. `-m "not slow"` leaves out layouts, backends, and whatever
+starts processes: CONTRIBUTING has the tiers.
 """
 
 import os
@@ -44,19 +46,31 @@ def pytest_addoption(parser):
     parser.addoption("--versions", action="store_true", help="what .ci/versions runs on other releases of JAX")
 
 
+SLOW = {"layouts", "backends"}  # folders whose tests are all slow
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the marks that are made here
 def pytest_collection_modifyitems(config, items):
-    """`--rows mechanisms`: one row for each mechanism. `--versions`: the tests marked so, one row for each norm."""
+    """Slow folders, exemptions of rows, and the rows that `--rows mechanisms` and `--versions` keep."""
+    for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+    from catalogue import EACH, MECHANISMS, Row
+
+    rows = {item: [v for v in item.callspec.params.values() if isinstance(v, Row)] for item in items
+            if hasattr(item, "callspec")}  # fmt: skip
+    for item in rows:
+        for row in rows[item]:
+            if item.originalname in row.exempt:
+                item.add_marker(pytest.mark.xfail(strict=True, reason=row.exempt[item.originalname]))
     versions = config.getoption("--versions")
     if not versions and config.getoption("--rows") == "all":
         return
-    from catalogue import EACH, MECHANISMS, Row
-
     names = {row.name for row in EACH} if versions else MECHANISMS
 
     def kept(item) -> bool:
-        rows = [v for v in item.callspec.params.values() if isinstance(v, Row)] if hasattr(item, "callspec") else []
         marked = not versions or item.get_closest_marker("versions") is not None
-        return marked and all(row.name in names for row in rows)
+        return marked and all(row.name in names for row in rows.get(item, ()))
 
     config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
     items[:] = [item for item in items if kept(item)]

@@ -32,23 +32,54 @@ def total(a, labels):
     return count(a.real) + 1j * count(a.imag) if np.iscomplexobj(a) else count(a)
 
 
-def weight(x, mask, weights):
-    w = np.ones(x.shape) if weights is None else np.broadcast_to(np.asarray(weights, np.float64), x.shape)
+def weight(labels, mask, weights):
+    w = np.ones(labels.shape) if weights is None else np.broadcast_to(np.asarray(weights, np.float64), labels.shape)
     return w if mask is None else np.where(mask, w, 0.0)
 
 
+class Groups:
+    """The elements that share a statistic, and the weight of each: what an oracle takes means over.
+
+    In float64 NumPy; with `xp=jax.numpy` differentiable by JAX, for `Row.reference`.
+    """
+
+    def __init__(self, labels, mask=None, weights=None, xp=np):
+        self.labels, self.xp = labels, xp
+        self.weight = weight(labels, mask, weights)
+        self.count = total(self.weight, labels)  # of each element's own group
+
+    def total(self, a):
+        """Sums by label, given back to every element."""
+        if self.xp is np:
+            return total(a, self.labels)
+        from jax.ops import segment_sum
+
+        return segment_sum(a.ravel(), self.labels.ravel(), int(self.labels.max()) + 1)[self.labels]
+
+    def mean(self, a):
+        """Weighted means by label, given back to every element; 0 of an empty group."""
+        w, n = (self.xp.asarray(v, a.dtype) for v in (self.weight, np.where(self.count == 0, 1.0, self.count)))
+        return self.total(w * self.xp.where(w == 0, 0, a)) / n
+
+
 def normalize(x, labels, scale, bias, *, epsilon, centered=True, mask=None, weights=None) -> Truth:
-    x, w = wide(x), weight(np.asarray(x), mask, weights)
-    n = total(w, labels)
-    counted = np.where(n == 0, 1.0, n)
-    seen = np.where(w == 0, 0.0, x)
-    mean = total(w * seen, labels) / counted if centered else np.zeros_like(x)
-    var = total(w * np.abs(np.where(w == 0, 0.0, x - mean)) ** 2, labels) / counted
-    with np.errstate(divide="ignore"):
-        r = np.where((n == 0) | (var + epsilon == 0), 0.0, 1 / np.sqrt(var + epsilon))
+    return _normalize(wide(x), Groups(labels, mask, weights), scale, bias, epsilon, centered)
+
+
+def _normalize(x, groups, scale, bias, epsilon, centered=True) -> Truth:
+    xp = groups.xp
+    mean = groups.mean(x) if centered else xp.zeros_like(x)
+    var = groups.mean((lambda d: d.real**2 + d.imag**2 if xp.iscomplexobj(d) else d * d)(x - mean))
+    nothing = (groups.count == 0) | (var + epsilon == 0)
+    r = xp.where(nothing, 0.0, 1 / xp.sqrt(xp.where(nothing, 1.0, var + epsilon)))
     xhat = (x - mean) * r
-    y = xhat * (1.0 if scale is None else wide(scale)) + (0.0 if bias is None else wide(bias))
-    return Truth(y, xhat, mean, var, r, n)
+    return Truth(affine(xhat, scale, bias), xhat, mean, var, r, groups.count)
+
+
+def affine(xhat, scale, bias):
+    wider = wide if isinstance(xhat, np.ndarray) else lambda a: a
+    y = xhat if scale is None else xhat * wider(scale)
+    return y if bias is None else y + wider(bias)
 
 
 def gradients(x, labels, scale, bias, g, *, epsilon, centered=True, mask=None, weights=None):
@@ -57,11 +88,79 @@ def gradients(x, labels, scale, bias, g, *, epsilon, centered=True, mask=None, w
     dx = r (h - w / n (sum(h) + xhat sum(h xhat))) with h = g scale; no sum(h) where the mean is not taken out.
     """
     truth = normalize(x, labels, scale, bias, epsilon=epsilon, centered=centered, mask=mask, weights=weights)
-    w, g = weight(np.asarray(x), mask, weights), wide(g)
+    w, g = weight(labels, mask, weights), wide(g)
     share = w / np.where(truth.n == 0, 1.0, truth.n)
     h = g * (1.0 if scale is None else wide(scale))
     dx = truth.r * (h - share * (centered * total(h, labels) + truth.xhat * total(h * truth.xhat, labels)))
     return dx, reduced_to(g * truth.xhat, scale), reduced_to(g, bias)
+
+
+# --- one function for each formula: y of x and the parameters ---------------------------------------------------------
+#
+# formula(x, params, groups, spec, **operands): params are the norm's own `Params` in x's rank, each an array or None,
+# with scale_offset added to the scale. `operands` are the row's; `groups` already has what segment ids say.
+# Write a formula with `groups.xp` in place of NumPy, so that JAX can differentiate it too. Write it analytic (no conj,
+# and `magnitude` in place of abs): its gradients are taken by complex steps, unless `WRITTEN_OUT` has them.
+
+
+def magnitude(a, xp=np):
+    """|a| of real numbers, analytic."""
+    return xp.where(a.real < 0, -a, a)
+
+
+def standardize(x, params, groups, spec, **_):
+    return _normalize(x, groups, *params, spec.epsilon).y
+
+
+def root_mean_square(x, params, groups, spec, **_):
+    return _normalize(x, groups, *params, spec.epsilon, centered=False).y
+
+
+def _written_out(centered):
+    def of_formula(x, params, g, groups, spec, **_):
+        how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)
+        return gradients(x, groups.labels, *params, g, **how)
+
+    return of_formula
+
+
+WRITTEN_OUT = {standardize: _written_out(True), root_mean_square: _written_out(False)}
+
+
+def gradients_of(formula, x, params, g, groups, spec, **operands):
+    """The cotangents of x and of each parameter for the cotangent g of y; None of a parameter that is None."""
+    if formula in WRITTEN_OUT:
+        return WRITTEN_OUT[formula](x, params, g, groups, spec, **operands)
+    return by_complex_steps(formula, x, params, g, groups, spec, **operands)
+
+
+def by_complex_steps(formula, x, params, g, groups, spec, **operands):
+    """Gradients as the imaginary parts that an imaginary step leaves: exact to rounding, and one-sided at a kink."""
+    x, g, step = wide(x), wide(g), 1e-60
+
+    def slopes(x, params):
+        y = formula(x, params, groups, spec, **operands)
+        assert np.iscomplexobj(y), f"{formula.__name__} is not analytic: it dropped the imaginary part"
+        return g * y.imag / step
+
+    # An element of x moves those of its own group alone, so that one of each group is stepped at a time.
+    order = np.argsort(groups.labels, axis=None, kind="stable")
+    sorted_labels = groups.labels.ravel()[order]
+    number = np.empty(x.size, int)
+    number[order] = np.arange(x.size) - np.searchsorted(sorted_labels, sorted_labels)
+    number, dx = number.reshape(x.shape), np.zeros(x.shape)
+    for k in range(number.max(initial=-1) + 1):
+        dx += np.where(number == k, total(slopes(x + 1j * step * (number == k), params), groups.labels), 0.0)
+
+    def of_parameter(name, p):
+        d = np.zeros(np.shape(p))
+        for at in np.ndindex(d.shape):
+            stepped = np.array(p, np.complex128)
+            stepped[at] += 1j * step
+            d[at] = slopes(x, params._replace(**{name: stepped})).sum()
+        return d
+
+    return dx, *(None if p is None else of_parameter(name, p) for name, p in params._asdict().items())
 
 
 # --- activations: f and its derivative, written out -------------------------------------------------------------------

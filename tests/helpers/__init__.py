@@ -1,4 +1,5 @@
-"""What several test files share: devices, programs compiled for absent hardware. Tests import it as `helpers`.
+"""What several test files share. Tests import it as `helpers`, and no test imports another.
 
-A newcomer may skip `compiled` unless a test of compiled programs fails.
+`devices`: meshes, and what moves in a compiled program. `transforms`: every mode of differentiation. `memory`,
+`rounding`, `native`: short. `compiled`: programs for absent hardware; skip it unless a test of those fails.
 """

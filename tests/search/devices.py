@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.devices import mesh_of, moved, placed
 from jax.sharding import PartitionSpec as P
-from test_devices import mesh_of, placed
-from test_layouts import moved
 
 from . import run
 from .case import Case, operands

@@ -1,7 +1,8 @@
 """Programs of norms on 8 to 1024 TPU chips, compiled, with their collectives counted: the input of `benchmarks.scale`.
 
 Images have 8 x 8 pixels with 2 images a chip, sequences have 64 tokens, so that each program compiles in seconds. What
-is communicated depends on channels and chips alone (`tests/test_scale.py` checks that); temporary memory does not.
+is communicated depends on channels and chips alone (`tests/layouts/test_scale.py` checks that);
+temporary memory does not.
 """
 
 from __future__ import annotations

@@ -1,0 +1,223 @@
+"""Plants faults in copies of the package, one at a time, and reports which test saw each.
+
+    python -m tests.mutants [--list] [--only NAME ...]
+
+A mutant is one replacement in one file, and the tests that are expected to see it. Each runs for at most two minutes and
+stops at the first failure. Exit status 1 if a mutant survives: then a test is missing. A fault that keeps the tests from
+being collected counts for nothing, since it would be seen without any test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 120
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # in jaxnorm/
+    old: str  # occurs there once
+    new: str
+    tests: str  # arguments of pytest: files in tests/, and options
+
+
+XLA = " --backend absent"  # the formulas alone, where kernels would hide them
+STATISTICS, FORMULA, RUNNING = "_ops/statistics.py", "_ops/formula.py", "_ops/running.py"
+FORMULAS, BATCH, SHARING = "_core/formulas.py", "_norms/batch.py", "_ops/sharing.py"
+ACCURACY, MASKS, STATE = "laws/test_accuracy.py", "laws/test_masks.py", "laws/test_state.py"
+
+MUTANTS = [
+    # --- statistics and their derivatives
+    Mutant("E[x^2] - E[x]^2", FORMULAS, "weights, n, shift, reduction, size=size)",
+           "weights, n, 0.0 * shift, reduction, size=size)", ACCURACY + XLA),
+    Mutant("E[x^2] - E[x]^2 of columns", FORMULAS, "n, sample.mean(reduction.axes, keepdims=True), reduction",
+           "n, 0.0 * sample.mean(reduction.axes, keepdims=True), reduction", ACCURACY + " -k batch" + XLA),
+    Mutant("no correction of the second moment", FORMULAS, "    m2 = m2 - correction\n", "", ACCURACY + " -k batch" + XLA),
+    Mutant("wrong sign of the term of the variance", FORMULA, "times.append(-s * (d2", "times.append(s * (d2",
+           ACCURACY + XLA),
+    Mutant("no term of the mean", FORMULA, "if reduction.centered:\n            plus.append", "if False:\n            plus.append",
+           ACCURACY + XLA),
+    Mutant("half the tangent of the second moment", STATISTICS, "2.0 * total((jnp.conj(z)", "1.0 * total((jnp.conj(z)",
+           "laws/test_autodiff.py" + XLA),
+    Mutant("a tangent of weights without the mean", STATISTICS, "for a in (z, abs_squared(z))]",
+           "for a in (0 * z, abs_squared(z))]", MASKS + " -k weight"),
+    Mutant("epsilon outside the root", FORMULA, "v = m2 / nonzero_divisor(n) + least",
+           "v = jnp.square(jnp.sqrt(m2 / nonzero_divisor(n)) + least)", ACCURACY + XLA),
+    Mutant("the unbiased variance", FORMULA, "v = m2 / nonzero_divisor(n) + least",
+           "v = m2 / nonzero_divisor(n - 1) + least", ACCURACY + XLA),
+    Mutant("a root without a stop", FORMULA, "s = lax.stop_gradient(lax.rsqrt(v))", "s = lax.rsqrt(v)",
+           "laws/test_accuracy.py laws/test_autodiff.py" + XLA),
+    # --- masks and weights
+    Mutant("a mask is not counted", "_core/masks.py", "kept = ones if mask is None else jnp.where(mask, ones, 0.0)",
+           "kept = ones", MASKS),
+    Mutant("padding is normalized", "_core/masks.py", "return keep | (jnp.abs(x.astype(accumulator(x))) <= 1e30)",
+           "return keep | True", MASKS),
+    Mutant("padding has a tangent", "_core/masks.py", "return dx if keep is None else jnp.where(_usable(x, keep), dx, 0.0)",
+           "return dx", MASKS + " -k padding_gives"),
+    Mutant("rows that are masked out stay", "_ops/rows.py", "return jnp.where(mask, x, jnp.zeros((), x.dtype))", "return x",
+           MASKS),
+    Mutant("weights are squared", FORMULAS, "else weights.astype(n.dtype)", "else jnp.square(weights.astype(n.dtype))",
+           MASKS + " -k weight"),
+    # --- axes, groups, parameters, dtypes
+    Mutant("the last axis for channels", BATCH, "axes = tuple(a for a in range(x.ndim) if a not in channels)",
+           "axes = tuple(range(x.ndim - 1))", ACCURACY + " -k nchw"),
+    Mutant("groups of channels interleaved", "_core/channels.py", "(groups, shape[channel] // max(groups, 1))",
+           "(shape[channel] // max(groups, 1), groups)", ACCURACY + " -k group"),
+    Mutant("scale_offset is ignored", FORMULA, "scale.astype(widest(dtype, scale.dtype)) + scale_offset",
+           "scale.astype(widest(dtype, scale.dtype))", ACCURACY),
+    Mutant("two roundings", FORMULA, "round_to(xhat, dtype) if cast_before_scale else xhat", "round_to(xhat, dtype)",
+           "laws/test_dtypes.py" + XLA),
+    Mutant("one rounding in Llama's order", FORMULA, "round_to(xhat, dtype) if cast_before_scale else xhat", "xhat",
+           "laws/test_dtypes.py" + XLA),
+    Mutant("a residual is kept in float32", "_ops/by_formula.py",
+           "recompute(functools.partial(output_tangent, plan), plan.reduction.plain)", "functools.partial(output_tangent, plan)",
+           "laws/test_memory.py" + XLA),
+    Mutant("an activation is kept", "_ops/epilogue.py",
+           "recompute(functools.partial(_with_epilogue_tangent, plan, plain, by_kernel), plan.reduction.plain)",
+           "functools.partial(_with_epilogue_tangent, plan, plain, by_kernel)", "laws/test_memory.py"),
+    # --- activations, gates, the residual stream
+    Mutant("an activation without its derivative", "_ops/epilogue.py",
+           "_activation.epilogue(plan, z, gate, keep), (z, gate), (dz, dgate))", "z, (z, gate), (dz, dgate))",
+           ACCURACY + " -k 'gelu or silu or relu'"),
+    Mutant("gelu by tanh", "_ops/activation.py", "approximate=False", "approximate=True", ACCURACY + " -k gelu"),
+    Mutant("the gate on the other side", "_norms/gated.py", '"after" if norm_before_gate else "before"',
+           '"before" if norm_before_gate else "after"', "backends/test_fused.py -k gate"),
+    Mutant("the residual of another dtype", "_ops/residual.py",
+           "round_to(x.astype(wide) + residual.astype(wide), residual.dtype)",
+           "x.astype(residual.dtype) + residual", "backends/test_fused.py -k 'add_norm or residual'"),
+    Mutant("the gradient of the residual alone", "_ops/residual.py", "return dx + dresidual", "return dresidual",
+           "backends/test_fused.py -k 'add_norm or residual'"),
+    # --- running statistics
+    Mutant("momentum of the new", RUNNING, "part = 1.0 - momentum\n", "part = momentum\n", STATE),
+    Mutant("a biased running variance", RUNNING, "freedom = 1.0 if unbiased else 0.0", "freedom = 0.0", STATE),
+    Mutant("cumulative variances averaged", RUNNING, "_toward(old_var * free(count), batch.m2 / nonzero_divisor(batch.count), part) + between",
+           "_toward(old_var * free(count), batch.m2 / nonzero_divisor(batch.count), part)", STATE),
+    Mutant("gradients into the state", RUNNING, "lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))",
+           "jnp.where(where, new.astype(old.dtype), old)", STATE),
+    Mutant("frozen updates in training", BATCH, "    if frozen or train is False:\n", "    if train is False:\n", STATE),
+    Mutant("frozen accumulates", BATCH, "state if self.frozen else update_state", "update_state", "laws/test_accumulation.py"),
+    Mutant("skip_nonfinite is ignored", RUNNING, "seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)", "pass", STATE),
+    Mutant("min_count is one more", RUNNING, "(batch.count >= min_count)", "(batch.count > min_count)", STATE),
+    Mutant("no correction of the start", RUNNING, "            part = _debiased(part, momentum, count)\n", "", STATE),
+    Mutant("a prescale is lost", BATCH, "stats.m2 / reduction.prescale / reduction.prescale", "stats.m2 / reduction.prescale",
+           STATE),
+    Mutant("a traced train is inverted", BATCH, "y = jnp.where(train, y, by_running())", "y = jnp.where(train, by_running(), y)",
+           STATE),
+    # --- devices
+    Mutant("no all-reduce of the backward pass", STATISTICS, "if reduction.axis_name is not None and sums:", "if False:",
+           "layouts/test_devices.py" + XLA),
+    Mutant("the count of one device", "_core/collectives.py", "Statistics(total[0], shift", "Statistics(n[0], shift",
+           "layouts/test_devices.py" + XLA),
+    Mutant("groups of devices are ignored", "_core/collectives.py", "if groups is not None:\n            group =",
+           "if False:\n            group =", "layouts/test_sync.py layouts/test_devices.py -k group"),
+    Mutant("every member of a group counts", SHARING, "stats._replace(count=jnp.where(first, stats.count, 0.0), m2=jnp.where(first, stats.m2, 0.0))",
+           "stats", "layouts/test_devices.py layouts/test_sync.py -k group"),
+    Mutant("the last ghost batch counts its padding", SHARING, "    if padding != 0:\n", "    if False:\n", ACCURACY + " -k ghost"),
+    Mutant("tangents do not vary", "_core/vma.py", "    if not missing:\n", "    if True:\n", "layouts/test_devices.py -k shard_map"),
+    Mutant("parameters' gradients of one device", "_backends/partition.py",
+           "collectives.summed([out[i]], over)[0] if over else out[i]", "out[i]", "layouts/test_devices.py -k jit"),
+    # --- kernels and errors
+    Mutant("kernels ignore scale_offset", "_ops/by_kernel.py", "effective_scale(scale, plan.scale_offset, acc)",
+           "scale.astype(acc)", ACCURACY),
+    Mutant("an eager batch reduces other axes", "_backends/call.py", "axes=tuple(a + 1 for a in self.plan.reduction.axes)",
+           "axes=self.plan.reduction.axes", "backends/test_native.py -k vmap"),
+    Mutant("a kernel skips its tail", "_backends/cpu/simd.h", "  if (i < n) body(i, Part{int(n - i)}, 0);\n", "",
+           ACCURACY + " backends/test_native.py"),
+    Mutant("a kernel takes the mean of RMS norm", "_backends/cpu/kernels.h", "first[k] = all(job.centered ? h / A(n) : A(0))",
+           "first[k] = all(h / A(n))", ACCURACY + " -k rms"),
+    Mutant("an error without the line to write", BATCH, "Write train=True in training and train=False at inference.", "",
+           "laws/test_errors.py"),
+    Mutant("an unknown activation passes", "_ops/activation.py", "if activation is None or callable(activation) or",
+           "if activation is None or activation or", "laws/test_errors.py"),
+]  # fmt: skip
+
+
+def planted(mutant: Mutant, text: str) -> str:
+    """The file's text with the fault in it. Raises if the old text does not occur exactly once."""
+    if (found := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} has {mutant.old!r} {found} times. Write it as it is there now.")
+    return text.replace(mutant.old, mutant.new)
+
+
+def copied(folder: Path) -> None:
+    """The package, with its library, and in a process that has `folder` in PYTHONPATH not the one installed."""
+    from jaxnorm._backends import cpu
+
+    shutil.copytree(ROOT / "jaxnorm", folder / "jaxnorm", ignore=shutil.ignore_patterns("__pycache__"))
+    for library in (path for where in cpu.__path__ for path in Path(where).glob("jaxnorm_cpu.*")):
+        shutil.copy(library, folder / "jaxnorm" / "_backends" / "cpu")
+    (folder / "sitecustomize.py").write_text(
+        'import sys\nsys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]\n'
+    )
+
+
+def rebuilt(folder: Path) -> None:
+    kernels, build = folder / "jaxnorm" / "_backends" / "cpu", folder / "build"
+    quick = ["-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    for command in (["cmake", "-S", str(kernels), "-B", str(build), *quick], ["cmake", "--build", str(build), "-j", "2"]):
+        subprocess.run(command, check=True, capture_output=True)
+    shutil.copy(build / "jaxnorm_cpu.so", kernels)
+
+
+def seen_by(folder: Path, tests: str, cache: str) -> tuple[bool, str]:
+    """Whether a test fails on the package in this folder, and which; or how else the run ended."""
+    paths = [f"tests/{word}" if ".py" in word else word for word in shlex.split(tests)]
+    command = [sys.executable, "-P", "-m", "pytest", "-o", "addopts=", "-o", "pythonpath=tests", "-p", "no:cacheprovider"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PYTHON"))}
+    env = {**kept, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "JAX_COMPILATION_CACHE_DIR": cache}
+    run = [*command, "-q", "-x", "-rfE", "--tb=no", *paths]
+    try:
+        done = subprocess.run(run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return False, f"no test failed within {SECONDS} s"
+    failed = re.search(r"^FAILED (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 1 and failed:
+        return True, failed[1]
+    return False, (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutants whose name has this in it")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.only or any(name in m.name for name in options.only)]
+    if options.list:
+        print(*(f"{m.name}: {m.file} ({m.tests})" for m in chosen), sep="\n")
+        return 0
+    survived = []
+    with tempfile.TemporaryDirectory(prefix="jaxnorm-mutants-") as temporary:
+        clean, mutated, cache = Path(temporary, "clean"), Path(temporary, "mutated"), str(Path(temporary, "compiled"))
+        copied(clean)
+        found, said = seen_by(clean, "laws/test_catalogue.py laws/test_memory.py", cache)
+        if found or "passed" not in said:
+            sys.exit(f"the copy without a fault fails: {said}")
+        for mutant in chosen:
+            start = time.monotonic()
+            shutil.rmtree(mutated, ignore_errors=True)
+            shutil.copytree(clean, mutated)
+            path = mutated / "jaxnorm" / mutant.file
+            path.write_text(planted(mutant, path.read_text()))
+            if path.suffix in (".h", ".cpp"):
+                rebuilt(mutated)
+            found, said = seen_by(mutated, mutant.tests, cache)
+            survived += [] if found else [mutant.name]
+            print(f"{'seen' if found else 'SURVIVED'} {time.monotonic() - start:4.0f} s  {mutant.name}: {said}", flush=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} mutants were seen", *survived, sep="\n  ")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
