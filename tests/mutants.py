@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("weights are squared", FORMULAS, "else weights.astype(n.dtype)", "else jnp.square(weights.astype(n.dtype))",
            MASKS + " -k weight"),
     # --- axes, groups, parameters, dtypes
-    Mutant("the last axis for channels", BATCH, "axes = tuple(a for a in range(x.ndim) if a not in channels)",
+    Mutant("the last axis for channels", BATCH, "axes = tuple([a for a in range(x.ndim) if a not in channels])",
            "axes = tuple(range(x.ndim - 1))", ACCURACY + " -k nchw"),
     Mutant("groups of channels interleaved", "_core/channels.py", "(groups, shape[channel] // max(groups, 1))",
            "(shape[channel] // max(groups, 1), groups)", ACCURACY + " -k group"),

@@ -12,11 +12,11 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
+from helpers.flax_rules import DTYPES, as_flax, assert_one_rounding, by_key, randn
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
@@ -24,17 +24,7 @@ from jaxnorm import linen as jnn
 
 KEY = jax.random.key(0)
 STATS = ["batch_stats"]
-DTYPES = functools.partial(jax.tree.map, lambda a: a.dtype)
 NAMES = ["BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
-
-
-def by_key(key, shape, dtype):
-    """An initializer that tells keys apart, and costs nothing to compile."""
-    return jnp.full(shape, (jax.random.key_data(key)[-1] % 64).astype(jnp.float32) / 64 + 0.25, dtype)
-
-
-def randn(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def init(layer, x, **call):
@@ -48,17 +38,6 @@ def apply(layer, variables, x, **call):
     static = {name: value for name, value in call.items() if isinstance(value, bool)}
     call = {name: value for name, value in call.items() if name not in static}
     return jax.jit(lambda v, x, call: layer.apply(v, x, mutable=STATS, **call, **static))(variables, x, call)
-
-
-def as_flax(f):
-    """Flax promotes dtypes and ranks as it likes."""
-
-    @functools.wraps(f)
-    def call(*args, **kwargs):
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            return f(*args, **kwargs)
-
-    return call
 
 
 @dataclass(frozen=True)
@@ -155,18 +134,6 @@ def truth_of(case, variables, x, g, **call):
     with jax.enable_x64(True):
         layer = case.layer(nn, dtype=jnp.float64, param_dtype=jnp.float64, use_fast_variance=False)
         return wide(as_flax(gradients)(layer, wide(variables), wide(x), wide(g), **call))
-
-
-def assert_one_rounding(got, truth, theirs=None, noise=1e-5):
-    """Within half a unit in the last place of the truth, plus float32 noise; and no further from it than Flax."""
-    got_wide, truth = np.asarray(got).astype(np.float64), np.asarray(truth)
-    eps = float(ml_dtypes.finfo(got.dtype).eps)
-    noise = noise * max(1.0, float(np.abs(truth).max(initial=0.0)))
-    error = np.abs(got_wide - truth)
-    assert (error <= eps / 2 * np.abs(truth) + noise).all(), error.max()
-    if theirs is not None:
-        their_error = np.abs(np.asarray(theirs).astype(np.float64) - truth)
-        assert error.max(initial=0.0) <= their_error.max(initial=0.0) + noise
 
 
 def assert_equal_to_flax(case, x_dtype, *, compare_errors: bool, **more):

@@ -12,8 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from helpers.flax_rules import DTYPES, as_flax, assert_one_rounding, by_key, randn
 from jax.sharding import PartitionSpec as P
-from test_linen import DTYPES, as_flax, assert_one_rounding, by_key, randn
 
 import jaxnorm as jn
 from jaxnorm import nnx as jnnx
