@@ -29,11 +29,8 @@ except ImportError as error:
     raise missing_flax("jaxnorm.linen", error) from error
 
 from ._layers.drop_in import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
-from ._layers.linen import Layer
-from ._layers.linen import Norm as Norm
-from ._norms.gated import GatedRMSNorm as _GatedRMSNorm
-
-__all__ = ["BatchNorm", "GatedRMSNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "Norm", "RMSNorm"]
+from ._layers.linen import Layer, Norm, layer_of
+from ._norms import SPECS
 
 
 class LayerNorm(Layer, flax_linen.LayerNorm, of=LAYER_NORM):
@@ -89,16 +86,12 @@ class BatchNorm(Layer, flax_linen.BatchNorm, of=BATCH_NORM):
     """
 
 
-class GatedRMSNorm(Layer, of=_GatedRMSNorm):
-    """
-    >>> import jax, numpy as np
-    >>> from jaxnorm import linen as jnn
-    >>> x, gate = np.array([[3., -3.]], "f"), np.array([[0., 1.]], "f")
-    >>> norm = jnn.GatedRMSNorm(epsilon=0., activation="sigmoid")
-    >>> y, variables = norm.init_with_output(jax.random.key(0), x, gate)
-    >>> y.round(3).tolist(), sorted(variables["params"])
-    ([[0.5, -0.7310000061988831]], ['scale'])
-    """
+# Every other spec as a layer of its own name. `linen.pyi`, which type checkers read, has them written out.
+for _spec in SPECS.values():
+    if _spec.__name__ not in globals():
+        globals()[_spec.__name__] = layer_of(_spec, __name__)
+
+__all__ = ["Norm", *SPECS]
 
 
 def __getattr__(name: str) -> Any:

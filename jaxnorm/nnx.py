@@ -29,11 +29,8 @@ except ImportError as error:
     raise missing_flax("jaxnorm.nnx", error) from error
 
 from ._layers.drop_in import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
-from ._layers.nnx import Layer
-from ._layers.nnx import Norm as Norm
-from ._norms.gated import GatedRMSNorm as _GatedRMSNorm
-
-__all__ = ["BatchNorm", "GatedRMSNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "Norm", "RMSNorm"]
+from ._layers.nnx import Layer, Norm, layer_of
+from ._norms import SPECS
 
 
 class LayerNorm(Layer, flax_nnx.LayerNorm, of=LAYER_NORM):
@@ -88,15 +85,12 @@ class BatchNorm(Layer, flax_nnx.BatchNorm, of=BATCH_NORM):
     """
 
 
-class GatedRMSNorm(Layer, of=_GatedRMSNorm):
-    """
-    >>> import numpy as np
-    >>> from flax import nnx
-    >>> from jaxnorm import nnx as jnnx
-    >>> x, gate = np.array([[3., -3.]], "f"), np.array([[0., 1.]], "f")
-    >>> jnnx.GatedRMSNorm(2, epsilon=0., activation="sigmoid", rngs=nnx.Rngs(0))(x, gate).round(3).tolist()
-    [[0.5, -0.7310000061988831]]
-    """
+# Every other spec as a layer of its own name. `nnx.pyi`, which type checkers read, has them written out.
+for _spec in SPECS.values():
+    if _spec.__name__ not in globals():
+        globals()[_spec.__name__] = layer_of(_spec, __name__)
+
+__all__ = ["Norm", *SPECS]
 
 
 def __getattr__(name: str) -> Any:

@@ -151,6 +151,7 @@ PER_SAMPLE = {"test_permuting_the_batch_permutes_the_output": "each example's pa
 GHOSTS = {"test_permuting_the_batch_permutes_the_output": "an example moves into another ghost batch"}
 NOT_NATIVE = "test_the_native_backend_runs_every_row"
 rms = dict(oracle=oracle.root_mean_square, exempt=UNCENTERED)
+squash = dict(oracle=oracle.dynamic_tanh, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
 
 _image, _planes, _tokens = (6, 5, 4, 12), (6, 12, 5, 4), (4, 6, 40)
 
@@ -170,6 +171,9 @@ ROWS = [
     Row("rms-two-axes", jn.RMSNorm(axis=(1, 2)), _tokens, (1, 6, 40), lambda n, t, c: (n,), (6, 40), **rms),
     Row("rms-before-scale", jn.RMSNorm(cast="before_scale"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **rms),
     Row("rms-silu", jn.RMSNorm(activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **rms),
+    Row("dynamic-tanh", jn.DynamicTanh(), _tokens, (1, 1, 40), None, (40,), **squash),
+    Row("dynamic-tanh-nchw", jn.DynamicTanh(axis=1, use_bias=False, scale_offset=1.0, activation="silu"), _planes,
+        (1, 12, 1, 1), None, (12,), **squash),
     Row("group-nhwc", jn.GroupNorm(num_groups=3), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4), (12,)),
     Row("group-nchw", jn.GroupNorm(num_groups=3, axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4), (12,)),
     Row("group-size", jn.GroupNorm(group_size=6), (5, 7, 12), (1, 1, 12), lambda n, t, c: (n, c // 6), (12,)),
@@ -200,7 +204,7 @@ by_name = {r.name: r for r in ROWS}
 MECHANISMS = {
     "layer": "the last axis", "layer-two-axes": "several axes", "layer-nchw": "an axis that kernels do not take",
     "layer-adaptive": "parameters per example", "layer-gelu": "an activation", "rms": "no mean",
-    "rms-per-head": "parameters of two axes", "rms-before-scale": "two roundings", "group-nhwc": "groups",
+    "dynamic-tanh": "no statistics", "rms-per-head": "parameters of two axes", "rms-before-scale": "two roundings", "group-nhwc": "groups",
     "group-some-axes": "groups, with an axis kept", "instance-nhwc": "planes", "batch-nhwc": "columns",
     "batch-nchw": "columns that are planes", "batch-conditional": "columns, and parameters per example",
     "batch-ghost-remainder": "ghost batches, the last of them smaller",

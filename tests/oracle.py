@@ -116,6 +116,10 @@ def root_mean_square(x, params, groups, spec, **_):
     return _normalize(x, groups, *params, spec.epsilon, centered=False).y
 
 
+def dynamic_tanh(x, params, groups, spec, **_):
+    return affine(groups.xp.tanh(params.alpha * x), params.scale, params.bias)
+
+
 def _written_out(centered):
     def of_formula(x, params, g, groups, spec, **_):
         how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)

@@ -80,7 +80,7 @@ def _field(name: str, form: Any, function: dict[str, str]) -> str:
     if name in form.aliases.values():
         first = next(field for field, alias in form.aliases.items() if alias == name)
         return f"the same as {first}, by the name that the function has for it."
-    return _of_function(named.get(name, name), function)
+    return _of_function(named.get(name, name), function) or _of_function(name, _sections(form.spec))
 
 
 def _of_function(name: str, function: dict[str, str]) -> str:

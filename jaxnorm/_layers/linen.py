@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import types
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -39,6 +40,7 @@ class Layer(nn.Module):
                 setattr(cls, name, dataclasses.field(default=default, kw_only=True))
             cls.__call__ = _call(form)
             document(cls, form, "flax.linen")
+            options.setdefault("kw_only", not known - {"parent", "name"})
         super().__init_subclass__(**options)
         cls.__init__ = explained("linen")(cls.__init__)
 
@@ -102,6 +104,14 @@ class Layer(nn.Module):
         make = form.initial(self, name, own)
         key = lambda: None if own is None else self.make_rng("params")
         return self.variable("batch_stats", name, lambda: make(key(), like.shape, dtype))
+
+
+def layer_of(spec: Any, module: str) -> type[Layer]:
+    """The layer of a spec, under the spec's name. Its example is the spec's."""
+    example = ">>> " + inspect.cleandoc(spec.__doc__).partition(">>> ")[2]
+    return types.new_class(
+        spec.__name__, (Layer,), {"of": spec}, lambda body: body.update(__module__=module, __doc__=example)
+    )
 
 
 def _call(form: Form):

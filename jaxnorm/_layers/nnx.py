@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -180,6 +181,14 @@ def _init(signature: inspect.Signature):
 
     __init__.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     return explained("nnx")(__init__)
+
+
+def layer_of(spec: Any, module: str) -> type[Layer]:
+    """The layer of a spec, under the spec's name. Its example is the spec's."""
+    example = ">>> " + inspect.cleandoc(spec.__doc__).partition(">>> ")[2]
+    return types.new_class(
+        spec.__name__, (Layer,), {"of": spec}, lambda body: body.update(__module__=module, __doc__=example)
+    )
 
 
 def _call(form: Form):

@@ -133,7 +133,8 @@ class Spec:
             refuse_array(name, field.name, value, field.default)
             if value is not given:
                 object.__setattr__(self, field.name, value)
-        canonicalize_epsilon(name, self.options()["epsilon"])
+        if hasattr(self, "epsilon"):
+            canonicalize_epsilon(name, self.epsilon)  # pyright: ignore[reportAttributeAccessIssue]
         canonicalize_number(name, "scale_offset", self.scale_offset, "1.0")
         check_activation_name(name, self.activation)
         check_implementation(name, self.implementation)
@@ -148,7 +149,8 @@ class Spec:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the function of the same name."""
-        names = [f.name for f in dataclasses.fields(self) if not f.name.startswith("use_") and f.name != "param_dtype"]
+        about_params = ("use_", "init_", "param_dtype")
+        names = [f.name for f in dataclasses.fields(self) if not f.name.startswith(about_params)]
         return {name: getattr(self, name) for name in names}
 
     def features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -189,6 +191,14 @@ class Spec:
         """The first `State`; `()` where a norm has none."""
         return ()
 
+    @explained("apply")
+    def apply(self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None) -> tuple[Array, S]:
+        """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
+        name = type(self).__name__
+        refuse_params_as_state(name, state, self.Params)
+        given = as_params(name, params, self.Params)
+        return type(self).function(x, *given, mask=mask, **self.options()), state
+
     def _axes(self) -> tuple[int, ...]:
         axis = getattr(self, "axis", -1)
         return axis if isinstance(axis, tuple) else (axis,)
@@ -216,11 +226,3 @@ class RowSpec(Spec):
     if TYPE_CHECKING:
 
         def init(self, features: Features) -> tuple[Affine, tuple[()]]: ...
-
-    @explained("apply")
-    def apply(self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None) -> tuple[Array, S]:
-        """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
-        name = type(self).__name__
-        refuse_params_as_state(name, state, self.Params)
-        given = as_params(name, params, self.Params)
-        return type(self).function(x, *given, mask=mask, **self.options()), state

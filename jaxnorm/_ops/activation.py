@@ -104,6 +104,11 @@ def widened(plan: Plan, z: Array) -> Array:
     return z if plan.gate == "before" else round_to(z.astype(accumulator(z)), z.dtype)
 
 
+def widened_to(z: Array, *params: Array | None):
+    """The dtype in which an activation takes what z and these parameters make: none of them is rounded."""
+    return widest(accumulator(z), *(p.dtype for p in params if p is not None))
+
+
 def epilogue(plan: Plan, z: Array, gate: Array | None, keep: Array | None) -> Array:
     """The output, rounded to its dtype."""
     if plan.gate == "before":

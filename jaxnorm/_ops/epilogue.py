@@ -8,7 +8,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from .._core.dtypes import accumulator, widest
 from .._core.masks import valid_mask
 from .._core.platforms import recompute
 from .._core.types import Plan
@@ -27,7 +26,7 @@ def inner_plan(plan: Plan, x, scale, bias, gate) -> Plan:
     plain = replace(plan, activation=None, gate=None)
     if plan.gate == "before" or plan.cast_before_scale:
         return plain
-    return replace(plain, dtype=widest(accumulator(x), *(p.dtype for p in (scale, bias) if p is not None)))
+    return replace(plain, dtype=_activation.widened_to(x, scale, bias))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
