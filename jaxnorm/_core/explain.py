@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from .messages import shown, to_python
@@ -37,14 +38,21 @@ _RUNNING = ("track_running_stats", "momentum", "running_mean", "running_var")
 _PARAMETERS = ("scale", "bias", "weight", "gamma", "beta", "offset")
 
 
-def explained(kind: str) -> Callable[[F], F]:
-    """Decorate a "function", a constructor ("spec", "linen", "nnx") or a method ("init", "apply", a layer's "call")."""
+def explained(kind: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> Callable[[F], F]:
+    """Decorate a "function", a constructor ("spec", "linen", "nnx") or a method ("init", "apply", a layer's "call").
+
+    `defaults` are the values of keywords that f does not declare itself.
+    """
 
     def decorate(f: F) -> F:
+        takes = frozenset(inspect.signature(f).parameters)
+
         @functools.wraps(f)
         def call(*args, **options):
             try:
-                return f(*args, **options)
+                if defaults and not options.keys() <= takes:  # f may hand on what it does not know
+                    raise TypeError
+                return f(*args, **{**defaults, **options})
             except TypeError:
                 try:
                     inspect.signature(f).bind(*args, **options)

@@ -1,6 +1,6 @@
-"""The list of norms. One norm, one file with its function and its spec, and one line here; `base` says what a norm is.
+"""The list of norms: one line each. A norm is one file with its spec and its function; `base` says what a norm is.
 
-`jaxnorm` exports these names, and `jaxnorm.linen` and `jaxnorm.nnx` have a layer for each spec. Norms import `_core` and
+`jaxnorm` exports these names; `jaxnorm.linen` and `jaxnorm.nnx` have a layer for each spec. A norm imports `_core` and
 `_ops`, and no other norm.
 """
 
@@ -10,8 +10,8 @@ from .gated import GatedRMSNorm, gated_rms_norm
 from .group import GroupNorm, group_norm
 from .instance import InstanceNorm, instance_norm
 from .layer import LayerNorm, layer_norm
-from .residual import add_layer_norm, add_rms_norm
+from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
 
 SPECS = {name: value for name, value in globals().items() if isinstance(value, type)}
-__all__ = sorted(name for name, value in globals().items() if hasattr(value, "__module__"))
+__all__ = sorted(name for name in globals() if name[0] != "_" and hasattr(globals()[name], "__module__"))

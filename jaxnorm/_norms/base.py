@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from .._core.arrays import as_dtype, canonicalize_axes
 from .._core.checks import canonicalize_epsilon, canonicalize_flags, canonicalize_number, refuse_array
+from .._core.docstrings import described, joined, listed, sections
 from .._core.explain import explained
 from .._core.messages import shown, to_python
 from .._core.types import Affine, Features, Params, RunningStats
-from .._ops.activation import check_activation_name
+from .._ops.activation import Activation, check_activation_name
 from .._ops.plan import check_implementation
 
 Array = jax.Array
@@ -25,6 +27,7 @@ S = TypeVar("S")
 
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @runtime_checkable
@@ -58,17 +61,61 @@ class Norm(Protocol):
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def spec(function: Callable[..., Any] | None = None) -> Callable[[type[T]], type[T]]:
-    """Make a class the spec of a function: a frozen, keyword-only dataclass whose constructor explains a wrong call."""
+def spec(cls: type[T]) -> type[T]:
+    """Make a class a spec: a frozen, keyword-only dataclass whose constructor explains a wrong call.
 
-    def decorate(cls: type[T]) -> type[T]:
-        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        cls.__init__ = explained("spec")(cls.__init__)
-        if function is not None:
-            cls.function = staticmethod(function)  # pyright: ignore[reportAttributeAccessIssue]
-        return cls
+    A field is an option, declared and described here alone; `function_of` gives it to the function. Its docstring says
+    what its own fields mean under "Args:", and gets what the base classes say of theirs.
+    """
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    cls.__init__ = explained("spec")(cls.__init__)
+    parts = sections(cls)
+    cls.described = described(cls)  # pyright: ignore[reportAttributeAccessIssue]
+    parts["Args"] = listed([f.name for f in dataclasses.fields(cls)], _described(cls))  # pyright: ignore
+    cls.__doc__ = joined(parts)
+    return cls
+
+
+def function_of(spec: Any) -> Callable[[F], F]:
+    """Make a function that of a spec: it takes the spec's options by keyword, with the defaults of the spec.
+
+    The function names those that it uses itself, and hands the others on. `inspect.signature` and `help` show all.
+    """
+
+    def decorate(f: F) -> F:
+        options = {o.name: o for o in dataclasses.fields(spec) if not o.name.startswith(_ABOUT_PARAMS)}
+        of_all = {
+            o.name for base in spec.__mro__[1:] if dataclasses.is_dataclass(base) for o in dataclasses.fields(base)
+        }
+        options = dict(sorted(options.items(), key=lambda item: item[0] in of_all))  # its own come first
+        own = [p for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        first = [p for p in own if p.name not in options and (p.kind is not p.KEYWORD_ONLY or p.default is p.empty)]
+        last = [p for p in own if p.name not in options and p not in first]
+        keyword = lambda o: inspect.Parameter(
+            o.name, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=o.type
+        )
+        shown = [*first, *map(keyword, options.values()), *last]
+        named: Any = f
+        named.__signature__ = inspect.signature(f).replace(parameters=shown)
+        parts = sections(f)
+        parts["Args"] = listed([p.name for p in shown], _described(spec) | described(f))
+        named.__doc__ = joined(parts)
+        function = explained("function", {name: o.default for name, o in options.items()})(f)
+        spec.function = staticmethod(function)
+        return function
 
     return decorate
+
+
+_ABOUT_PARAMS = ("use_", "init_", "param_dtype")  # fields that say how parameters are made, and no function takes
+
+
+def _described(cls: type) -> dict[str, str]:
+    """What a spec's docstring, and those of its base classes, say of the fields."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        texts |= vars(base).get("described", {})
+    return texts
 
 
 def as_params(norm: str, params: Any, kind: Any = Affine) -> Any:
@@ -103,15 +150,31 @@ def _order(norm: str) -> str:
     return "norm.as_affine(params, state)" if norm.endswith("as_affine") else "norm.apply(params, state, x)"
 
 
-@spec()
+@spec
 class Spec:
-    """The hyperparameters that all norms have. Fields that describe no parameter are options of the function."""
+    """The hyperparameters that all norms have.
+
+    Args:
+      use_scale: whether `init` makes a scale.
+      use_bias: whether `init` makes a bias.
+      param_dtype: of the parameters.
+      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
+      activation: of the output, before it is rounded: "relu", "silu" (or "swish"), "gelu" (the exact one), "gelu_tanh",
+        "sigmoid", "tanh", or an elementwise function. The backward pass recomputes it, so only x is stored. Pass a
+        named function: a fresh lambda at every call triggers retracing.
+      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do not affect
+        the statistics or any gradient, even if they are NaN. What has no valid element returns the bias. A float mask
+        holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it is traced, so
+        that its values are not known, it makes the output NaN.
+      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
+    """
 
     use_scale: bool = True
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     scale_offset: float = 0.0
-    activation: Any = None
-    dtype: Any = None
+    activation: Activation | None = None
+    dtype: DTypeLike | None = None
     implementation: str | None = None
 
     Params: ClassVar[Any] = Affine  # NamedTuple: its fields name the parameters, in layers and checkpoints too
@@ -149,8 +212,7 @@ class Spec:
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the function of the same name."""
-        about_params = ("use_", "init_", "param_dtype")
-        names = [f.name for f in dataclasses.fields(self) if not f.name.startswith(about_params)]
+        names = [f.name for f in dataclasses.fields(self) if not f.name.startswith(_ABOUT_PARAMS)]
         return {name: getattr(self, name) for name in names}
 
     def features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -216,12 +278,17 @@ class Spec:
             )
 
 
-@spec()
+@spec
 class RowSpec(Spec):
-    """What the norms without state share: statistics of each example's own, the same in training and at inference."""
+    """What the norms without state share: statistics of each example's own, the same in training and at inference.
+
+    Args:
+      axis_name: a mapped axis, or several, over which the reduced axes are sharded.
+      axis_index_groups: groups of indices along axis_name that normalize together.
+    """
 
     axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Any = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
 
     if TYPE_CHECKING:
 

@@ -37,44 +37,141 @@ from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
 from .._core.types import Affine, Features, Moments, Params, Reduction, RunningStats, Statistics
 from .._core.vma import shard_like
-from .._ops.activation import Activation, check_activation
+from .._ops.activation import check_activation
 from .._ops.normalize import as_affine, normalize_given
 from .._ops.plan import check_implementation, make_plan
 from .._ops.running import accumulate, as_given, as_stats, is_stats, update, update_state
 from .._ops.sharing import canonicalize_sync, standardize_shared
-from .base import Spec, as_params, refuse_params_as_state, spec
+from .base import Spec, as_params, function_of, refuse_params_as_state, spec
 
 Array = jax.Array
 S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
 
 
-@explained("function")
+@spec
+class BatchNorm(Spec):
+    """The hyperparameters of `batch_norm`. See `jaxnorm.Norm` for what a spec does.
+
+    Args:
+      axis: the channel axis, or axes, at any position.
+      momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
+        schedule computes, which may be traced. None: the exact cumulative statistics, those
+        of all elements seen so far (needs `state.count`).
+      epsilon: added to the variance, in units of x squared; >= 0.
+      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
+        inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
+        that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
+      axis_index_groups: the same as a `sync` of lists, by Flax's name.
+      sync: which devices along axis_name share statistics: "global" (all), "local" (none), an int n (groups of n
+        neighbouring devices, where the last of several axes runs fastest: the chips of one host, for
+        axis_name=("host", "chip")), or lists of indices. The running statistics always use all devices, and are the
+        same on all. "local" costs that small all-reduce alone; nothing waits for it, and there is none backward.
+      virtual_batch_size: ghost batch norm: normalize each block of `virtual_batch_size` consecutive examples by its own
+        statistics, on its own device. The last block may be shorter. The running statistics use the whole batch.
+      min_count: a channel with fewer elements than this leaves its state as it was.
+      frozen: normalize by the running statistics and never update them, in training too.
+      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
+      zero_debias: correct the running statistics for their start, as Adam does: after t updates their weights sum to 1,
+        with nothing of the initial values (needs `state.count`).
+      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
+      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call. XLA
+        runs inference for every backend: it is elementwise and fuses with what follows.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.BatchNorm(momentum=0.9)
+    >>> params, state = norm.init(1)
+    >>> y, state = norm.apply(params, state, np.array([[1.], [3.]]), train=True)
+    >>> print(y.round(3), state.mean.round(3))
+    [[-1.]
+     [ 1.]] [0.2]
+    """
+
+    State: ClassVar[Any] = RunningStats
+
+    use_bias: bool = True
+    axis: int | Sequence[int] = -1
+    momentum: float | Array | None = 0.99
+    epsilon: float = 1e-5
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    sync: str | int | Sequence[Sequence[int]] = "global"
+    virtual_batch_size: int | None = None
+    min_count: float | None = None
+    frozen: bool = False
+    skip_nonfinite: bool = False
+    zero_debias: bool = False
+    unbiased_running_var: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_momentum("BatchNorm", self.momentum)
+        canonicalize_min_count("BatchNorm", self.min_count)
+        canonicalize_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
+
+    if TYPE_CHECKING:
+
+        def init(self, features: Features) -> tuple[Affine, RunningStats]: ...
+
+    def init_state(self, shape: tuple[int, ...]) -> RunningStats:
+        """Mean 0 and variance 1."""
+        f32 = jnp.float32
+        count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None
+        return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
+
+    @explained("apply")
+    def apply(
+        self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None, weights: Any = None,
+        update_stats: bool = True,
+    ) -> tuple[Array, S]:  # fmt: skip
+        """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
+        refuse_params_as_state("BatchNorm.apply", state)
+        params = as_params("BatchNorm.apply", params)
+        call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
+        return batch_norm(x, params, state, **call, **self.options())
+
+    def update_state(self, state: S, moments: Any) -> S:
+        """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
+
+        >>> import jaxnorm as jn
+        >>> norm = jn.BatchNorm(momentum=0.5)
+        >>> norm.update_state(norm.init(1)[1], jn.moments([[2.], [6.]], axes=0)).mean.tolist()
+        [2.0]
+        """
+        reduction = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
+        return (
+            state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in reduction})
+        )
+
+    def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
+        """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.
+
+        >>> import jaxnorm as jn
+        >>> norm = jn.BatchNorm(epsilon=0.)
+        >>> norm.as_affine(*norm.init(1)).scale.tolist()
+        [1.0]
+        """
+        scale, bias = as_params("BatchNorm.as_affine", params)
+        if not is_stats(state) or "var" not in (stats := as_stats(state))._fields:
+            raise TypeError(
+                f"BatchNorm.as_affine: state must be a jaxnorm.RunningStats, got {shown(state)}. Write "
+                "norm.as_affine(params, state)."
+            )
+        return as_affine(stats.mean, stats.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset)
+
+
+@function_of(BatchNorm)
 def batch_norm(
-    x,
+    x: ArrayLike,
     params: Params,
     state: S,
     *,
-    train,
-    axis: int | Sequence[int] = -1,
-    momentum: float | Array | None = 0.99,
-    epsilon: float = 1e-5,
-    scale_offset: float = 0.0,
-    activation: Activation | None = None,
-    mask=None,
-    weights=None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups=None,
-    sync: str | int | Sequence[Sequence[int]] = "global",
-    virtual_batch_size: int | None = None,
+    train: Any,
+    axis, momentum, epsilon, scale_offset, activation, axis_name, axis_index_groups, sync, virtual_batch_size,
+    min_count, frozen, skip_nonfinite, zero_debias, unbiased_running_var, dtype, implementation,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     update_stats: bool = True,
-    min_count: float | None = None,
-    frozen: bool = False,
-    skip_nonfinite: bool = False,
-    zero_debias: bool = False,
-    unbiased_running_var: bool = False,
-    dtype=None,
-    implementation: str | None = None,
-) -> tuple[Array, S]:
+) -> tuple[Array, S]:  # fmt: skip
     """Batch normalization, synchronized over devices where `axis_name` says so.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias
@@ -92,39 +189,13 @@ def batch_norm(
         A variance that is nothing beside epsilon may be recorded as 0. In training also `Moments`, which those of the
         batch are merged into, for one `update_state` after many micro-batches.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
-      axis: the channel axis, or axes, at any position.
-      momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
-        schedule computes, which may be traced. None: the exact cumulative statistics, those
-        of all elements seen so far (needs `state.count`).
-      epsilon: added to the variance, in units of x squared; >= 0.
-      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
-      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
         not affect the statistics, the state or any gradient, even if they are NaN. Finite ones are still normalized.
         A float mask holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it
         is traced, so that its values are not known, it makes the output NaN.
       weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable. Negative ones are refused
         unless they are traced; then the result means nothing.
-      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
-        inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
-        that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
-      axis_index_groups: the same as a `sync` of lists, by Flax's name.
-      sync: which devices along axis_name share statistics: "global" (all), "local" (none), an int n (groups of n
-        neighbouring devices, where the last of several axes runs fastest: the chips of one host, for
-        axis_name=("host", "chip")), or lists of indices. The running statistics always use all devices, and are the
-        same on all. "local" costs that small all-reduce alone; nothing waits for it, and there is none backward.
-      virtual_batch_size: ghost batch norm: normalize each block of `virtual_batch_size` consecutive examples by its own
-        statistics, on its own device. The last block may be shorter. The running statistics use the whole batch.
       update_stats: False leaves the state as it was.
-      min_count: a channel with fewer elements than this leaves its state as it was.
-      frozen: normalize by the running statistics and never update them, in training too.
-      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
-      zero_debias: correct the running statistics for their start, as Adam does: after t updates their weights sum to 1,
-        with nothing of the initial values (needs `state.count`).
-      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
-      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call. XLA
-        runs inference for every backend: it is elementwise and fuses with what follows.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.
@@ -264,89 +335,3 @@ def _checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_
             "Write state._replace(mean=state.mean.astype(jnp.complex64))."
         )
     return state
-
-
-@spec(batch_norm)
-class BatchNorm(Spec):
-    """The hyperparameters of `batch_norm`, said once. See `jaxnorm.Norm` for what a spec does.
-
-    >>> import jaxnorm as jn, numpy as np
-    >>> norm = jn.BatchNorm(momentum=0.9)
-    >>> params, state = norm.init(1)
-    >>> y, state = norm.apply(params, state, np.array([[1.], [3.]]), train=True)
-    >>> print(y.round(3), state.mean.round(3))
-    [[-1.]
-     [ 1.]] [0.2]
-    """
-
-    State: ClassVar[Any] = RunningStats
-
-    use_bias: bool = True
-    axis: int | tuple[int, ...] = -1
-    momentum: float | None = 0.99
-    epsilon: float = 1e-5
-    axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Any = None
-    sync: Any = "global"
-    virtual_batch_size: int | None = None
-    min_count: float | None = None
-    frozen: bool = False
-    skip_nonfinite: bool = False
-    zero_debias: bool = False
-    unbiased_running_var: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_momentum("BatchNorm", self.momentum)
-        canonicalize_min_count("BatchNorm", self.min_count)
-        canonicalize_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
-
-    if TYPE_CHECKING:
-
-        def init(self, features: Features) -> tuple[Affine, RunningStats]: ...
-
-    def init_state(self, shape: tuple[int, ...]) -> RunningStats:
-        """Mean 0 and variance 1."""
-        f32 = jnp.float32
-        count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None
-        return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
-
-    @explained("apply")
-    def apply(
-        self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None, weights: Any = None,
-        update_stats: bool = True,
-    ) -> tuple[Array, S]:  # fmt: skip
-        """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
-        refuse_params_as_state("BatchNorm.apply", state)
-        params = as_params("BatchNorm.apply", params)
-        call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
-        return batch_norm(x, params, state, **call, **self.options())
-
-    def update_state(self, state: S, moments: Any) -> S:
-        """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
-
-        >>> import jaxnorm as jn
-        >>> norm = jn.BatchNorm(momentum=0.5)
-        >>> norm.update_state(norm.init(1)[1], jn.moments([[2.], [6.]], axes=0)).mean.tolist()
-        [2.0]
-        """
-        reduction = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
-        return (
-            state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in reduction})
-        )
-
-    def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
-        """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.
-
-        >>> import jaxnorm as jn
-        >>> norm = jn.BatchNorm(epsilon=0.)
-        >>> norm.as_affine(*norm.init(1)).scale.tolist()
-        [1.0]
-        """
-        scale, bias = as_params("BatchNorm.as_affine", params)
-        if not is_stats(state) or "var" not in (stats := as_stats(state))._fields:
-            raise TypeError(
-                f"BatchNorm.as_affine: state must be a jaxnorm.RunningStats, got {shown(state)}. Write "
-                "norm.as_affine(params, state)."
-            )
-        return as_affine(stats.mean, stats.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset)

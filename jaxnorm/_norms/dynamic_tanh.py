@@ -11,28 +11,65 @@ from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import canonicalize_number
-from .._core.explain import explained
 from .._core.types import Features
-from .._ops.activation import Activation
 from .._ops.pointwise import normalize_pointwise
-from .base import Spec, spec
+from .base import Spec, function_of, spec
 
 Array = jax.Array
 
 
-@explained("function")
+class DynamicTanhParams(NamedTuple):
+    """The parameters of `dynamic_tanh`."""
+
+    alpha: Array  # (), one number
+    scale: Array | None  # feature shape
+    bias: Array | None  # the same
+
+
+@spec
+class DynamicTanh(Spec):
+    """The hyperparameters of `dynamic_tanh`.
+
+    Args:
+      init_alpha: the first value of alpha. The paper has 0.5, and other values for large language models: a larger one
+        before attention, a smaller one for a wider model.
+      axis: the axis or axes that scale and bias belong to.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.DynamicTanh(use_bias=False)
+    >>> params, state = norm.init(1)
+    >>> float(params.alpha), params.bias, norm.apply(params, state, np.array([[1.]]))[0].round(3).tolist()
+    (0.5, None, [[0.4620000123977661]])
+    """
+
+    Params: ClassVar[Any] = DynamicTanhParams
+
+    use_bias: bool = True
+    init_alpha: float = 0.5
+    axis: int | Sequence[int] = -1
+
+    def __post_init__(self):
+        super().__post_init__()
+        canonicalize_number("DynamicTanh", "init_alpha", self.init_alpha, "0.5")
+
+    if TYPE_CHECKING:
+
+        def init(self, features: Features) -> tuple[DynamicTanhParams, tuple[()]]: ...
+
+    def init_param(self, name: str, shape: tuple[int, ...]) -> Array:
+        return jnp.full((), self.init_alpha, self.param_dtype) if name == "alpha" else super().init_param(name, shape)
+
+
+@function_of(DynamicTanh)
 def dynamic_tanh(
     x: ArrayLike,
     alpha: ArrayLike,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    axis: int | Sequence[int] = -1,
-    scale_offset: float = 0.0,
-    activation: Activation | None = None,
+    axis,
     mask: ArrayLike | None = None,
-    dtype: Any = None,
-    implementation: str | None = None,
+    **options,
 ) -> Array:
     """Dynamic tanh (DyT), in the place of a layer norm or an RMS norm.
 
@@ -46,12 +83,8 @@ def dynamic_tanh(
       alpha: the slope at 0, one number for all of x in the paper; or of the feature shape.
       scale: of the shape of x along `axis`, or of a shape that broadcasts against x; None is 1.
       bias: the same; None is 0.
-      axis: the axis or axes that scale and bias belong to.
-      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
-      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. A masked-out element that is not
         finite returns the bias and affects no gradient; a finite one is treated like the others.
-      dtype: of the output; None is x's. Arithmetic is in float32 or wider, with one rounding.
       implementation: "xla", "lax" or None; there are no kernels, because XLA fuses elementwise functions.
 
     Returns:
@@ -72,50 +105,9 @@ def dynamic_tanh(
     x = as_float_array("dynamic_tanh", x, rank=1, layout="the axis of scale and bias among its own")
     return normalize_pointwise(
         "dynamic_tanh", _tanh, x, {"alpha": alpha}, scale, bias, canonicalize_axes("dynamic_tanh", x.ndim, axis),
-        scale_offset=scale_offset, activation=activation, mask=mask, dtype=dtype, implementation=implementation,
+        mask=mask, **options,
     )  # fmt: skip
 
 
 def _tanh(x: Array, alpha: Array) -> Array:
     return jnp.tanh(alpha.astype(x.dtype) * x)
-
-
-class DynamicTanhParams(NamedTuple):
-    """The parameters of `dynamic_tanh`."""
-
-    alpha: Array  # (), one number
-    scale: Array | None  # feature shape
-    bias: Array | None  # the same
-
-
-@spec(dynamic_tanh)
-class DynamicTanh(Spec):
-    """The hyperparameters of `dynamic_tanh`.
-
-    Args:
-      init_alpha: the first value of alpha. The paper has 0.5, and other values for large language models: a larger one
-        before attention, a smaller one for a wider model.
-
-    >>> import jaxnorm as jn, numpy as np
-    >>> norm = jn.DynamicTanh(use_bias=False)
-    >>> params, state = norm.init(1)
-    >>> float(params.alpha), params.bias, norm.apply(params, state, np.array([[1.]]))[0].round(3).tolist()
-    (0.5, None, [[0.4620000123977661]])
-    """
-
-    Params: ClassVar[Any] = DynamicTanhParams
-
-    use_bias: bool = True
-    init_alpha: float = 0.5
-    axis: int | tuple[int, ...] = -1
-
-    def __post_init__(self):
-        super().__post_init__()
-        canonicalize_number("DynamicTanh", "init_alpha", self.init_alpha, "0.5")
-
-    if TYPE_CHECKING:
-
-        def init(self, features: Features) -> tuple[DynamicTanhParams, tuple[()]]: ...
-
-    def init_param(self, name: str, shape: tuple[int, ...]) -> Array:
-        return jnp.full((), self.init_alpha, self.param_dtype) if name == "alpha" else super().init_param(name, shape)

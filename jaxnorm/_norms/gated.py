@@ -19,98 +19,9 @@ from .._core.messages import shown, to_python
 from .._core.types import Features
 from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
-from .base import RowSpec, S, as_params, refuse_params_as_state, spec
+from .base import RowSpec, S, as_params, function_of, refuse_params_as_state, spec
 
 Array = jax.Array
-
-
-@explained("function")
-def gated_rms_norm(
-    x,
-    gate,
-    scale=None,
-    *,
-    axis: int = -1,
-    group_size: int | None = None,
-    norm_before_gate: bool = True,
-    activation: Activation = "silu",
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    cast: str = "after_scale",
-    mask=None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups=None,
-    dtype=None,
-    implementation: str | None = None,
-) -> Array:
-    """RMS norm and a gate.
-
-        norm_before_gate=True:   y = rms_norm(x) * scale * f(gate)     gated DeltaNet, RetNet, Qwen3-Next
-        norm_before_gate=False:  y = rms_norm(x * f(gate)) * scale     Mamba-2 as it is trained
-
-    mamba_ssm's `RMSNormGated` has the first as its default, and its `Mamba2` asks for the second. All of it is in
-    float32 or wider and rounded once; the backward pass keeps x and the gate, each in its own dtype.
-
-    Args:
-      x: array of any shape of rank 1 or more, the channels at `axis`. Integers are promoted to float32.
-      gate: of x's shape, or of one that broadcasts to it (per head: (B, T, H, 1)).
-      scale: of shape (C,), or of a shape that broadcasts against x; None is 1.
-      axis: the axis normalized over.
-      group_size: C / G: normalize each run of so many channels on its own (Mamba-2: d_inner // ngroups), as tensor
-        parallel models need. None is all of them.
-      norm_before_gate: whether the gate multiplies what comes out of the norm, or what goes in.
-      activation: f: "silu", "sigmoid" (Kimi Delta Attention), another name or elementwise function; see `layer_norm`.
-      epsilon: added to the mean square, in units of x squared; >= 0. (mamba_ssm has 1e-5.)
-      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
-      cast: as for `rms_norm`; "before_scale" rounds to the output's dtype also before the scale and before the gate.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. What is out leaves no trace in
-        the statistics or in any gradient, be x or the gate NaN there.
-      axis_name: a mapped axis, or several, over which `axis` is sharded. Groups, whole on each device, need none.
-      axis_index_groups: groups of indices along axis_name that normalize together.
-      dtype: of the output; None is x's.
-      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
-
-    Returns:
-      An array of x's shape.
-
-    Raises:
-      ValueError: a gate, scale or mask that fits x nowhere; a group size that does not divide C; a bad axis, epsilon,
-        cast, activation, or backend.
-      TypeError: a dtype that cannot hold the result.
-      NameError: axis_name is not bound here.
-
-    Source: Dao, Gu, "Transformers are SSMs" (2024), arXiv:2405.21060, section 7; for the norm before the gate Sun et
-    al., "Retentive Network" (2023), arXiv:2307.08621.
-
-    >>> import jaxnorm as jn, numpy as np
-    >>> x, gate = np.array([[3., -3.]]), np.array([[0., 1.]])
-    >>> jn.gated_rms_norm(x, gate, epsilon=0., activation="sigmoid").round(3).tolist()
-    [[0.5, -0.7310000061988831]]
-    """
-    norm = "gated_rms_norm"
-    check_cast(norm, cast)
-    x = as_float_array(norm, x, rank=1, layout="the normalized axis among its own")
-    (channel,) = canonicalize_axes(norm, x.ndim, axis, most=1)
-    (norm_before_gate,) = canonicalize_flags(norm, norm_before_gate=norm_before_gate)
-    if activation is None:
-        write = 'Write activation="silu", or rms_norm(x) * gate.'
-        raise ValueError(f"{norm}: activation=None leaves nothing to gate with. {write}")
-    groups = 1 if group_size is None else canonicalize_group_count(norm, x.shape[channel], None, group_size)
-    if groups != 1 and axis_name is not None:
-        raise ValueError(
-            f"{norm}: group_size={to_python(group_size)} makes {groups} groups on each device, and "
-            f"axis_name={shown(axis_name)} would merge them with those of others. Write axis_name=None."
-        )
-    one = groups == 1  # then x is seen as it is
-    return normalize_rows(
-        norm, x, scale, None, (channel if one else channel + 1,), (channel,),
-        epsilon=epsilon, scale_offset=scale_offset,
-        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-        implementation=implementation, centered=False, cast_before_scale=cast == "before_scale",
-        gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
-        view=lambda a: a if one else split_channels(a, x.shape, channel, groups),
-        spans_devices=not one and spans_devices(x, channel, groups),
-    )  # fmt: skip
 
 
 class GatedParams(NamedTuple):
@@ -119,9 +30,18 @@ class GatedParams(NamedTuple):
     scale: Array | None  # of the size of x's `axis`
 
 
-@spec(gated_rms_norm)
+@spec
 class GatedRMSNorm(RowSpec):
-    """The hyperparameters of `gated_rms_norm`, said once. The gate is an argument of `apply`, after x.
+    """The hyperparameters of `gated_rms_norm`. The gate is an argument of `apply`, after x.
+
+    Args:
+      axis: the axis normalized over.
+      group_size: C / G: normalize each run of so many channels on its own (Mamba-2: d_inner // ngroups), as tensor
+        parallel models need. None is all of them.
+      norm_before_gate: whether the gate multiplies what comes out of the norm, or what goes in.
+      activation: f: "silu", "sigmoid" (Kimi Delta Attention), another name or elementwise function; see `layer_norm`.
+      epsilon: added to the mean square, in units of x squared; >= 0. (mamba_ssm has 1e-5.)
+      cast: as for `rms_norm`; "before_scale" rounds to the output's dtype also before the scale and before the gate.
 
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.GatedRMSNorm(epsilon=0., activation="sigmoid")
@@ -170,3 +90,73 @@ def _aligned_gate(norm: str, gate, x: Array) -> Array:
     if jnp.iscomplexobj(gate) and not jnp.iscomplexobj(x):
         raise TypeError(f"{norm}: a complex gate needs a complex x, got {x.dtype}. Write x.astype({gate.dtype}).")
     return gate.reshape((1,) * rest + gate.shape)
+
+
+@function_of(GatedRMSNorm)
+def gated_rms_norm(
+    x: ArrayLike,
+    gate: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    axis,
+    group_size,
+    norm_before_gate,
+    activation,
+    cast,
+    axis_name,
+    mask: ArrayLike | None = None,
+    **options,
+) -> Array:
+    """RMS norm and a gate.
+
+        norm_before_gate=True:   y = rms_norm(x) * scale * f(gate)     gated DeltaNet, RetNet, Qwen3-Next
+        norm_before_gate=False:  y = rms_norm(x * f(gate)) * scale     Mamba-2 as it is trained
+
+    mamba_ssm's `RMSNormGated` has the first as its default, and its `Mamba2` asks for the second. All of it is in
+    float32 or wider and rounded once; the backward pass keeps x and the gate, each in its own dtype.
+
+    Args:
+      x: array of any shape of rank 1 or more, the channels at `axis`. Integers are promoted to float32.
+      gate: of x's shape, or of one that broadcasts to it (per head: (B, T, H, 1)).
+      scale: of shape (C,), or of a shape that broadcasts against x; None is 1.
+
+    Returns:
+      An array of x's shape.
+
+    Raises:
+      ValueError: a gate, scale or mask that fits x nowhere; a group size that does not divide C; a bad axis, epsilon,
+        cast, activation, or backend.
+      TypeError: a dtype that cannot hold the result.
+      NameError: axis_name is not bound here.
+
+    Source: Dao, Gu, "Transformers are SSMs" (2024), arXiv:2405.21060, section 7; for the norm before the gate Sun et
+    al., "Retentive Network" (2023), arXiv:2307.08621.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> x, gate = np.array([[3., -3.]]), np.array([[0., 1.]])
+    >>> jn.gated_rms_norm(x, gate, epsilon=0., activation="sigmoid").round(3).tolist()
+    [[0.5, -0.7310000061988831]]
+    """
+    norm = "gated_rms_norm"
+    check_cast(norm, cast)
+    x = as_float_array(norm, x, rank=1, layout="the normalized axis among its own")
+    (channel,) = canonicalize_axes(norm, x.ndim, axis, most=1)
+    (norm_before_gate,) = canonicalize_flags(norm, norm_before_gate=norm_before_gate)
+    if activation is None:
+        write = 'Write activation="silu", or rms_norm(x) * gate.'
+        raise ValueError(f"{norm}: activation=None leaves nothing to gate with. {write}")
+    groups = 1 if group_size is None else canonicalize_group_count(norm, x.shape[channel], None, group_size)
+    if groups != 1 and axis_name is not None:
+        raise ValueError(
+            f"{norm}: group_size={to_python(group_size)} makes {groups} groups on each device, and "
+            f"axis_name={shown(axis_name)} would merge them with those of others. Write axis_name=None."
+        )
+    one = groups == 1  # then x is seen as it is
+    return normalize_rows(
+        norm, x, scale, None, (channel if one else channel + 1,), (channel,),
+        activation=activation, mask=mask, axis_name=axis_name, **options,
+        centered=False, cast_before_scale=cast == "before_scale",
+        gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
+        view=lambda a: a if one else split_channels(a, x.shape, channel, groups),
+        spans_devices=not one and spans_devices(x, channel, groups),
+    )  # fmt: skip

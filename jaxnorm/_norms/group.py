@@ -6,37 +6,66 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes, refuse_a_shape
 from .._core.channels import canonicalize_group_count, spans_devices, split_channels
 from .._core.checks import warn_if_single
-from .._core.explain import explained
 from .._core.messages import shown, to_python
-from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
-from .base import RowSpec, spec
+from .base import RowSpec, function_of, spec
 
 Array = jax.Array
 
 
-@explained("function")
+@spec
+class GroupNorm(RowSpec):
+    """The hyperparameters of `group_norm`. 32 groups, as in the paper, unless told otherwise.
+
+    Args:
+      num_groups: G, the number of groups. Give it or group_size.
+      group_size: C / G, the number of channels in a group.
+      axis: the channel axis, at any position.
+      reduction_axes: the axes reduced, the channel axis among them; None is all but the batch axis 0.
+      epsilon: added to the variance, in units of x squared; >= 0.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.GroupNorm(num_groups=2)
+    >>> params, state = norm.init(4)
+    >>> norm.apply(params, state, np.array([[1., 3., 10., 30.]]))[0].round(3).tolist()
+    [[-1.0, 1.0, -1.0, 1.0]]
+    """
+
+    use_bias: bool = True
+    num_groups: int | None = None
+    group_size: int | None = None
+    axis: int = -1
+    reduction_axes: int | Sequence[int] | None = None
+    epsilon: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_groups is None and self.group_size is None:
+            object.__setattr__(self, "num_groups", 32)
+
+    def _check_features(self, shape: tuple[int, ...]) -> None:
+        super()._check_features(shape)
+        canonicalize_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)
+
+
+@function_of(GroupNorm)
 def group_norm(
-    x,
-    scale=None,
-    bias=None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    num_groups: int | None = None,
-    group_size: int | None = None,
-    axis: int = -1,
-    reduction_axes: int | Sequence[int] | None = None,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    activation: Activation | None = None,
-    mask=None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups=None,
-    dtype=None,
-    implementation: str | None = None,
+    num_groups,
+    group_size,
+    axis,
+    reduction_axes,
+    axis_name,
+    mask: ArrayLike | None = None,
+    **options,
 ) -> Array:
     """Group normalization.
 
@@ -49,19 +78,6 @@ def group_norm(
       x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
       scale: of shape (C,), or of a shape that broadcasts against x; None is 1.
       bias: the same; None is 0.
-      num_groups: G, the number of groups. Give it or group_size.
-      group_size: C / G, the number of channels in a group.
-      axis: the channel axis, at any position.
-      reduction_axes: the axes reduced, the channel axis among them; None is all but the batch axis 0.
-      epsilon: added to the variance, in units of x squared; >= 0.
-      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
-      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
-        not affect the statistics or any gradient, even if they are NaN. A group with no valid element returns the bias.
-      axis_name: a mapped axis, or several, over which the reduced axes are sharded (in whole groups).
-      axis_index_groups: groups of indices along axis_name that normalize together.
-      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.
@@ -96,36 +112,6 @@ def group_norm(
         shape = (*x.shape[:channel], groups, x.shape[channel] // max(groups, 1), *x.shape[channel + 1 :])
         warn_if_single("group_norm", jax.ShapeDtypeStruct(shape, x.dtype), reduced, "group")
     return normalize_rows(
-        "group_norm", x, scale, bias, reduced, (channel,), epsilon=epsilon, scale_offset=scale_offset,
-        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-        implementation=implementation,
+        "group_norm", x, scale, bias, reduced, (channel,), mask=mask, axis_name=axis_name, **options,
         view=lambda a: split_channels(a, x.shape, channel, groups), spans_devices=spans_devices(x, channel, groups),
     )  # fmt: skip
-
-
-@spec(group_norm)
-class GroupNorm(RowSpec):
-    """The hyperparameters of `group_norm`, said once. 32 groups, as in the paper, unless told otherwise.
-
-    >>> import jaxnorm as jn, numpy as np
-    >>> norm = jn.GroupNorm(num_groups=2)
-    >>> params, state = norm.init(4)
-    >>> norm.apply(params, state, np.array([[1., 3., 10., 30.]]))[0].round(3).tolist()
-    [[-1.0, 1.0, -1.0, 1.0]]
-    """
-
-    use_bias: bool = True
-    num_groups: int | None = None
-    group_size: int | None = None
-    axis: int = -1
-    reduction_axes: int | tuple[int, ...] | None = None
-    epsilon: float = 1e-6
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_groups is None and self.group_size is None:
-            object.__setattr__(self, "num_groups", 32)
-
-    def _check_features(self, shape: tuple[int, ...]) -> None:
-        super()._check_features(shape)
-        canonicalize_group_count("GroupNorm.init", math.prod(shape), self.num_groups, self.group_size)

@@ -5,33 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import warn_if_single
-from .._core.explain import explained
 from .._core.messages import shown, to_python
-from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
-from .base import RowSpec, spec
+from .base import RowSpec, function_of, spec
 
 Array = jax.Array
 
 
-@explained("function")
+@spec
+class InstanceNorm(RowSpec):
+    """The hyperparameters of `instance_norm`.
+
+    Args:
+      axis: the channel axis, or axes, at any position but 0.
+      epsilon: added to the variance, in units of x squared; >= 0.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.InstanceNorm(use_scale=False, use_bias=False)
+    >>> params, state = norm.init(2)
+    >>> norm.apply(params, state, np.array([[[1., 10.], [3., 30.]]]))[0].round(3).tolist()
+    [[[-1.0, -1.0], [1.0, 1.0]]]
+    """
+
+    use_bias: bool = True
+    axis: int | Sequence[int] = -1
+    epsilon: float = 1e-6
+
+
+@function_of(InstanceNorm)
 def instance_norm(
-    x,
-    scale=None,
-    bias=None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: int | Sequence[int] = -1,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    activation: Activation | None = None,
-    mask=None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups=None,
-    dtype=None,
-    implementation: str | None = None,
+    axis,
+    axis_name,
+    mask: ArrayLike | None = None,
+    **options,
 ) -> Array:
     """Instance normalization.
 
@@ -43,17 +57,6 @@ def instance_norm(
       x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
       scale: of shape (C,), or of a shape that broadcasts against x (per sample: (N, 1, 1, C)); None is 1.
       bias: the same; None is 0.
-      axis: the channel axis, or axes, at any position but 0.
-      epsilon: added to the variance, in units of x squared; >= 0.
-      scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma.
-      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
-        not affect the statistics or any gradient, even if they are NaN. An instance with no valid element is
-        the bias.
-      axis_name: a mapped axis, or several, over which the spatial axes are sharded.
-      axis_index_groups: groups of indices along axis_name that normalize together.
-      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider, with one rounding.
-      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.
@@ -80,23 +83,5 @@ def instance_norm(
     if axis_name is None:
         warn_if_single("instance_norm", x, axes, "instance and channel")
     return normalize_rows(
-        "instance_norm", x, scale, bias, axes, channels, epsilon=epsilon, scale_offset=scale_offset,
-        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-        implementation=implementation,
+        "instance_norm", x, scale, bias, axes, channels, mask=mask, axis_name=axis_name, **options,
     )  # fmt: skip
-
-
-@spec(instance_norm)
-class InstanceNorm(RowSpec):
-    """The hyperparameters of `instance_norm`, said once.
-
-    >>> import jaxnorm as jn, numpy as np
-    >>> norm = jn.InstanceNorm(use_scale=False, use_bias=False)
-    >>> params, state = norm.init(2)
-    >>> norm.apply(params, state, np.array([[[1., 10.], [3., 30.]]]))[0].round(3).tolist()
-    [[[-1.0, -1.0], [1.0, 1.0]]]
-    """
-
-    use_bias: bool = True
-    axis: int | tuple[int, ...] = -1
-    epsilon: float = 1e-6

@@ -6,36 +6,71 @@ Legend: x is what the last part made, residual the stream before it, new_residua
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes, canonicalize_dtype
 from .._core.checks import check_cast
 from .._core.explain import explained
-from .._ops.activation import Activation
+from .._core.types import Params
 from .._ops.rows import normalize_stream
+from .base import RowSpec, S, as_params, function_of, refuse_params_as_state, spec
 
 Array = jax.Array
 
 
-@explained("function")
+@spec
+class AddRMSNorm(RowSpec):
+    """The hyperparameters of `add_rms_norm`. The residual stream is an argument of `apply`, after x.
+
+    Args:
+      axis: the axis or axes normalized over.
+      epsilon: added to the mean square, in units of x squared; >= 0.
+      cast: "after_scale" rounds once, at the end (Gemma); "before_scale" rounds x / rms to the output's dtype and again
+        after the scale (Llama). They differ in the last bit of a half-precision output.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.AddRMSNorm(epsilon=0.)
+    >>> params, state = norm.init(2)
+    >>> (y, stream), state = norm.apply(params, state, np.array([[1., -3.]]), np.array([[1., 1.]]))
+    >>> y.round(3).tolist(), stream.tolist()
+    ([[1.0, -1.0]], [[2.0, -2.0]])
+    """
+
+    use_bias: bool = False
+    axis: int | Sequence[int] = -1
+    epsilon: float = 1e-6
+    cast: str = "after_scale"
+
+    _spare_axes: ClassVar[int] = 1  # per head: (H, D)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_cast("AddRMSNorm", self.cast)
+
+    @explained("apply")
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[tuple[Array, Array], S]:
+        """The normalized sum and the new stream, and the state `()` as it came."""
+        refuse_params_as_state("AddRMSNorm", state)
+        return add_rms_norm(x, residual, *as_params("AddRMSNorm", params), mask=mask, **self.options()), state
+
+
+@function_of(AddRMSNorm)
 def add_rms_norm(
-    x,
-    residual,
-    scale=None,
-    bias=None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: int | Sequence[int] = -1,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    cast: str = "after_scale",
-    activation: Activation | None = None,
-    mask=None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups=None,
-    dtype=None,
-    implementation: str | None = None,
+    axis,
+    cast,
+    mask: ArrayLike | None = None,
+    **options,
 ) -> tuple[Array, Array]:
     """Add x to the residual stream and apply RMS norm to the sum.
 
@@ -51,16 +86,9 @@ def add_rms_norm(
       residual: the stream so far, of x's shape; its dtype is the stream's.
       scale: as for `rms_norm`.
       bias: the same.
-      axis: the axis or axes normalized over.
-      epsilon: as for `rms_norm`.
-      scale_offset: the same.
-      cast: the same.
       activation: of y; see `layer_norm`. The stream has none.
       mask: True where an element counts in the norm; see `rms_norm`. The stream is the sum everywhere.
-      axis_name: a mapped axis, or several, over which the normalized axes are sharded.
-      axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of y; None is x's. That of new_residual is residual's.
-      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       y and new_residual, each of x's shape.
@@ -80,29 +108,52 @@ def add_rms_norm(
     """
     check_cast("add_rms_norm", cast)
     return _normalized(
-        "add_rms_norm", x, residual, scale, bias, axis, epsilon=epsilon, scale_offset=scale_offset,
-        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-        implementation=implementation,
+        "add_rms_norm", x, residual, scale, bias, axis, mask=mask, **options,
         centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip
 
 
-@explained("function")
+@spec
+class AddLayerNorm(RowSpec):
+    """The hyperparameters of `add_layer_norm`. The residual stream is an argument of `apply`, after x.
+
+    Args:
+      axis: the axis or axes normalized over.
+      epsilon: added to the variance, in units of x squared; >= 0.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.AddLayerNorm(epsilon=0.)
+    >>> params, state = norm.init(2)
+    >>> (y, stream), state = norm.apply(params, state, np.array([[1., -3.]]), np.array([[1., 1.]]))
+    >>> y.round(3).tolist(), stream.tolist()
+    ([[1.0, -1.0]], [[2.0, -2.0]])
+    """
+
+    use_bias: bool = True
+    axis: int | Sequence[int] = -1
+    epsilon: float = 1e-6
+
+    _spare_axes: ClassVar[int] = 1  # per head: (H, D)
+
+    @explained("apply")
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None
+    ) -> tuple[tuple[Array, Array], S]:
+        """The normalized sum and the new stream, and the state `()` as it came."""
+        refuse_params_as_state("AddLayerNorm", state)
+        return add_layer_norm(x, residual, *as_params("AddLayerNorm", params), mask=mask, **self.options()), state
+
+
+@function_of(AddLayerNorm)
 def add_layer_norm(
-    x,
-    residual,
-    scale=None,
-    bias=None,
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: int | Sequence[int] = -1,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    activation: Activation | None = None,
-    mask=None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups=None,
-    dtype=None,
-    implementation: str | None = None,
+    axis,
+    mask: ArrayLike | None = None,
+    **options,
 ) -> tuple[Array, Array]:
     """Add x to the residual stream and apply layer norm to the sum.
 
@@ -116,15 +167,9 @@ def add_layer_norm(
       residual: the stream so far, of x's shape; its dtype is the stream's.
       scale: as for `layer_norm`.
       bias: the same.
-      axis: the axis or axes normalized over.
-      epsilon: as for `layer_norm`.
-      scale_offset: the same.
       activation: of y; see `layer_norm`. The stream has none.
       mask: True where an element counts in the norm; see `layer_norm`. The stream is the sum everywhere.
-      axis_name: a mapped axis, or several, over which the normalized axes are sharded.
-      axis_index_groups: groups of indices along axis_name that normalize together.
       dtype: of y; None is x's. That of new_residual is residual's.
-      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       y and new_residual, each of x's shape.
@@ -143,9 +188,7 @@ def add_layer_norm(
     ([[-1.0, 1.0]], [[2.0, 6.0]])
     """
     return _normalized(
-        "add_layer_norm", x, residual, scale, bias, axis, epsilon=epsilon, scale_offset=scale_offset,
-        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-        implementation=implementation,
+        "add_layer_norm", x, residual, scale, bias, axis, mask=mask, **options,
     )  # fmt: skip
 
 

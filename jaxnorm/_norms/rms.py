@@ -6,33 +6,55 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
+from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import check_cast
-from .._core.explain import explained
-from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
-from .base import RowSpec, spec
+from .base import RowSpec, function_of, spec
 
 Array = jax.Array
 
 
-@explained("function")
+@spec
+class RMSNorm(RowSpec):
+    """The hyperparameters of `rms_norm`. There is no bias unless `use_bias=True`.
+
+    Args:
+      axis: the axis or axes normalized over.
+      epsilon: added to the mean square, in units of x squared; >= 0.
+      cast: "after_scale" rounds once, at the end (Gemma); "before_scale" rounds x / rms to the output's dtype and again
+        after the scale (Llama). They differ in the last bit of a half-precision output.
+
+    >>> import jaxnorm as jn, numpy as np
+    >>> norm = jn.RMSNorm(epsilon=0.)
+    >>> params, state = norm.init(2)
+    >>> norm.apply(params, state, np.array([[3., -3.]]))[0].round(3).tolist()
+    [[1.0, -1.0]]
+    """
+
+    use_bias: bool = False
+    axis: int | Sequence[int] = -1
+    epsilon: float = 1e-6
+    cast: str = "after_scale"
+
+    _spare_axes: ClassVar[int] = 1  # per head: (H, D)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_cast("rms_norm", self.cast)
+
+
+@function_of(RMSNorm)
 def rms_norm(
-    x,
-    scale=None,
-    bias=None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    axis: int | Sequence[int] = -1,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    activation: Activation | None = None,
-    cast: str = "after_scale",
-    mask=None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups=None,
-    dtype=None,
-    implementation: str | None = None,
+    axis,
+    cast,
+    mask: ArrayLike | None = None,
+    **options,
 ) -> Array:
     """Root mean square layer normalization.
 
@@ -42,18 +64,6 @@ def rms_norm(
       x: array of any shape of rank 1 or more. Integers are promoted to float32.
       scale: of the shape of the normalized axes, or of a shape that broadcasts against x (per head: (H, D)); None is 1.
       bias: the same; None is 0.
-      axis: the axis or axes normalized over.
-      epsilon: added to the mean square, in units of x squared; >= 0.
-      scale_offset: added to scale in float32; 1.0 is Gemma's zero-centred gamma.
-      cast: "after_scale" rounds once, at the end (Gemma); "before_scale" rounds x / rms to the output's dtype and again
-        after the scale (Llama). They differ in the last bit of a half-precision output.
-      activation: of the output, before it is rounded: "relu", ..., or an elementwise function; see `layer_norm`.
-      mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
-        not affect the statistics or any gradient, even if they are NaN. A row with no valid element returns the bias.
-      axis_name: a mapped axis, or several, over which the normalized axes are sharded.
-      axis_index_groups: groups of indices along axis_name that normalize together.
-      dtype: of the output; None is x's. Statistics and arithmetic are in float32 or wider.
-      implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
 
     Returns:
       An array of x's shape.
@@ -73,31 +83,6 @@ def rms_norm(
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
     axes = canonicalize_axes("rms_norm", x.ndim, axis)
     return normalize_rows(
-        "rms_norm", x, scale, bias, axes, axes, epsilon=epsilon, scale_offset=scale_offset,
-        activation=activation, mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-        implementation=implementation,
+        "rms_norm", x, scale, bias, axes, axes, mask=mask, **options,
         centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip
-
-
-@spec(rms_norm)
-class RMSNorm(RowSpec):
-    """The hyperparameters of `rms_norm`, said once. There is no bias unless `use_bias=True`.
-
-    >>> import jaxnorm as jn, numpy as np
-    >>> norm = jn.RMSNorm(epsilon=0.)
-    >>> params, state = norm.init(2)
-    >>> norm.apply(params, state, np.array([[3., -3.]]))[0].round(3).tolist()
-    [[1.0, -1.0]]
-    """
-
-    use_bias: bool = False
-    axis: int | tuple[int, ...] = -1
-    epsilon: float = 1e-6
-    cast: str = "after_scale"
-
-    _spare_axes: ClassVar[int] = 1  # per head: (H, D)
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_cast("rms_norm", self.cast)
