@@ -19,4 +19,4 @@ from ._ops.running import sync_state as sync_state
 from ._ops.running import update_state as update_state
 
 __version__ = "0.1.0"
-__all__ = sorted(name for name, value in globals().items() if name[0] != "_" and hasattr(value, "__module__"))
+__all__ = sorted(name for name, value in globals().items() if name[0] != "_" and hasattr(value, "__module__"))  # pyright: ignore

@@ -30,6 +30,8 @@ import jaxnorm as jn
 
 from ._core.install import extra
 
+States = tuple[Any, ...]
+
 if TYPE_CHECKING:
     import optax
 
@@ -83,7 +85,7 @@ def standardized(data: Batch, pixels: jn.Moments) -> Batch:
     return data._replace(images=np.asarray(images))
 
 
-def in_order(data: Batch, size: int, rows: int, order=None) -> Iterator[Batch]:
+def in_order(data: Batch, size: int, rows: int, order: np.ndarray | None = None) -> Iterator[Batch]:
     """Batches of `size` images in arrays of `rows`. The last batch may hold fewer images and more padding."""
     order = np.arange(len(data.labels)) if order is None else order
     for start in range(0, len(order), size):
@@ -106,10 +108,10 @@ def shuffled(data: Batch, size: int, rows: int, seed: int) -> Iterator[Batch]:
 class NoNorm:
     """A bias alone, as a `jaxnorm.Norm`. A spec of your own can take part in the same way."""
 
-    def init(self, features) -> tuple[jn.Affine, tuple]:
+    def init(self, features: Any) -> tuple[jn.Affine, tuple[()]]:
         return jn.Affine(None, jnp.zeros(features, jnp.float32)), ()
 
-    def apply(self, params: jn.Affine, state, x, *, train=None, mask=None):
+    def apply(self, params: jn.Affine, state: Any, x: Any, *, train: Any = None, mask: Any = None) -> tuple[Any, Any]:
         return x + jnp.broadcast_to(jnp.asarray(params.bias), x.shape), state
 
 
@@ -131,7 +133,7 @@ class Params(NamedTuple):
     bias: jax.Array  # (CLASSES,)
 
 
-def init(norm: jn.Norm, seed: int) -> tuple[Params, tuple]:
+def init(norm: jn.Norm, seed: int) -> tuple[Params, States]:
     """Parameters, and the state of each norm. Kernels and weights do not depend on the norm."""
     *keys, last = jax.random.split(jax.random.key(seed), len(STRIDES) + 1)
     blocks, states = [], []
@@ -144,7 +146,9 @@ def init(norm: jn.Norm, seed: int) -> tuple[Params, tuple]:
     return Params(tuple(blocks), weight, jnp.zeros(CLASSES, jnp.float32)), tuple(states)
 
 
-def forward(norm: jn.Norm, params: Params, states: tuple, images, *, train: bool, mask=None):
+def forward(
+    norm: jn.Norm, params: Params, states: States, images: jax.Array, *, train: bool, mask: jax.Array | None = None
+) -> Any:
     """Logits (B, CLASSES), the new states, and the input of the last ReLU (B, H, W, C)."""
     x, z, new = images, images, []
     mask = None if mask is None else mask[:, None, None, None]
@@ -160,17 +164,17 @@ def forward(norm: jn.Norm, params: Params, states: tuple, images, *, train: bool
 # --- training over devices: replicated parameters, sharded batches ----------------------------------------------------
 
 
-def over_devices(mesh: Mesh, in_specs, out_specs):
+def over_devices(mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """jit of shard_map. `check_vma` proves that results declared replicated are equal on all devices."""
     return lambda f: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
 
 
-def mean_over_devices(values, mask):
+def mean_over_devices(values: jax.Array, mask: jax.Array) -> jax.Array:
     """The mean of all valid elements on all devices. With uneven masks it is not the mean of the devices' means."""
     return lax.psum(jnp.where(mask, values, 0.0).sum(), "data") / lax.psum(mask.sum(dtype=values.dtype), "data")
 
 
-def update(norm: Any, optimizer: optax.GradientTransformation, mean: Callable):
+def update(norm: Any, optimizer: optax.GradientTransformation, mean: Callable[..., Any]) -> Callable[..., Any]:
     """A function (params, states, optimizer state, batch) -> (the same three after one step, the loss before it)."""
     import optax
 
@@ -187,12 +191,12 @@ def update(norm: Any, optimizer: optax.GradientTransformation, mean: Callable):
     return step
 
 
-def make_step(norm: jn.Norm, optimizer: optax.GradientTransformation, mesh: Mesh):
+def make_step(norm: jn.Norm, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable[..., Any]:
     """`update` where each device sees its own images. The norm and the loss name the mesh axis they reduce over."""
     return over_devices(mesh, (P(), P(), P(), P("data")), P())(update(norm, optimizer, mean_over_devices))
 
 
-def make_evaluate(norm: jn.Norm, mesh: Mesh):
+def make_evaluate(norm: jn.Norm, mesh: Mesh) -> Callable[..., Any]:
     """A function (params, states, batch) -> (accuracy, input of the last ReLU), in inference mode."""
 
     @over_devices(mesh, (P(), P(), P("data")), (P(), P("data")))
@@ -208,7 +212,7 @@ class Run(NamedTuple):
     """The training of one network."""
 
     params: Params
-    states: tuple
+    states: States
     losses: np.ndarray  # (steps,) of each batch before its step
     steps: np.ndarray  # after which the test set was evaluated
     accuracies: np.ndarray  # at those steps, 0 to 1
@@ -284,7 +288,7 @@ def draw(runs: dict[str, Run], out: Path, *, batch_size: int, learning_rate: flo
         figure.savefig(out, metadata={"Title": command})
 
 
-def draw_accuracy(axes, runs: dict[str, Run], halo: list) -> None:
+def draw_accuracy(axes: Any, runs: dict[str, Run], halo: list[Any]) -> None:
     """Test accuracy against steps, with the name of each curve at its end."""
     last = max(run.steps[-1] for run in runs.values())
     for level in (25, 50, 75, 100):
@@ -301,7 +305,7 @@ def draw_accuracy(axes, runs: dict[str, Run], halo: list) -> None:
     axes.set(xlim=(0, last), ylim=(0, 101), ylabel="test accuracy (%)", yticks=(0, 25, 50, 75, 100))
 
 
-def draw_histograms(panels, runs: dict[str, Run], halo: list) -> None:
+def draw_histograms(panels: Any, runs: dict[str, Run], halo: list[Any]) -> None:
     """Activations after training, dark where the ReLU passes them; before training, as an outline."""
     finite = {name: [z[np.isfinite(z)] for z in (run.before, run.after)] for name, run in runs.items()}
     reaches = [np.percentile(np.abs(after), 99) for _, after in finite.values() if after.size]
@@ -355,7 +359,9 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return number
 
 
-steps, positive, seed = whole(1, 10**6), whole(1, 2**31 - 1), whole(0, 2**31 - 1)
+steps: Callable[[str], int] = whole(1, 10**6)
+positive: Callable[[str], int] = whole(1, 2**31 - 1)
+seed: Callable[[str], int] = whole(0, 2**31 - 1)
 
 
 def rate(text: str) -> float:
@@ -381,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     run(parser, options)
 
 
-def devices(parser: Parser, wanted: int | None) -> list:
+def devices(parser: Parser, wanted: int | None) -> list[Any]:
     """The first `wanted` devices. A CPU is split into several, unless the user has set their number.
 
     The split must happen before JAX's backend starts. Importing JAX, as `import jaxnorm` did, does not start it.
@@ -402,7 +408,7 @@ def devices(parser: Parser, wanted: int | None) -> list:
     return found[:wanted]
 
 
-def check(parser: Parser, options) -> None:
+def check(parser: Parser, options: argparse.Namespace) -> None:
     """Check the options that depend on one another, and that the picture can be written."""
     size, count, out = options.batch_size, len(options.devices), options.out
     if size < count:
@@ -430,7 +436,7 @@ def writing(parser: Parser, out: Path) -> Iterator[None]:
 # --- the run: train, print, draw --------------------------------------------------------------------------------------
 
 
-def run(parser: Parser, options) -> None:
+def run(parser: Parser, options: argparse.Namespace) -> None:
     mesh = Mesh(np.array(options.devices), ("data",))
     count, size = len(options.devices), options.batch_size
     padded = lambda images: math.ceil(images / count) * count  # every device gets the same number of rows

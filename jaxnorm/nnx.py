@@ -90,7 +90,7 @@ for _spec in SPECS.values():
     if _spec.__name__ not in globals():
         globals()[_spec.__name__] = layer_of(_spec, __name__)
 
-__all__ = ["Norm", *SPECS]
+__all__ = ["Norm", *SPECS]  # pyright: ignore
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from .exported import exported
 
@@ -82,7 +83,7 @@ class Moments(NamedTuple):
         return self.m2 / jnp.where(self.count == 0, 1.0, self.count)
 
     @classmethod
-    def empty(cls, features: int | tuple[int, ...] = (), dtype=jnp.float32) -> Moments:
+    def empty(cls, features: int | tuple[int, ...] = (), dtype: DTypeLike = jnp.float32) -> Moments:
         """The moments of nothing, of a feature shape: where gathering them starts. `dtype` is the mean's.
 
         >>> import jaxnorm as jn

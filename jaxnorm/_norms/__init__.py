@@ -14,4 +14,4 @@ from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
 
 SPECS = {name: value for name, value in globals().items() if isinstance(value, type)}
-__all__ = sorted(name for name in globals() if name[0] != "_" and hasattr(globals()[name], "__module__"))
+__all__ = sorted(name for name in globals() if name[0] != "_" and hasattr(globals()[name], "__module__"))  # pyright: ignore

@@ -182,7 +182,7 @@ class Spec:
     State: ClassVar[Any] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # One spelling for each value (a dtype may be jnp.float32 or "float32"), so that equal specs are equal.
         name = type(self).__name__
         for field in dataclasses.fields(self):

@@ -102,7 +102,7 @@ class BatchNorm(Spec):
     zero_debias: bool = False
     unbiased_running_var: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_momentum("BatchNorm", self.momentum)
         canonicalize_min_count("BatchNorm", self.min_count)

@@ -48,7 +48,7 @@ class DynamicTanh(Spec):
     init_alpha: float = 0.5
     axis: int | Sequence[int] = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         canonicalize_number("DynamicTanh", "init_alpha", self.init_alpha, "0.5")
 

@@ -60,7 +60,7 @@ class GatedRMSNorm(RowSpec):
     epsilon: float = 1e-6
     cast: str = "after_scale"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_cast("GatedRMSNorm", self.cast)
 

@@ -43,7 +43,7 @@ class GroupNorm(RowSpec):
     reduction_axes: int | Sequence[int] | None = None
     epsilon: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_groups is None and self.group_size is None:
             object.__setattr__(self, "num_groups", 32)

@@ -47,7 +47,7 @@ class AddRMSNorm(RowSpec):
 
     _spare_axes: ClassVar[int] = 1  # per head: (H, D)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_cast("AddRMSNorm", self.cast)
 

@@ -40,7 +40,7 @@ class RMSNorm(RowSpec):
 
     _spare_axes: ClassVar[int] = 1  # per head: (H, D)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_cast("rms_norm", self.cast)
 

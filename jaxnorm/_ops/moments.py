@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from .._backends.select import check_implementation
 from .._core.arrays import align_boolean_mask, align_weights, as_float_array, canonicalize_axes
@@ -26,7 +27,12 @@ _PLAIN = Reduction(())  # how `Moments` are kept: with a prescale of 1
 
 @explained("function")
 def moments(
-    x, axes: int | Sequence[int] | None = None, *, mask=None, weights=None, implementation: str | None = None
+    x: ArrayLike,
+    axes: int | Sequence[int] | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    implementation: str | None = None,
 ) -> Moments:
     """Count, mean and second moment of `x` over `axes`.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from .._backends.select import check_implementation
 from .._core.arithmetic import nan_if_infinite
@@ -27,17 +28,17 @@ Array = jax.Array
 
 @explained("function")
 def normalize(
-    x,
-    mean,
-    var,
-    scale=None,
-    bias=None,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
     scale_offset: float = 0.0,
     activation: Activation | None = None,
-    dtype=None,
+    dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Normalize by statistics that are given, as batch norm does at inference.
@@ -108,7 +109,15 @@ def _given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias, 
 
 
 @explained("function")
-def as_affine(mean, var, scale=None, bias=None, *, epsilon: float = 1e-5, scale_offset: float = 0.0) -> Affine:
+def as_affine(
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    epsilon: float = 1e-5,
+    scale_offset: float = 0.0,
+) -> Affine:
     """The affine map that `normalize` is: y == x * affine.scale + affine.bias, to fold into a neighbouring layer.
 
         affine.scale = (scale + scale_offset) / sqrt(var + epsilon);   affine.bias = bias - mean * affine.scale

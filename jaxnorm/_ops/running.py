@@ -25,8 +25,8 @@ Array = jax.Array
 
 @explained("function")
 def update_state(
-    state,
-    moments,
+    state: Any,
+    moments: Any,
     *,
     momentum: float | Array | None = 0.99,
     min_count: float | None = None,
@@ -101,7 +101,7 @@ def update_state(
 
 
 @explained("function")
-def sync_state(state, axis_name: str | tuple[str, ...]) -> Any:
+def sync_state(state: Any, axis_name: str | tuple[str, ...]) -> Any:
     """Merge running statistics that devices accumulated independently, so that all devices hold the same values.
 
         mean = sum(n_d mean_d) / n;   var = sum(n_d (var_d + |mean_d - mean|**2)) / n;   count = n / devices

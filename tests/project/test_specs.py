@@ -230,6 +230,13 @@ def test_every_public_name_is_listed_documented_and_shown():
                 assert mentioned or name in ("as_affine", "merge"), (name, argument)
 
 
+def test_stubs_are_current():
+    """As `python -m tests.stubs` writes them, for the Flax that is installed."""
+    run = [sys.executable, "-m", "tests.stubs", "--check"]
+    found = subprocess.run(run, cwd=PACKAGE.parent, text=True, capture_output=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_jaxnorm_needs_no_flax_and_costs_little_beside_jax():
     """Counted, not timed: beyond `import jax` and `jax.numpy` come jax.extend, where Primitive is, and our own few."""
     code = (
