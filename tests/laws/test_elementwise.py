@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_devices import mesh_of, placed
+from helpers.devices import mesh_of, placed
 
 from jaxnorm._core.arithmetic import prescales
 from jaxnorm._core.over import Axes, Segments
