@@ -40,12 +40,12 @@ ACCURACY, MASKS, STATE = "laws/test_accuracy.py", "laws/test_masks.py", "laws/te
 
 MUTANTS = [
     # --- statistics and their derivatives
-    Mutant("E[x^2] - E[x]^2", FORMULAS, "weights, n, shift, reduction, size=size)",
-           "weights, n, 0.0 * shift, reduction, size=size)", ACCURACY + XLA),
+    Mutant("E[x^2] - E[x]^2", FORMULAS, "weights, n, shift, reduction, size=size, ids=ids)",
+           "weights, n, 0.0 * shift, reduction, size=size, ids=ids)", ACCURACY + XLA),
     Mutant("E[x^2] - E[x]^2 of columns", FORMULAS, "n, sample.mean(reduction.axes, keepdims=True), reduction",
            "n, 0.0 * sample.mean(reduction.axes, keepdims=True), reduction", ACCURACY + " -k batch" + XLA),
     Mutant("no correction of the second moment", FORMULAS, "    m2 = m2 - correction\n", "", ACCURACY + " -k batch" + XLA),
-    Mutant("wrong sign of the term of the variance", FORMULA, "times.append(-s * (d2", "times.append(s * (d2",
+    Mutant("wrong sign of the term of the variance", FORMULA, "times.append(-s * at_x((d2", "times.append(s * at_x((d2",
            ACCURACY + XLA),
     Mutant("no term of the mean", FORMULA, "if reduction.centered:\n            plus.append", "if False:\n            plus.append",
            ACCURACY + XLA),
@@ -131,8 +131,8 @@ MUTANTS = [
     # --- kernels and errors
     Mutant("kernels ignore scale_offset", "_ops/by_kernel.py", "effective_scale(scale, plan.scale_offset, acc)",
            "scale.astype(acc)", ACCURACY),
-    Mutant("an eager batch reduces other axes", "_backends/call.py", "axes=tuple(a + 1 for a in self.plan.reduction.axes)",
-           "axes=self.plan.reduction.axes", "backends/test_native.py -k vmap"),
+    Mutant("an eager batch reduces other axes", "_backends/call.py", "tuple(a + 1 for a in self.plan.reduction.axes)",
+           "self.plan.reduction.axes", "backends/test_native.py -k vmap"),
     Mutant("a kernel skips its tail", "_backends/cpu/simd.h", "  if (i < n) body(i, Part{int(n - i)}, 0);\n", "",
            ACCURACY + " backends/test_native.py"),
     Mutant("a kernel takes the mean of RMS norm", "_backends/cpu/kernels.h", "first[k] = all(job.centered ? h / A(n) : A(0))",

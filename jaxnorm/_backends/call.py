@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from .._core.over import Axes
 from .._core.types import Plan
 
 Array = jax.Array
@@ -58,7 +59,7 @@ class Call:
 
     def batched(self, size: int) -> Call:
         """The same with a new axis in front, of so many."""
-        reduction = replace(self.plan.reduction, axes=tuple(a + 1 for a in self.plan.reduction.axes))
+        reduction = replace(self.plan.reduction, over=Axes(tuple(a + 1 for a in self.plan.reduction.axes)))
         first, second = (None if s is None else (size, *s) for s in self.grad_shapes)
         return replace(self, plan=replace(self.plan, reduction=reduction), grad_shapes=(first, second))
 

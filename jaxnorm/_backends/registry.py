@@ -11,6 +11,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from .._core.dtypes import accumulator, are_static, widest
+from .._core.over import Axes
 from .._core.types import Reduction
 from .._core.vma import without_sharding, without_vma
 from . import cpu
@@ -62,6 +63,8 @@ def unsupported_reason(name: str, x, reduction: Reduction, dtype, scale, bias, m
         return reason
     if not are_static(*x.shape):
         return f"x has symbolic sizes {x.shape}, as in jax.export"
+    if not isinstance(reduction.over, Axes):
+        return "statistics of segments are XLA's"
     if mask is not None or weights is not None:
         return "masks and weights are XLA's"
     if reduction.axis_name is not None:

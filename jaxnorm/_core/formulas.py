@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -34,11 +35,11 @@ def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None =
 def one_pass_by_parts(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """`one_pass` for a GPU, where sums over `split_axes` first keep x - shift out of memory."""
 
-    def by_parts(a: Array, axes: tuple[int, ...]) -> Array:
-        apart = split_axes(a, axes)
+    def by_parts(a: Array) -> Array:
+        apart = split_axes(a, reduction.axes)
         if not apart:
-            return total_over(a, axes)
-        return total_over(lax.optimization_barrier(total_over(a, axes[len(apart) :])), apart)
+            return total_over(a, reduction.axes)
+        return total_over(lax.optimization_barrier(total_over(a, reduction.axes[len(apart) :])), apart)
 
     return one_pass(x, keep, weights, n, reduction, by_parts)
 
@@ -62,21 +63,23 @@ def total_over(a: Array, axes: tuple[int, ...]) -> Array:
 
 
 def shifted_moments(
-    x, keep, weights, n, shift, reduction: Reduction, total: Callable | None = None, size: Array | None = None
+    x, keep, weights, n, shift, reduction: Reduction, total: Callable | None = None, size: Array | None = None, ids=None
 ) -> tuple[Array, Array, Array]:
     """In one pass about a `shift` near the mean: the mean as shift + offset, and the second moment.
 
     offset = sum(w (x - shift)) / n;   m2 = sum(w |x - shift|**2) - n |offset|**2
 
-    An m2 below the rounding noise of its own two terms is that of a constant x: then the mean is that constant, to the
-    bit, and m2 is 0. With two prescales its root is returned; `size` is then that of some elements of x.
+    Sums are those of `reduction.over` unless `total` is given. An m2 below the rounding noise of its own two terms is
+    that of a constant x: then the mean is that constant, to the bit, and m2 is 0. With two prescales its root is
+    returned; `size` is then that of some elements of x.
     """
-    d = difference(x, keep, shift)
+    at_x = reduction.over.spread(shift, ids)
+    d = difference(x, keep, at_x)
     w = weight_of(weights, n)
-    total = total or total_over
-    offset = weighted_mean(d, w, n, reduction.axes, total)
+    total = total or functools.partial(reduction.over.sum, ids=ids)
+    offset = mean_of(total(w.astype(d.dtype) * d), n)
     # The prescale taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
-    squares = lambda prescale: total(w * abs_squared(difference(x, keep, shift, prescale)), reduction.axes)
+    squares = lambda prescale: total(w * abs_squared(difference(x, keep, at_x, prescale)))
     if reduction.large_prescale is None:
         m2, prescale = squares(reduction.prescale), reduction.prescale
     else:
@@ -117,23 +120,26 @@ def in_range(reduction: Reduction, squares: Callable, size: Array | None = None)
     return by_platform(reduction, size, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=both)
 
 
-def two_pass(x, keep, weights, n, reduction: Reduction, rough: Array | None = None) -> tuple[Array, Array, Array]:
+def two_pass(
+    x, keep, weights, n, reduction: Reduction, rough: Array | None = None, ids: Array | None = None
+) -> tuple[Array, Array, Array]:
     """The corrected two-pass algorithm: the mean, then everything about it, the rounding error of that mean included.
 
     Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7. The first sum is about a
     `rough` mean, if there is one.
     """
-    shift = weighted_mean(difference(x, keep, rough), weight_of(weights, n), n, reduction.axes)
+    d, w = difference(x, keep, rough), weight_of(weights, n)
+    shift = mean_of(reduction.over.sum(w.astype(d.dtype) * d, ids), n)
     if keep is not None or weights is not None:
         # XLA makes a product of the division by n, and contracts it with the subtraction in x - shift. That shift is
         # not rounded, so it is not the one returned. XLA keeps this rounding.
         shift = _rounded(shift)
     shift = shift if rough is None else rough + shift
     size = None
-    if reduction.large_prescale is not None:
+    if reduction.large_prescale is not None and ids is None:
         first = _first(difference(x, keep, None), reduction.axes)
         size = jnp.maximum(jnp.abs(shift), jnp.abs(first))
-    return shifted_moments(x, keep, weights, n, shift, reduction, size=size)
+    return shifted_moments(x, keep, weights, n, shift, reduction, size=size, ids=ids)
 
 
 def long_two_pass_on_cpu(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
@@ -157,9 +163,14 @@ def _rounded(a: Array) -> Array:
     return lax.complex(shorter(a.real), shorter(a.imag)) if jnp.iscomplexobj(a) else shorter(a)
 
 
-def weighted_mean(x: Array, w: Array, n: Array, axes: tuple[int, ...], total: Callable | None = None) -> Array:
+def weighted_mean(x: Array, w: Array, n: Array, axes: tuple[int, ...]) -> Array:
     """sum(w x) / n over axes, and 0 where n is 0."""
-    return (total or total_over)(w.astype(x.dtype) * x, axes) / nonzero_divisor(n).astype(x.dtype)
+    return mean_of(total_over(w.astype(x.dtype) * x, axes), n)
+
+
+def mean_of(total: Array, n: Array) -> Array:
+    """total / n, and 0 where n is 0."""
+    return total / nonzero_divisor(n).astype(total.dtype)
 
 
 def welford(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:

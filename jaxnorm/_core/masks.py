@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .dtypes import accumulator, are_static
+from .over import Over
 
 Array = jax.Array
 
@@ -25,7 +26,7 @@ def valid_mask(mask: Array | None, weights: Array | None) -> Array | None:
 def finite_where_masked(x: Array, keep: Array | None) -> Array:
     """x in the accumulator's dtype, with 0 for padding: an absent element that is NaN, infinite or beyond 1e30."""
     x = x.astype(accumulator(x))
-    return x if keep is None else jnp.where(_usable(x, keep), x, 0.0)
+    return x if keep is None else jnp.where(usable(x, keep), x, 0.0)
 
 
 def deviation(x: Array, keep: Array | None, *weighted_mean: Array) -> Array:
@@ -38,7 +39,7 @@ def deviation(x: Array, keep: Array | None, *weighted_mean: Array) -> Array:
     if keep is None:
         return minus(x, *weighted_mean)
     values = [lax.stop_gradient(part) for part in weighted_mean]
-    d = jnp.where(_usable(x, keep), minus(x, *values), 0.0)
+    d = jnp.where(usable(x, keep), minus(x, *values), 0.0)
     return minus(
         d, *(part - value for part, value in zip(weighted_mean, values, strict=True))
     )  # zeros, with the derivatives
@@ -46,19 +47,19 @@ def deviation(x: Array, keep: Array | None, *weighted_mean: Array) -> Array:
 
 def zero_where_padding(x: Array, keep: Array | None, dx: Array) -> Array:
     """dx, with 0 for such padding: what `centered` and `finite_where_masked` make of it does not depend on it."""
-    return dx if keep is None else jnp.where(_usable(x, keep), dx, 0.0)
+    return dx if keep is None else jnp.where(usable(x, keep), dx, 0.0)
 
 
-def _usable(x: Array, keep: Array) -> Array:
+def usable(x: Array, keep: Array) -> Array:
     return keep | (jnp.abs(x.astype(accumulator(x))) <= 1e30)
 
 
-def count_valid(x: Array, mask: Array | None, weights: Array | None, axes: tuple[int, ...]) -> Array:
+def count_valid(x: Array, mask: Array | None, weights: Array | None, over: Over, ids: Array | None = None) -> Array:
     """The number of present elements, or the sum of their weights, as float32 of broadcastable shape."""
     dtype = jnp.finfo(accumulator(x)).dtype
     ones = jnp.ones((1,) * x.ndim, dtype) if weights is None else weights.astype(dtype)
     kept = ones if mask is None else jnp.where(mask, ones, 0.0)
-    total, repeats = kept.sum(axes, keepdims=True), [x.shape[a] for a in axes if kept.shape[a] == 1]
+    total, repeats = over.sum(kept, ids), [x.shape[a] for a in over.axes if kept.shape[a] == 1]
     # Symbolic sizes are multiplied as floats: as the integers that they become in a program they could overflow.
     for n in [math.prod(repeats)] if are_static(*repeats) else repeats:
         total = total * n

@@ -22,12 +22,12 @@ from .formulas import (
     one_pass,
     one_pass_by_parts,
     sharded_axes,
-    total_over,
     two_pass,
     weight_of,
     welford,
 )
 from .masks import count_valid, valid_mask
+from .over import Axes
 from .platforms import by_platform
 from .types import Reduction, Statistics
 
@@ -37,23 +37,28 @@ Array = jax.Array
 _LONGEST_ROW = 1 << 14  # elements of a row up to which XLA makes one kernel for a GPU; measured by its compiler
 
 
-def local_statistics(x: Array, mask: Array | None, weights: Array | None, reduction: Reduction) -> Statistics:
+def local_statistics(
+    x: Array, mask: Array | None, weights: Array | None, reduction: Reduction, ids: Array | None = None
+) -> Statistics:
     """The statistics of what this device holds. The formula for rows is chosen for the platform, at lowering."""
-    n = count_valid(x, mask, weights, reduction.axes)
+    over = reduction.over
+    n = count_valid(x, mask, weights, over, ids)
     keep = valid_mask(mask, weights)
     args = (x, keep, weights, n)
     if not reduction.centered:
-        zero = jnp.zeros(reduced_shape(x, reduction.axes), accumulator(x))
-        squares = lambda prescale: total_over(
-            weight_of(weights, n) * abs_squared(difference(x, keep, zero) * prescale), reduction.axes
+        zero = jnp.zeros(over.shape(x.shape), accumulator(x))
+        squares = lambda prescale: over.sum(
+            weight_of(weights, n) * abs_squared(difference(x, keep, over.spread(zero, ids)) * prescale), ids
         )
         if reduction.large_prescale is None:
             return Statistics(n, zero, zero, squares(reduction.prescale))
         m2, prescale = in_range(reduction, squares)
         return Statistics(n, zero, zero, jnp.sqrt(m2) / prescale)
     if 0 in x.shape:
-        zero = jnp.zeros(reduced_shape(x, reduction.axes), accumulator(x))
+        zero = jnp.zeros(over.shape(x.shape), accumulator(x))
         return Statistics(n, zero, zero, zero.real)
+    if ids is not None:
+        return Statistics(n, *two_pass(*args, reduction, ids=ids))
     by = lambda formula: lambda *args: formula(*args, reduction)
     long = is_long(x, reduction.axes)
     on_cpu = by(long_two_pass_on_cpu if long else two_pass)
@@ -79,6 +84,7 @@ def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, st
     if (
         weights is not None
         or mask is not None
+        or not isinstance(reduction.over, Axes)
         or not _is_row(x, reduction)
         or not (reduction.centered or reduction.large_prescale)
     ):
@@ -94,7 +100,3 @@ def _is_row(x: Array, reduction: Reduction) -> bool:
     mine = reduction.axis_name is None and not reduction.one_pass and not sharded_axes(x)
     mine = mine and are_last(x, reduction.axes) and not jnp.iscomplexobj(x)
     return mine and are_static(size) and 0 < size <= _LONGEST_ROW and 0 not in x.shape
-
-
-def reduced_shape(x: Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(1 if a in axes else size for a, size in enumerate(x.shape))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .exported import exported
+from .over import Over
 
 Array = jax.Array
 
@@ -22,7 +23,7 @@ Array = jax.Array
 class Reduction:
     """What is reduced, and how: everything static about the statistics."""
 
-    axes: tuple[int, ...]  # axes of x that the statistics run over, non-negative
+    over: Over  # the elements that share a statistic: `Axes` of x, or `Segments`
     centered: bool = True  # False: the mean is taken as zero (RMS norm)
     one_pass: bool = False  # True: read x once, about a sample mean: for columns, where passes are expensive
     prescale: float = 1.0  # squares are those of prescale * x; a power of two keeps their sum in range, and is exact
@@ -31,6 +32,10 @@ class Reduction:
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
     num_shards: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
     plain: bool = False  # lax operations alone, the same on every platform, for programs that read jaxprs
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return self.over.axes
 
     @property
     def prescales(self) -> tuple[float, ...]:

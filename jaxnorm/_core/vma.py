@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -88,6 +90,20 @@ def reshard_to(a: Array, mesh, spec) -> Array:
     if mesh.empty or tuple(jax.typeof(a).sharding.spec) == tuple(spec):
         return a
     return jax.sharding.reshard(a, NamedSharding(mesh, P(*spec)))
+
+
+def spec_of(a: Array) -> tuple:
+    """How the axes of a are sharded as far as types tell, which they do on Explicit meshes."""
+    return tuple(jax.typeof(a).sharding.spec)
+
+
+def by_jit(f: Callable[..., Array], spec: tuple, *args: Array) -> Array:
+    """f(*args), sharded so; inside, jit decides how arrays are sharded, as on an Auto mesh: types cannot express it."""
+    mesh = next((jax.typeof(a).sharding.mesh for a in args if any(spec_of(a))), None)
+    if mesh is None:
+        return f(*args)
+    partitioned: Callable = jax.sharding.auto_axes(f, out_sharding=NamedSharding(mesh, P(*spec)))
+    return partitioned(*args)
 
 
 def is_explicit(mesh) -> bool:

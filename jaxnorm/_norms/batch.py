@@ -35,6 +35,7 @@ from .._core.explain import explained
 from .._core.masks import finite_padding, valid_mask
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
+from .._core.over import Axes
 from .._core.types import Affine, Features, Moments, Params, Reduction, RunningStats, Statistics
 from .._core.vma import shard_like
 from .._ops.activation import check_activation
@@ -263,7 +264,7 @@ def batch_norm(
     axes = tuple([a for a in range(x.ndim) if a not in channels])
     if axis_name is None:
         warn_if_single(norm, x, axes, "channel in training")
-    reduction = Reduction(axes, one_pass=True)
+    reduction = Reduction(Axes(axes), one_pass=True)
     names = active_axis_names(axis_name)
     plan = make_plan(x, names, epsilon, scale_offset, out, reduction, implementation, activation=activation)
     with explain_unbound_axis(norm, axis_name):

@@ -18,19 +18,19 @@ Array = jax.Array
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def standardize_by_formula(plan: Plan, x, scale, bias, mask, weights) -> tuple[Array, Statistics]:
-    stats = statistics(plan.reduction, x, mask, weights)
-    return output(plan, x, mask, weights, stats, scale, bias), stats
+def standardize_by_formula(plan: Plan, x, scale, bias, mask, weights, ids=None) -> tuple[Array, Statistics]:
+    stats = statistics(plan.reduction, x, mask, weights, ids)
+    return output(plan, x, mask, weights, stats, scale, bias, ids), stats
 
 
 @functools.partial(standardize_by_formula.defjvp, symbolic_zeros=True)
 def _(plan, primals, tangents):
-    x, scale, bias, mask, weights = primals
-    dx, dscale, dbias, _, dweights = drop_symbolic_zeros(tangents)
+    x, scale, bias, mask, weights, ids = primals
+    dx, dscale, dbias, _, dweights, _ = drop_symbolic_zeros(tangents)
     plan = replace(plan, for_backward=True)
-    stats = statistics(plan.reduction, x, mask, weights)
-    y = output(plan, x, mask, weights, stats, scale, bias)
+    stats = statistics(plan.reduction, x, mask, weights, ids)
+    y = output(plan, x, mask, weights, stats, scale, bias, ids)
     # Under checkpoint the map, linear in its last argument, keeps its other inputs for the backward pass and no more.
     tangent = recompute(functools.partial(output_tangent, plan), plan.reduction.plain)
-    dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights))
+    dy = tangent(x, mask, weights, stats, scale, (dx, dscale, dbias, dweights), ids)
     return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))

@@ -30,20 +30,20 @@ def inner_plan(plan: Plan, x, scale, bias, gate) -> Plan:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def standardize_with_epilogue(plan: Plan, plain: Plan, by_kernel: bool, x, scale, bias, mask, weights, gate):
-    y, stats = _with_epilogue_differentiable(plan, plain, by_kernel, x, scale, bias, mask, weights, gate)
+def standardize_with_epilogue(plan: Plan, plain: Plan, by_kernel: bool, x, scale, bias, mask, weights, gate, ids=None):
+    y, stats = _with_epilogue_differentiable(plan, plain, by_kernel, x, scale, bias, mask, weights, gate, ids)
     return y, jax.tree.map(jax.lax.stop_gradient, stats)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _with_epilogue_differentiable(plan: Plan, plain: Plan, by_kernel: bool, x, scale, bias, mask, weights, gate):
+def _with_epilogue_differentiable(plan: Plan, plain: Plan, by_kernel: bool, x, scale, bias, mask, weights, gate, ids):
     keep = valid_mask(mask, weights)
     u = _activation.prologue(plan, x, gate, keep)
     if by_kernel:
         z, stats, _ = standardize_by_kernel_differentiable(plain, u, scale, bias, None)
     else:
-        stats = statistics(plain.reduction, u, mask, weights)
-        z = output(plain, u, mask, weights, stats, scale, bias)
+        stats = statistics(plain.reduction, u, mask, weights, ids)
+        z = output(plain, u, mask, weights, stats, scale, bias, ids)
     return _activation.epilogue(plan, _activation.widened(plan, z), gate, keep), stats
 
 
@@ -57,18 +57,18 @@ def _(plan, plain, by_kernel, primals, tangents):
     return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
-def _with_epilogue_tangent(plan, plain, by_kernel, stats, x, scale, bias, mask, weights, gate, tangents) -> Array:
+def _with_epilogue_tangent(plan, plain, by_kernel, stats, x, scale, bias, mask, weights, gate, ids, tangents) -> Array:
     """The tangent of y, by the chain rule over what is before the norm, the norm, and what is after it."""
-    dx, dscale, dbias, _, dweights, dgate = tangents
+    dx, dscale, dbias, _, dweights, dgate, _ = tangents
     keep = valid_mask(mask, weights)
     u, du = jvp_or_none(lambda x, gate: _activation.prologue(plan, x, gate, keep), (x, gate), (dx, dgate))
-    z = _activation.widened(plan, output(plain, u, mask, weights, stats, scale, bias))
+    z = _activation.widened(plan, output(plain, u, mask, weights, stats, scale, bias, ids))
     plain = replace(plain, dtype=z.dtype)  # the tangent of z is not rounded
     if all(t is None for t in (du, dscale, dbias, dweights)):
         dz = None
     elif by_kernel:
         dz = primitives.tangent(plain, u, stats, scale, (du, dscale, dbias))
     else:
-        dz = output_tangent(plain, u, mask, weights, stats, scale, (du, dscale, dbias, dweights))
+        dz = output_tangent(plain, u, mask, weights, stats, scale, (du, dscale, dbias, dweights), ids)
     _, dy = jvp_or_none(lambda z, gate: _activation.epilogue(plan, z, gate, keep), (z, gate), (dz, dgate))
     return jnp.zeros(x.shape, plan.dtype) if dy is None else dy

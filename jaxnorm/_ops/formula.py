@@ -18,6 +18,7 @@ from .._core.arithmetic import nan_if_infinite, nonzero_divisor
 from .._core.dtypes import are_static, round_to, widest
 from .._core.formulas import are_last, split_axes
 from .._core.masks import deviation, valid_mask, zero_where_padding
+from .._core.over import Axes
 from .._core.reduce import statistics_of_output
 from .._core.types import Plan, Statistics
 from .._core.vma import broadcast_like, pvary_like
@@ -106,30 +107,32 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias) -> Array:
+def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias, ids=None) -> Array:
     if not plan.for_backward:
         stats = statistics_of_output(x, mask, weights, stats, plan.reduction)
-    xhat, _ = xhat_and_r(plan, x, mask, weights, stats)
+    xhat, _ = xhat_and_r(plan, x, mask, weights, stats, ids)
     return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, plan.cast_before_scale)
 
 
-def xhat_and_r(plan: Plan, x, mask, weights, stats: Statistics) -> tuple[Array, Array]:
+def xhat_and_r(plan: Plan, x, mask, weights, stats: Statistics, ids=None) -> tuple[Array, Array]:
+    """xhat, and r in the shape of the statistics."""
     reduction, keep = plan.reduction, valid_mask(mask, weights)
-    d = deviation(x, keep, stats.mean_hi, stats.mean_lo)
+    over = reduction.over
+    d = deviation(x, keep, over.spread(stats.mean_hi, ids), over.spread(stats.mean_lo, ids))
     if reduction.large_prescale is None:
         # A sum that overflowed makes NaN. But for rows of RMS norm, where XLA would cut its kernel for a GPU in three.
-        bare = not reduction.centered and are_last(x, reduction.axes)
+        bare = not reduction.centered and isinstance(over, Axes) and are_last(x, over.axes)
         m2 = stats.m2 if bare else nan_if_infinite(stats.m2)
         r = rsqrt(m2, stats.count, reduction.prescale, plan.epsilon).astype(d.dtype)
     else:
         r = rsqrt_of_root(stats.m2, stats.count, plan.epsilon).astype(d.dtype)
-    xhat = d * r
+    xhat = d * over.spread(r, ids)
     if reduction.large_prescale is not None and keep is not None and not jnp.iscomplexobj(xhat):
         xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
     return xhat, r
 
 
-def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tangents) -> Array:
+def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tangents, ids=None) -> Array:
     """The tangent of y; None is a tangent of zero. With s = scale + scale_offset, and means over all devices,
 
         dy = s r dx + xhat (dscale - s mean(w xhat r dx)) + (dbias - s mean(w r dx))
@@ -140,13 +143,14 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
     """
     dx, dscale, dbias, dweights = tangents
     reduction, n = plan.reduction, nonzero_divisor(stats.count)
-    xhat, r = xhat_and_r(plan, x, mask, weights, stats)
+    xhat, r = xhat_and_r(plan, x, mask, weights, stats, ids)
+    at_x = functools.partial(reduction.over.spread, ids=ids)
     s = effective_scale(scale, plan.scale_offset, xhat.dtype)
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
     s, times, plus, direct = s.astype(wide), [], [], 0.0
     if dx is not None or dweights is not None:
-        dx = None if dx is None else r * zero_where_padding(x, valid_mask(mask, weights), dx.astype(xhat.dtype))
-        dn, d1, d2 = tangent_sums(reduction, xhat, mask, weights, dx, dweights)
+        dx = None if dx is None else at_x(r) * zero_where_padding(x, valid_mask(mask, weights), dx.astype(xhat.dtype))
+        dn, d1, d2 = tangent_sums(reduction, xhat, mask, weights, dx, dweights, ids)
         if dweights is not None:
             if reduction.large_prescale is None:
                 in_unit = r.real / reduction.prescale
@@ -154,9 +158,9 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
             else:
                 share = share_of_root(stats.m2, stats.count, plan.epsilon)
             d2 = d2 - dn * share
-        times.append(-s * (d2 / (2.0 * n)).astype(wide))
+        times.append(-s * at_x((d2 / (2.0 * n)).astype(wide)))
         if reduction.centered:
-            plus.append(-s * (d1 / n.astype(xhat.dtype)).astype(wide))
+            plus.append(-s * at_x((d1 / n.astype(xhat.dtype)).astype(wide)))
     if dx is not None:
         direct = s * dx.astype(wide)
     if dscale is not None:

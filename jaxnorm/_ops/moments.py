@@ -18,11 +18,12 @@ from .._core.collectives import combine, merge_over_devices
 from .._core.explain import explained
 from .._core.masks import finite_padding
 from .._core.messages import shown
+from .._core.over import Axes
 from .._core.types import AxisName, Groups, Moments, Reduction, Statistics
 from .._core.vma import broadcast_like
 from .statistics import statistics
 
-_PLAIN = Reduction(())  # how `Moments` are kept: with a prescale of 1
+_PLAIN = Reduction(Axes(()))  # how `Moments` are kept: with a prescale of 1
 
 
 @explained("function")
@@ -69,7 +70,7 @@ def moments(
     check_implementation("moments", implementation)
     if implementation not in (None, "xla", "lax"):
         raise ValueError(f'moments: implementation={implementation!r} has no moments. Write "xla", "lax", or None.')
-    return _as_moments(statistics(Reduction(axes, plain=implementation == "lax"), x, mask, weights), axes)
+    return _as_moments(statistics(Reduction(Axes(axes), plain=implementation == "lax"), x, mask, weights), axes)
 
 
 @explained("function")

@@ -16,9 +16,7 @@ from .._core.types import Plan, Reduction
 
 def make_plan(x, names, epsilon, scale_offset, dtype, reduction: Reduction, implementation, **more) -> Plan:
     """The static part of a call on x, with the prescale of its squares; `names` are mapped axes to merge over."""
-    n = math.prod([x.shape[a] for a in reduction.axes]) * math.prod(
-        [lax.axis_size(name) for name in names if is_bound(name)]
-    )
+    n = reduction.over.size(x.shape) * math.prod([lax.axis_size(name) for name in names if is_bound(name)])
     prescale, large = prescales(epsilon, n, accumulator(x))
     reduction = dataclasses.replace(reduction, prescale=prescale, large_prescale=large, plain=implementation == "lax")
     return Plan(reduction, epsilon, float(scale_offset), dtype, backend=implementation, **more)

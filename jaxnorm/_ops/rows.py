@@ -13,6 +13,7 @@ from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicali
 from .._core.dtypes import widest
 from .._core.masks import finite_padding
 from .._core.mesh import active_axis_names, explain_unbound_axis
+from .._core.over import Axes, Segments
 from .._core.platforms import recompute
 from .._core.types import Reduction
 from .._core.vma import shard_like
@@ -42,14 +43,15 @@ def normalize_stream(
     norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
     centered=True, cast_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = _identity,
-    spans_devices=False,
+    spans_devices=False, segments: tuple[Segments, Array] | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Add x to `residual` if there is one, normalize, and return (normalized, sum).
 
     Arguments are checked and brought to x's rank for `standardize`. `view` maps x, and what broadcasts against it, to
     the shape whose `axes` are the ones reduced. A `gate`, which has x's rank, multiplies what it is asked to
     (`gate_where` is "before" or "after") by its activation. `spans_devices`: the view splits an axis where types of an
-    Explicit mesh cannot follow, so that jit partitions the norm, as it does on an Auto mesh.
+    Explicit mesh cannot follow, so that jit partitions the norm, as it does on an Auto mesh. `segments`: these are
+    reduced instead of `axes`, by ids of x's rank.
     """
     check_implementation(norm, implementation)
     scale = align_param(norm, "scale", scale, x.shape, feature_axes)
@@ -64,7 +66,8 @@ def normalize_stream(
     check_activation(norm, activation, of[0].shape, widest(*(a.dtype for a in of if a is not None)))
     names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
     groups = canonicalize_groups(norm, axis_index_groups)
-    reduction = Reduction(axes, centered, axis_name=names, groups=groups if names else None)
+    over, ids = (Axes(axes), None) if segments is None else segments
+    reduction = Reduction(over, centered, axis_name=names, groups=groups if names else None)
     epsilon = canonicalize_epsilon(norm, epsilon)
     more = dict(cast_before_scale=cast_before_scale, activation=activation, gate=gate_where)
     what = jax.ShapeDtypeStruct(x.shape, (x if residual is None else residual).dtype)  # is normalized
@@ -77,8 +80,9 @@ def normalize_stream(
         x = add_rounded(lax_alone, x, residual)
     stream = x
     x, mask = align_boolean_mask(norm, x, mask)
+    mask = over.present(mask, ids)
     x, gate = finite_padding(x, mask), None if gate is None else finite_padding(gate, mask)
-    if mask is not None and names is None:
+    if mask is not None and names is None and segments is None:
         untyped = jax.ShapeDtypeStruct(mask.shape, mask.dtype)  # its type's sharding may be one that the view splits
         seen: Any = jax.eval_shape(view, untyped) if spans_devices else view(mask)
         if all(seen.shape[a] == 1 for a in axes):
@@ -90,10 +94,10 @@ def normalize_stream(
             x, mask = kept_rows(mask, x), None
 
     def normalized(*args) -> Array:
-        x, scale, bias, mask, gate = jax.tree.map(view, args)
+        x, scale, bias, mask, gate, ids = jax.tree.map(view, args)
         with explain_unbound_axis(norm, axis_name):
-            y, _ = standardize(norm, plan, x, scale, bias, mask, gate=gate)
+            y, _ = standardize(norm, plan, x, scale, bias, mask, gate=gate, ids=ids)
         return y.reshape(stream.shape)
 
     run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans_devices else normalized
-    return run(x, scale, bias, mask, gate), stream
+    return run(x, scale, bias, mask, gate, ids), stream

@@ -28,6 +28,7 @@ from .._core.checks import canonicalize_index_groups, check_axis_name
 from .._core.collectives import combine, merge_over_devices
 from .._core.mesh import active_axis_names
 from .._core.messages import shown, to_python
+from .._core.over import Axes
 from .._core.types import Plan, Statistics
 from .._core.vma import mesh_axes_of
 from .standardize import standardize
@@ -193,7 +194,7 @@ def _by_ghost_batches(norm: str, plan: Plan, args, size: int) -> tuple[Array, St
             return jnp.expand_dims(a, batch)
         return _split(jnp.pad(a, [(0, padding if i == batch else 0) for i in range(a.ndim)]), batch, ghosts, size)
 
-    local = replace(reduction, axes=tuple(a + 1 for a in reduction.axes))
+    local = replace(reduction, over=Axes(tuple(a + 1 for a in reduction.axes)))
 
     def normalized(*args) -> tuple[Array, Statistics]:
         y, stats = standardize(norm, replace(plan, reduction=local), *map(view, args))

@@ -18,7 +18,15 @@ Array = jax.Array
 
 
 def standardize(
-    norm: str, plan: Plan, x: Array, scale: Array | None, bias: Array | None, mask=None, weights=None, gate=None
+    norm: str,
+    plan: Plan,
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    mask=None,
+    weights=None,
+    gate=None,
+    ids=None,
 ) -> tuple[Array, Statistics]:
     """Normalize x by its own statistics. Returns the output, and the statistics as constants, without a derivative.
 
@@ -30,11 +38,11 @@ def standardize(
         by_kernel = backend_supports(norm, plain, seen, scale, bias, mask, weights)
         if by_kernel:
             plain, scale, bias = prepare_for_kernel(plain, seen, scale, bias)
-        return standardize_with_epilogue(plan, plain, by_kernel, x, scale, bias, mask, weights, gate)
+        return standardize_with_epilogue(plan, plain, by_kernel, x, scale, bias, mask, weights, gate, ids)
     if backend_supports(norm, plan, x, scale, bias, mask, weights):
         plan, scale, bias = prepare_for_kernel(plan, x, scale, bias)
         return standardize_by_kernel(plan, x, scale, bias, None)[:2]
-    return standardize_by_formula(plan, x, scale, bias, mask, weights)
+    return standardize_by_formula(plan, x, scale, bias, mask, weights, ids)
 
 
 def add_and_standardize(norm: str, plan: Plan, x, residual, scale, bias) -> tuple[Array, Array]:

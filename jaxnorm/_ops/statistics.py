@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from .._core.arithmetic import abs_squared, nonzero_divisor
 from .._core.collectives import SLOT_BYTES, combine, merge_over_devices, psum_grouped
 from .._core.masks import count_valid, deviation, valid_mask
+from .._core.over import Axes
 from .._core.reduce import local_statistics
 from .._core.types import Reduction, Statistics
 from .._core.vma import broadcast_like, pvary_like
@@ -23,12 +25,14 @@ Array = jax.Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0, inline=True)  # one program also where the caller does not jit
-def statistics(reduction: Reduction, x: Array, mask: Array | None, weights: Array | None) -> Statistics:
-    """The statistics of x over `how.axes` and, where `how` names an axis, over its devices."""
+def statistics(
+    reduction: Reduction, x: Array, mask: Array | None, weights: Array | None, ids: Array | None = None
+) -> Statistics:
+    """The statistics of x over `reduction.over` and, where it names an axis, over its devices. `ids`: of segments."""
     if reduction.num_shards > 1 and mask is None and weights is None and not jnp.iscomplexobj(x):
         local = _merged_parts(reduction, x)
     else:
-        local = local_statistics(x, mask, weights, reduction)
+        local = local_statistics(x, mask, weights, reduction, ids)
     return (
         local
         if reduction.axis_name is None
@@ -38,22 +42,28 @@ def statistics(reduction: Reduction, x: Array, mask: Array | None, weights: Arra
 
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
 def _(reduction, primals, tangents):
-    x, mask, weights = primals
-    dx, _, dweights = drop_symbolic_zeros(tangents)
-    stats = statistics(reduction, x, mask, weights)
-    return stats, statistics_tangent(reduction, x, mask, weights, stats, dx, dweights)
+    x, mask, weights, ids = primals
+    dx, _, dweights, _ = drop_symbolic_zeros(tangents)
+    stats = statistics(reduction, x, mask, weights, ids)
+    return stats, statistics_tangent(reduction, x, mask, weights, stats, dx, dweights, ids)
 
 
-def statistics_tangent(reduction: Reduction, x, mask, weights, stats: Statistics, dx, dweights) -> Statistics:
+def statistics_tangent(
+    reduction: Reduction, x, mask, weights, stats: Statistics, dx, dweights, ids=None, unit: Array | None = None
+) -> Statistics:
     """The tangent of the statistics. d(mean) is given to the offset: the shift is a constant, whichever it is.
 
     Where `stats.m2` is a root, its tangent is still that of the sum of squares, which unlike the root's is finite where
-    x is constant. `rsqrt_of_root` takes it as such.
+    x is constant. `rsqrt_of_root` takes it as such. With a `unit`, one for each statistic, it is that of the sum of
+    squares of unit * x, which is in range however small or large x is.
     """
-    prescale = reduction.prescale if reduction.large_prescale is None else 1.0
-    z = prescale * deviation(x, valid_mask(mask, weights), stats.mean_hi, stats.mean_lo)
-    dz = None if dx is None else prescale * dx.astype(z.dtype)
-    dn, d1, d2 = tangent_sums(reduction, z, mask, weights, dz, dweights)
+    prescale: Any = reduction.prescale if reduction.large_prescale is None else 1.0 if unit is None else unit
+    mean = (reduction.over.spread(part, ids) for part in (stats.mean_hi, stats.mean_lo))
+    d = deviation(x, valid_mask(mask, weights), *mean)
+    at_x = reduction.over.spread(prescale, ids).astype(d.dtype) if isinstance(prescale, jax.Array) else prescale
+    z = at_x * d
+    dz = None if dx is None else at_x * dx.astype(z.dtype)
+    dn, d1, d2 = tangent_sums(reduction, z, mask, weights, dz, dweights, ids)
 
     def like(d, out: Array) -> Array:  # zeros of no array would lack the mesh that out's type has in jax 0.7
         d = jnp.zeros_like(out) if isinstance(d, float) else broadcast_like(out, d.astype(out.dtype))
@@ -69,14 +79,14 @@ def drop_symbolic_zeros(tangents) -> list:
     return [None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents]
 
 
-def tangent_sums(reduction, z, mask, weights, dz, dweights):
+def tangent_sums(reduction: Reduction, z, mask, weights, dz, dweights, ids=None):
     """The sums that every tangent of a statistic is made of, over all devices; z is x without its mean, in some unit,
 
         dn = sum(dw);   d1 = sum(w dz + dw z);   d2 = sum(2 w Re(conj(z) dz) + dw |z|**2).
 
     Linear in (dz, dweights), either of which may be None for zero.
     """
-    total = lambda a: (a if mask is None else jnp.where(mask, a, 0.0)).sum(reduction.axes, keepdims=True)
+    total = lambda a: reduction.over.sum(a if mask is None else jnp.where(mask, a, 0.0), ids)
     sums: list = []
     if dz is not None:
         dz = dz if weights is None else dz * weights.astype(z.dtype)
@@ -86,7 +96,7 @@ def tangent_sums(reduction, z, mask, weights, dz, dweights):
         z = z if mask is None else jnp.where(mask, z, 0.0)  # before it is squared, which may overflow
         of_weights = [total(dweights.astype(a.dtype) * a) for a in (z, abs_squared(z))]
         sums = [*map(jnp.add, sums, of_weights)] if sums else of_weights
-        sums.append(count_valid(z, mask, dweights, reduction.axes))  # of the shape that the count has
+        sums.append(count_valid(z, mask, dweights, reduction.over, ids))  # of the shape that the count has
     if reduction.axis_name is not None and sums:
         sums = psum_grouped(sums, reduction.axis_name, reduction.groups)
     d1, d2, dn = sums + [0.0] * (3 - len(sums))
@@ -100,7 +110,7 @@ def _merged_parts(reduction: Reduction, x: Array) -> Statistics:
     slot of its own in one array, and that is summed, which adds nothing but zeros.
     """
     view = x.reshape(reduction.num_shards, x.shape[0] // reduction.num_shards, *x.shape[1:])
-    of_part = replace(reduction, num_shards=1, axes=tuple(a + 1 for a in reduction.axes))
+    of_part = replace(reduction, num_shards=1, over=Axes(tuple(a + 1 for a in reduction.axes)))
     count, *stats = local_statistics(view, None, None, of_part)
     if sum(a.nbytes for a in stats) > SLOT_BYTES:
         return local_statistics(x, None, None, reduction)

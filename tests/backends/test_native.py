@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxnorm as jn
 from jaxnorm._backends import cpu
 from jaxnorm._backends.call import varying_axes
+from jaxnorm._core.over import Axes
 from jaxnorm._core.types import Reduction
 
 pytestmark = pytest.mark.skipif(not cpu.library().loaded, reason=cpu.library().reason)
@@ -419,4 +420,4 @@ def test_each_reduction_has_its_view():
     assert view((8, 4, 8, 7, 7), (2, 3, 4), {1, 2}) == (1, 8, 1, 4, 8, 49)
     assert view((8, 5, 64), (2,), {0, 2}) == (8, 5, 1, 1, 64, 1)
     assert cpu.view_of((8, 32, 9), (1,), frozenset({1})) is None
-    assert Reduction((1,)).axes == (1,)
+    assert Reduction(Axes((1,))).axes == (1,)

@@ -17,6 +17,7 @@ from jaxnorm._core import collectives
 from jaxnorm._core.arithmetic import prescales
 from jaxnorm._core.formulas import fused_two_pass, one_pass, one_pass_by_parts, two_pass, welford
 from jaxnorm._core.masks import count_valid
+from jaxnorm._core.over import Axes
 from jaxnorm._core.types import Reduction, Statistics
 from jaxnorm._ops import plan
 from jaxnorm._ops.formula import rsqrt, rsqrt_of_root
@@ -268,8 +269,8 @@ def test_the_formulas_of_each_platform_agree(formula, mean, rng):
     """What runs on GPU and TPU only is run here by name."""
     x = draw(rng, (16, 7, 300), mean)
     for axes in ((2,), (1, 2), (0, 2)):
-        n = count_valid(x, None, None, axes)
-        shift, offset, m2 = jax.jit(lambda x, n, axes=axes: formula(x, None, None, n, Reduction(axes)))(x, n)
+        n = count_valid(x, None, None, Axes(axes))
+        shift, offset, m2 = jax.jit(lambda x, n, axes=axes: formula(x, None, None, n, Reduction(Axes(axes))))(x, n)
         true = x.astype(np.float64)
         got = np.float64(shift) + np.float64(offset)
         np.testing.assert_allclose(
@@ -319,11 +320,11 @@ def test_each_platform_s_formula_holds_at_the_extremes(branch, epsilon, rng):
     shape = (64, 32, 300)
     for axes in kinds_of_axes:
         unit, large = prescales(epsilon, math.prod(shape[a] for a in axes), np.float32)
-        how = Reduction(axes, prescale=unit, large_prescale=large)
+        how = Reduction(Axes(axes), prescale=unit, large_prescale=large)
 
         @jax.jit
         def output(x, how=how):
-            n = count_valid(x, None, None, how.axes)
+            n = count_valid(x, None, None, how.over)
             stats = Statistics(n, *formula(x, None, None, n, how))
             one = how.large_prescale is None
             r = rsqrt(stats.m2, n, how.prescale, epsilon) if one else rsqrt_of_root(stats.m2, n, epsilon)
@@ -343,7 +344,7 @@ def test_each_platform_s_formula_holds_at_the_extremes(branch, epsilon, rng):
 @pytest.mark.parametrize("epsilon", [1e-12, 0.0])
 def test_rows_of_rms_norm_on_a_gpu_hold_at_the_extremes(epsilon, rng):
     unit, large = prescales(epsilon, 300, np.float32)
-    how = Reduction((1,), centered=False, prescale=unit, large_prescale=large)
+    how = Reduction(Axes((1,)), centered=False, prescale=unit, large_prescale=large)
 
     @jax.jit
     def output(x):

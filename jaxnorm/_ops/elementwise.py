@@ -1,0 +1,168 @@
+"""Norms that are an elementwise function of x, its statistics and parameters: y = f(x, statistics, params).
+
+To add such a norm, write f, a frozen dataclass of its options with `__call__`, or a plain function: equal ones share a
+trace. The derivatives follow from f and from those of the statistics. For the backward pass x, in its own dtype, is
+all that is kept of x's size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .._core.arithmetic import nan_if_infinite, nonzero_divisor
+from .._core.dtypes import accumulator
+from .._core.masks import usable, valid_mask
+from .._core.platforms import recompute
+from .._core.types import Reduction, Statistics
+from .._core.vma import broadcast_like, tangent_like
+from .activation import jvp_or_none
+from .statistics import drop_symbolic_zeros, statistics, statistics_tangent
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class OfElements:
+    """For each element of x, the statistics that it is part of. They broadcast against x, in float32 or wider."""
+
+    parts: Statistics
+    reduction: Reduction
+    masked: bool
+    dm2: Array | None  # zeros whose tangent is that of m2 for unit * x, where `parts.m2` is held constant
+    unit: Array | None
+
+    @property
+    def count(self) -> Array:
+        return self.parts.count
+
+    @property
+    def mean(self) -> Array:
+        return self.parts.mean_hi + self.parts.mean_lo
+
+    @property
+    def var(self) -> Array:
+        """The variance, or the mean square where the mean is taken as zero; 0 where nothing was counted.
+
+        It has the range of its dtype: write `rsqrt` for one that values up to 1e30 do not overflow.
+        """
+        return self._scaled_m2(jnp.ones((), self.parts.m2.dtype)) / nonzero_divisor(self.count)
+
+    def deviation(self, x: Array) -> Array:
+        """x - mean, with the low bits that `mean` has not."""
+        return (x - self.parts.mean_hi) - self.parts.mean_lo
+
+    def rsqrt(self, epsilon: float | Array) -> Array:
+        """1 / sqrt(var + epsilon) for an epsilon >= 0, a number or an array. 0 where nothing was counted, or for 1 / 0.
+
+        Computed as s rsqrt(var s**2 + epsilon s**2), where the constant s brings the sum between 1 and 2. So all that
+        is differentiated is in range.
+        """
+        m2, n = self.parts.m2, nonzero_divisor(self.count)
+        epsilon = jnp.asarray(epsilon, m2.dtype)
+        spread = jnp.sqrt(m2 / n) / self.reduction.prescale if self._is_plain else m2 / jnp.sqrt(n)
+        larger = lax.stop_gradient(jnp.maximum(spread, jnp.sqrt(epsilon)))
+        void = (self.count == 0) | (larger == 0)
+        s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
+        v = self._scaled_m2(s) / n + (epsilon * s) * s
+        return jnp.where(void, 0.0, s * lax.rsqrt(jnp.where(void, 1.0, v)))
+
+    def standardize(self, x: Array, epsilon: float | Array) -> Array:
+        """(x - mean) / sqrt(var + epsilon)."""
+        xhat = self.deviation(x) * self.rsqrt(epsilon).astype(x.dtype)
+        if self.masked and not jnp.iscomplexobj(xhat):
+            xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
+        return xhat
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.reduction.large_prescale is None
+
+    def _scaled_m2(self, s: Array) -> Array:
+        """m2 s**2 for a constant s."""
+        if not self._is_plain:
+            square = _scaled_square(self.parts.m2, s)
+            if self.dm2 is None or self.unit is None:
+                return square
+            s = s / nonzero_divisor(self.unit)  # it is 0 where no statistic is
+            return square + (self.dm2 * s) * s
+        s = s / self.reduction.prescale
+        return (self.parts.m2 * s) * s
+
+
+@jax.custom_jvp
+def _scaled_square(root: Array, s: Array) -> Array:
+    """(root s)**2. The tangent that comes for `root` is that of its square; see `statistics_tangent`."""
+    return lax.square(root * s)
+
+
+@_scaled_square.defjvp
+def _(primals, tangents):
+    (root, s), (dsquare, _) = primals, tangents
+    return _scaled_square(root, s), (dsquare * s) * s
+
+
+F = Callable[[Array, OfElements, Any], Array]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def by_statistics(f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None) -> Array:
+    """y = f(x, statistics, params), elementwise, of x's shape, and rounded once, to `dtype`.
+
+    f gets x in the accumulator's dtype; for padding (NaN, infinite, or beyond 1e30) it gets a constant that equals the
+    mean. Params are any pytree of arrays that broadcast against x, each in its own dtype. Mask, weights and ids have
+    x's rank; the mask leaves out what no segment has (`Over.present`).
+    """
+    return _output(f, reduction, dtype, x, mask, weights, statistics(reduction, x, mask, weights, ids), params, ids)
+
+
+@functools.partial(by_statistics.defjvp, symbolic_zeros=True)
+def _(f, reduction, dtype, primals, tangents):
+    x, mask, weights, params, ids = primals
+    dx, _, dweights, *dparams, _ = drop_symbolic_zeros((*tangents[:3], *jax.tree.leaves(tangents[3]), None))
+    stats = statistics(reduction, x, mask, weights, ids)
+    y = _output(f, reduction, dtype, x, mask, weights, stats, params, ids)
+    tangent = recompute(functools.partial(_tangent, f, reduction, dtype), reduction.plain)
+    dy = tangent(x, mask, weights, stats, params, ids, (dx, dweights, dparams))
+    return y, tangent_like(y, dy)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def _output(
+    f: F, reduction: Reduction, dtype, x, mask, weights, stats: Statistics, params, ids, dm2=None, unit=None
+) -> Array:
+    spread = functools.partial(reduction.over.spread, ids=ids)
+    dm2, unit = (None if a is None else spread(a) for a in (dm2, unit))
+    at_x = OfElements(Statistics(*map(spread, stats)), reduction, mask is not None, dm2, unit)
+    keep, wide = valid_mask(mask, weights), x.astype(accumulator(x))
+    if keep is not None:
+        wide = jnp.where(usable(x, keep), wide, lax.stop_gradient(at_x.mean))
+    return broadcast_like(x, f(wide, at_x, params)).astype(dtype)
+
+
+def _tangent(f: F, reduction: Reduction, dtype, x, mask, weights, stats, params, ids, tangents) -> Array:
+    """The chain rule through f and through the statistics. None is a tangent of zero."""
+    dx, dweights, dparams = tangents
+    leaves, tree = jax.tree.flatten(params)
+    dm2 = unit = None
+    if reduction.large_prescale is not None:  # m2 is a root
+        root = lax.stop_gradient(stats.m2) / jnp.sqrt(nonzero_divisor(stats.count))
+        dm2, unit = jnp.zeros_like(root), 1.0 / nonzero_divisor(root)
+    count = mean_lo = m2 = None
+    if dx is not None or dweights is not None:
+        count, _, mean_lo, m2 = statistics_tangent(reduction, x, mask, weights, stats, dx, dweights, ids, unit)
+
+    def of_moving(x, count, mean_lo, m2, *leaves) -> Array:
+        now = stats._replace(count=count, mean_lo=mean_lo, m2=m2 if unit is None else stats.m2)
+        params = jax.tree.unflatten(tree, leaves)
+        return _output(f, reduction, dtype, x, mask, weights, now, params, ids, None if unit is None else m2, unit)
+
+    primals = (x, stats.count, stats.mean_lo, stats.m2 if dm2 is None else dm2, *leaves)
+    dy = jvp_or_none(of_moving, primals, (dx, count, mean_lo, m2, *dparams))[1]
+    return jnp.zeros(x.shape, dtype) if dy is None else dy
