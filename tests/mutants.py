@@ -64,7 +64,7 @@ MUTANTS = [
            "kept = ones", MASKS),
     Mutant("padding is normalized", "_core/masks.py", "return keep | (jnp.abs(x.astype(accumulator(x))) <= 1e30)",
            "return keep | True", MASKS),
-    Mutant("padding has a tangent", "_core/masks.py", "return dx if keep is None else jnp.where(_usable(x, keep), dx, 0.0)",
+    Mutant("padding has a tangent", "_core/masks.py", "return dx if keep is None else jnp.where(usable(x, keep), dx, 0.0)",
            "return dx", MASKS + " -k padding_gives"),
     Mutant("rows that are masked out stay", "_ops/rows.py", "return jnp.where(mask, x, jnp.zeros((), x.dtype))", "return x",
            MASKS + " -k poison_in_the_padding_reaches_no_output"),

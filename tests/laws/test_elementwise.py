@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 from helpers.devices import mesh_of, placed
+from jax.sharding import PartitionSpec as P
 
 from jaxnorm._core.arithmetic import prescales
 from jaxnorm._core.over import Axes, Segments
