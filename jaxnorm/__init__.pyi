@@ -28,6 +28,9 @@ from ._ops.moments import merge_across as merge_across
 from ._ops.moments import moments as moments
 from ._ops.normalize import as_affine as as_affine
 from ._ops.normalize import normalize as normalize
+from ._ops.policy import EMA as EMA
+from ._ops.policy import Cumulative as Cumulative
+from ._ops.policy import Devices as Devices
 from ._ops.running import sync_state as sync_state
 from ._ops.running import update_state as update_state
 
@@ -77,6 +80,8 @@ def batch_norm(
     axis: int | Sequence[int] = ...,
     momentum: float | Array | None = ...,
     epsilon: float = ...,
+    running: EMA | Cumulative | None = ...,
+    share: Devices | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     sync: str | int | Sequence[Sequence[int]] = ...,

@@ -116,6 +116,8 @@ from flax.linen import zeros_init as zeros_init
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from ._ops import policy as _policy
+
 Fp8DotGeneral: TypeAlias = Any
 PARTITION_NAME: TypeAlias = Any
 broadcast: TypeAlias = Any
@@ -214,6 +216,8 @@ class BatchNorm(_flax.BatchNorm):
         scale_offset: float = ...,
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
         sync: str | int | Sequence[Sequence[int]] = ...,
         virtual_batch_size: int | None = ...,
         min_count: float | None = ...,

@@ -193,6 +193,8 @@ from flax.nnx import with_vars as with_vars
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from ._ops import policy as _policy
+
 A: TypeAlias = Any
 Data: TypeAlias = Any
 Initializer: TypeAlias = Any
@@ -309,6 +311,8 @@ class BatchNorm(_flax.BatchNorm):
         scale_offset: float = ...,
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
         sync: str | int | Sequence[Sequence[int]] = ...,
         virtual_batch_size: int | None = ...,
         min_count: float | None = ...,

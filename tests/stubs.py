@@ -88,12 +88,12 @@ def of_layers(library: str) -> str:
     taken = {*module.__all__, *re.findall(r"\w+", WORDS)}
     others = [n for n in dir(flax) if n[0] != "_" and n not in taken and not inspect.ismodule(getattr(flax, n))]
     head = "# pyright: reportPrivateImportUsage=false\n"
-    head += f"from flax import {library} as _flax\n"
+    head += f"from flax import {library} as _flax\n\nfrom ._ops import policy as _policy\n\n"
     plain = lambda name: is_declared(getattr(flax, name), name)
     head += "".join(f"from flax.{library} import {name} as {name}\n" for name in others if plain(name))
     head += "".join(f"{name}: TypeAlias = Any\n" for name in others if not plain(name))
     body = "".join(f"\n{layer(name, getattr(module, name), hasattr(flax, name))}" for name in sorted(module.__all__))
-    more = "\nfrom ._ops.activation import Activation\n\n_Function: TypeAlias = Callable[..., Any]\n"
+    more = "\n_Function: TypeAlias = Callable[..., Any]\n"
     return HEAD + WORDS + "\n" + head + more + body
 
 
@@ -167,6 +167,8 @@ def spelt(annotation: Any, name: str = "") -> str:
     if origin is not None:
         words = ["..." if part is ... else spelt(part) if not isinstance(part, list) else "..." for part in inside]
         return f"{origin.__name__}[{', '.join(words)}]"
+    if getattr(annotation, "__module__", "") == "jaxnorm._ops.policy":
+        return f"_policy.{annotation.__name__}"
     if getattr(annotation, "__module__", "").startswith("flax") and hasattr(annotation, "__name__"):
         return f"_flax.{annotation.__name__}"
     return getattr(annotation, "__name__", None) or re.sub(r"\btyping\.", "", str(annotation))

@@ -29,7 +29,7 @@ from .flax_rules import Initializer, Shape
 
 Array = jax.Array
 _KEYWORD, _POSITIONAL = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-_DEVICES = ("axis_name", "axis_index_groups", "sync")
+_ALONE = {"axis_name": None, "axis_index_groups": None, "sync": "global", "share": None}  # without other devices
 
 
 class Form:
@@ -82,7 +82,7 @@ class Form:
     def first(self, layer) -> Any:
         """The spec that makes the layer's first parameters and state."""
         options = self._options(layer)
-        for name in ("axis", "reduction_axes", *_DEVICES):
+        for name in ("axis", "reduction_axes", *_ALONE):
             options.pop(name, None)
         return _spec(self.spec, options)
 
@@ -110,21 +110,19 @@ class Form:
             options[name] = self.aliased(layer, field)
         return options
 
-    def spec_of(self, layer, shape: Shape, dtype, axis_name) -> Any:
+    def spec_of(self, layer, shape: Shape, dtype, initializing: bool) -> Any:
         """The spec that the layer is at an x of this shape. Equal specs are one object."""
         options = self._options(layer)
         flax_rules.check_epsilon(layer, options.get("epsilon"))
         for name in ("axis", "reduction_axes"):
             if options.get(name) is not None:
                 options[name] = flax_rules.canonical(layer, self.options[name], len(shape), options[name])
-        if axis_name is None and options.get("axis_name") is not None and "sync" in options:
-            options["sync"] = "global"  # while initializing, when no axis name is touched
-        if axis_name is None and "axis_index_groups" in options:
+        if initializing:  # no axis name is touched
+            options |= {name: default for name, default in _ALONE.items() if name in options}
+        elif options.get("axis_name") is None and "axis_index_groups" in options:
             options["axis_index_groups"] = None
         if layer.cast_params and "scale_offset" in options:
             options["scale_offset"] = 0.0  # `flax_rules.cast` has added it
-        if "axis_name" in options:
-            options["axis_name"] = axis_name
         if "dtype" in options:
             options["dtype"] = dtype
         self.settle(options)
@@ -137,10 +135,12 @@ class Form:
             return own
         return functools.partial(_first_value, self.first(layer), name)
 
-    def apply(self, layer, x: Array, params: dict[str, Array | None], state: Any, call: dict[str, Any], *, train, dtype,
-              axis_name) -> tuple[Array, Any]:  # fmt: skip
+    def apply(
+        self, layer, x: Array, params: dict[str, Array | None], state: Any, call: dict[str, Any], *, train, dtype,
+        initializing: bool = False,
+    ) -> tuple[Array, Any]:  # fmt: skip
         """x normalized, and the new state. The state is in x's feature shape; learned parameters have x's rank."""
-        spec = self.spec_of(layer, x.shape, dtype, axis_name)
+        spec = self.spec_of(layer, x.shape, dtype, initializing)
         for name in ("mask", "weights"):
             if call.get(name) is not None:
                 call[name] = flax_rules.align_mask_like_flax(call[name], x.shape)

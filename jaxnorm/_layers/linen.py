@@ -84,11 +84,10 @@ class Layer(nn.Module):
                 value = self.param(own_name, make, shapes[name].shape, shapes[name].dtype)
             params[name] = flax_rules.broadcast_param(self, name, value, x.shape, axes, name in shapes)
         dtype = flax_rules.output_dtype(source.dtype, self, x, *params.values())
-        axis_name = None if initializing else getattr(source, "axis_name", None)
         if "update_stats" in call:
             call["update_stats"] = call["update_stats"] and not initializing
         with _quietly() if initializing else contextlib.nullcontext():
-            y, state = form.apply(self, x, params, state, call, train=train, dtype=dtype, axis_name=axis_name)
+            y, state = form.apply(self, x, params, state, call, train=train, dtype=dtype, initializing=initializing)
         if train is not False and not initializing and given.get("update_stats", True):
             for name, variable in stored.items():
                 variable.value = getattr(state, name).reshape(variable.value.shape)

@@ -121,10 +121,9 @@ class Layer(nnx.Module):
         stored = {name: variable for name, variable in variables.items() if variable is not None}
         state: Any = form.spec.State(**{name: variable[...] for name, variable in stored.items()}) if stored else ()
         dtype = self._output_dtype(source, x, state, params)
-        axis_name = getattr(source, "axis_name", None)
         update = train is not False and given.get("update_stats", True)
         state = flax_rules.state_for(self, "running statistics", state, x, axes) if stored else ()
-        y, state = form.apply(self, x, params, state, given, train=train, dtype=dtype, axis_name=axis_name)
+        y, state = form.apply(self, x, params, state, given, train=train, dtype=dtype)
         if update:
             for name, variable in stored.items():
                 new = getattr(state, name).reshape(variable.shape)

@@ -26,9 +26,7 @@ from .._core.arrays import (
 from .._core.checks import (
     canonicalize_epsilon,
     canonicalize_flags,
-    canonicalize_min_count,
     canonicalize_number,
-    check_momentum,
     warn_if_single,
 )
 from .._core.explain import explained
@@ -41,12 +39,14 @@ from .._core.vma import shard_like
 from .._ops.activation import check_activation
 from .._ops.normalize import as_affine, normalize_given
 from .._ops.plan import check_implementation, make_plan
+from .._ops.policy import EMA, Cumulative, Devices, Running, running_policy, sharing_policy
 from .._ops.running import accumulate, as_given, as_stats, is_stats, update, update_state
-from .._ops.sharing import canonicalize_sync, standardize_shared
+from .._ops.sharing import standardize_shared
 from .base import Spec, as_params, function_of, refuse_params_as_state, spec
 
 Array = jax.Array
 S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
+_RUNNING = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
 
 
 @spec
@@ -59,6 +59,10 @@ class BatchNorm(Spec):
         schedule computes, which may be traced. None: the exact cumulative statistics, those
         of all elements seen so far (needs `state.count`).
       epsilon: added to the variance, in units of x squared; >= 0.
+      running: how the running statistics are updated, as one object: `EMA(...)` or `Cumulative()`, in place of
+        momentum, min_count, skip_nonfinite, zero_debias and unbiased_running_var.
+      share: which devices share statistics, as one object: `Devices(axis_name, groups)`, in place of axis_name,
+        axis_index_groups and sync.
       axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
         inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
         that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
@@ -93,6 +97,8 @@ class BatchNorm(Spec):
     axis: int | Sequence[int] = -1
     momentum: float | Array | None = 0.99
     epsilon: float = 1e-5
+    running: EMA | Cumulative | None = None
+    share: Devices | None = None
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
     sync: str | int | Sequence[Sequence[int]] = "global"
@@ -105,9 +111,12 @@ class BatchNorm(Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_momentum("BatchNorm", self.momentum)
-        canonicalize_min_count("BatchNorm", self.min_count)
-        canonicalize_sync("BatchNorm", self.sync, self.axis_name, self.axis_index_groups, self.virtual_batch_size)
+        self._running()
+        sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, self.virtual_batch_size)
+        sharing_policy("BatchNorm", *sharing)
+
+    def _running(self) -> Running:
+        return running_policy("BatchNorm", self.running, **{name: getattr(self, name) for name in _RUNNING})
 
     if TYPE_CHECKING:
 
@@ -116,7 +125,7 @@ class BatchNorm(Spec):
     def init_state(self, shape: tuple[int, ...]) -> RunningStats:
         """Mean 0 and variance 1."""
         f32 = jnp.float32
-        count = jnp.zeros(shape, f32) if self.momentum is None or self.zero_debias else None
+        count = jnp.zeros(shape, f32) if self._running().needs_count else None
         return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
 
     @explained("apply")
@@ -138,10 +147,7 @@ class BatchNorm(Spec):
         >>> norm.update_state(norm.init(1)[1], jn.moments([[2.], [6.]], axes=0)).mean.tolist()
         [2.0]
         """
-        reduction = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
-        return (
-            state if self.frozen else update_state(state, moments, **{name: getattr(self, name) for name in reduction})
-        )
+        return state if self.frozen else update_state(state, moments, running=self._running())
 
     def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
         """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.
@@ -167,8 +173,8 @@ def batch_norm(
     state: S,
     *,
     train: Any,
-    axis, momentum, epsilon, scale_offset, activation, axis_name, axis_index_groups, sync, virtual_batch_size,
-    min_count, frozen, skip_nonfinite, zero_debias, unbiased_running_var, dtype, implementation,
+    axis, momentum, epsilon, scale_offset, activation, running, share, axis_name, axis_index_groups, sync,
+    virtual_batch_size, min_count, frozen, skip_nonfinite, zero_debias, unbiased_running_var, dtype, implementation,
     mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     update_stats: bool = True,
@@ -225,13 +231,12 @@ def batch_norm(
     channels = canonicalize_axes(norm, x.ndim, axis)
     features = sizes_along(x.shape, channels)
     scale, bias = as_params(norm, params)
-    update_stats, frozen, skip_nonfinite, zero_debias, unbiased_running_var = canonicalize_flags(
-        norm, update_stats=update_stats, frozen=frozen, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
+    update_stats, frozen = canonicalize_flags(norm, update_stats=update_stats, frozen=frozen)
+    policy = running_policy(
+        norm, running, momentum=momentum, min_count=min_count, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
         unbiased_running_var=unbiased_running_var,
     )  # fmt: skip
-    old: Any = _checked_state(norm, state, channels, x, needs_count=momentum is None or zero_debias)
-    check_momentum(norm, momentum)
-    min_count = canonicalize_min_count(norm, min_count)
+    old: Any = _checked_state(norm, state, channels, x, policy.needs_count)
     check_implementation(norm, implementation)
     epsilon = canonicalize_epsilon(norm, epsilon)
     scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
@@ -240,7 +245,7 @@ def batch_norm(
     seen, mask = align_boolean_mask(norm, x, mask)
     weights = align_weights(norm, x, weights)
     seen = finite_padding(seen, mask, weights)
-    sync = canonicalize_sync(norm, sync, axis_name, axis_index_groups, virtual_batch_size)
+    axis_name, sync = sharing_policy(norm, share, axis_name, axis_index_groups, sync, virtual_batch_size)
     if isinstance(old, Moments) and (frozen or train is not True):
         raise TypeError(
             f"{norm}: there are no running statistics in the Moments given as a state: they gather what training sees. "
@@ -273,9 +278,9 @@ def batch_norm(
     if update_stats:
         batch = _as_batch_moments(stats, features, plan.reduction)
         if isinstance(old, Moments):
-            new = accumulate(old, batch, skip_nonfinite)
+            new = accumulate(old, batch, policy.skip_nonfinite)
         else:
-            new = update(old, batch, momentum, min_count, skip_nonfinite, zero_debias, unbiased_running_var)
+            new = update(old, batch, policy)
     if train is not True:
         y = jnp.where(train, y, by_running())
         new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, old)

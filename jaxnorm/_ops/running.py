@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core.arithmetic import abs_squared, nonzero_divisor
-from .._core.checks import canonicalize_flags, canonicalize_min_count, check_axis_name, check_momentum
+from .._core.checks import check_axis_name
 from .._core.dtypes import widest
 from .._core.explain import explained
 from .._core.mesh import explain_unbound_axis
 from .._core.types import Moments, RunningStats
 from .._core.vma import with_sharding_of
 from .moments import merge, merge_across
+from .policy import EMA, Cumulative, Running, running_policy
 
 Array = jax.Array
 
@@ -33,6 +34,7 @@ def update_state(
     skip_nonfinite: bool = False,
     zero_debias: bool = False,
     unbiased_running_var: bool = False,
+    running: EMA | Cumulative | None = None,
 ) -> Any:
     """Update running statistics once, from the moments of one batch or of many micro-batches.
 
@@ -59,6 +61,7 @@ def update_state(
       skip_nonfinite: so does a channel whose moments are not finite.
       zero_debias: correct for the start, as Adam does (needs `state.count`).
       unbiased_running_var: the running variance takes m2 / (n - 1).
+      running: all of these as one object: `EMA(...)` or `Cumulative()`.
 
     Returns:
       The new state: its tree, shapes and dtypes are the old one's. What saw nothing stays as it was.
@@ -76,10 +79,10 @@ def update_state(
     >>> state.mean.tolist(), state.var.tolist()  # of 1, 3, 5, 7: mean 4, variance 5
     ([2.0], [3.0])
     """
-    check_momentum("update_state", momentum)
-    min_count = canonicalize_min_count("update_state", min_count)
-    flags = dict(skip_nonfinite=skip_nonfinite, zero_debias=zero_debias, unbiased_running_var=unbiased_running_var)
-    skip, debias, unbiased = canonicalize_flags("update_state", **flags)
+    policy = running_policy(
+        "update_state", running, momentum=momentum, min_count=min_count, skip_nonfinite=skip_nonfinite,
+        zero_debias=zero_debias, unbiased_running_var=unbiased_running_var,
+    )  # fmt: skip
 
     def one(old: RunningStats, seen) -> RunningStats:
         refuse_moments("update_state", old, "jaxnorm.update_state(state, moments)")
@@ -88,14 +91,14 @@ def update_state(
                 "update_state: moments have no count, so how much was seen is unknown. Gather them in "
                 "jaxnorm.Moments.empty(features), or in the batch_stats of BatchNorm(momentum=None)."
             )
-        if old.count is None and (momentum is None or debias):
+        if old.count is None and policy.needs_count:
             raise ValueError(
                 "update_state: momentum=None and zero_debias need state.count, which is None. Write "
                 "state._replace(count=jnp.zeros_like(state.var))."
             )
         m2 = seen.m2 if isinstance(seen, Moments) else seen.var * seen.count
         batch = Moments(*(jnp.asarray(a) for a in (seen.count, seen.mean, m2)))
-        return update(old, batch, momentum, min_count, skip, debias, unbiased)
+        return update(old, batch, policy)
 
     return _map_stats("update_state", one, state, moments)
 
@@ -166,14 +169,15 @@ def _sharded_as_the_state(f: Callable) -> Callable:
 
 
 @_sharded_as_the_state
-def update(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debias, unbiased) -> RunningStats:
+def update(state, batch: Moments, policy: Running) -> RunningStats:
     """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
+    momentum, min_count, unbiased = policy.momentum, policy.min_count, policy.unbiased
     acc = widest(state.var.dtype, batch.m2.dtype)
     old_mean, old_var = state.mean.astype(widest(acc, state.mean.dtype)), state.var.astype(acc)
     batch = Moments(batch.count.astype(acc), batch.mean.astype(old_mean.dtype), batch.m2.astype(acc))
     freedom = 1.0 if unbiased else 0.0  # what the variance's divisor lacks of n
     seen = batch.count > 0 if min_count is None else (batch.count > 0) & (batch.count >= min_count)
-    if skip_nonfinite:
+    if policy.skip_nonfinite:
         seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)
     has_var = batch.count > freedom
     count = None if state.count is None else state.count.astype(acc)
@@ -190,7 +194,7 @@ def update(state, batch: Moments, momentum, min_count, skip_nonfinite, zero_debi
     else:
         momentum = jnp.asarray(momentum, acc) if isinstance(momentum, jax.Array) else float(momentum)
         part = 1.0 - momentum
-        if zero_debias and count is not None:
+        if policy.debias and count is not None:
             count = count + 1.0
             part = _debiased(part, momentum, count)
         var = _toward(old_var, batch.m2 / nonzero_divisor(jnp.maximum(batch.count - freedom, 0.0)), part)
