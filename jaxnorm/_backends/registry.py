@@ -1,78 +1,44 @@
-"""The kernel backends beside XLA: what each provides, and how a call that one supports is lowered to it."""
+"""The kernel backends beside XLA, the default of each platform, and how a call that one supports is lowered to it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from .._core.dtypes import accumulator, are_static, widest
-from .._core.over import Axes
-from .._core.types import Reduction
 from .._core.vma import without_sharding, without_vma
-from . import cpu
-from .call import Call, varying_axes
-from .cpu import adapter as native
-from .pallas import adapter as mosaic
+from .call import Call
+from .cpu.adapter import Native
+from .pallas.adapter import Mosaic
 from .partition import Collectives, can_partition, partitioned
+from .protocol import KernelBackend, Request, Support
 
-
-class KernelBackend(NamedTuple):
-    """What a kernel backend answers, and does."""
-
-    platform: str  # as JAX calls it
-    unavailable_reason: Callable[[], str | None]  # why it is not on this machine
-    unsupported_reason: (
-        Callable  # (x, how, dtype, varying axes of parameters) -> why it does not take them, or None. As traced
+BACKENDS: dict[str, KernelBackend] = {
+    backend.name: backend
+    for backend in (
+        Native(),
+        Mosaic("mosaic_gpu", "cuda", partitions=True),
+        Mosaic("mosaic_tpu", "tpu", partitions=False),
     )
-    supports: Callable  # (call, operands, by default) -> bool. As lowered, of the part of one device
-    forward: Callable  # (call, mesh axes that reduced ones are spread over, Across, *operands) -> y, statistics, stream
-    backward: Callable  # the same -> dx, gradients of scale and bias
-    merges_shards: bool = False  # whether those two know what to do about such mesh axes
-    partitions: bool = True  # whether jit can split them over devices: libtpu has no custom_partitioning
-    fuses_add: bool = False  # whether they also add to a residual stream what they normalize; others get the sum
+}
+DEFAULTS = {"cpu": "native"}  # platform: the backend of implementation=None, where it has been measured to win
 
 
-def _mosaic(platform: str, module: str, partitions: bool) -> KernelBackend:
-    of = lambda f: functools.partial(f, module)
-    return KernelBackend(
-        platform, of(mosaic.unavailable_reason), of(mosaic.unsupported_reason), of(mosaic.supports),
-        of(mosaic.forward), of(mosaic.backward), partitions=partitions, fuses_add=True,
-    )  # fmt: skip
+def supports(name: str | None, request: Request) -> Support:
+    """Whether the named backend, or one that is the default of a platform, has kernels for this norm."""
+    answer = Support.no("no platform has a default backend")
+    for each in DEFAULTS.values() if name is None else (name,):
+        answer = BACKENDS[each].supports(request)
+        if answer.ok:
+            break
+    return answer
 
 
-BACKENDS = {
-    "native": KernelBackend(
-        "cpu", lambda: None if cpu.library().loaded else cpu.library().reason, cpu.unsupported_reason,
-        native.supports, native.forward, native.backward, merges_shards=True,
-    ),
-    "mosaic_gpu": _mosaic("cuda", "mosaic_gpu", partitions=True),
-    "mosaic_tpu": _mosaic("tpu", "mosaic_tpu", partitions=False),
-}  # fmt: skip
-DEFAULT = "native"  # the backend of implementation=None: on its platform it has been measured to win, others have not
-
-
-def unsupported_reason(name: str, x, reduction: Reduction, dtype, scale, bias, mask, weights) -> str | None:
-    """Why a backend does not take this norm, or None if it does. Of shapes and dtypes alone."""
-    backend = BACKENDS[name]
-    if (reason := backend.unavailable_reason()) is not None:
-        return reason
-    if not are_static(*x.shape):
-        return f"x has symbolic sizes {x.shape}, as in jax.export"
-    if not isinstance(reduction.over, Axes):
-        return "statistics of segments are XLA's"
-    if mask is not None or weights is not None:
-        return "masks and weights are XLA's"
-    if reduction.axis_name is not None:
-        return "statistics over an axis name are merged by XLA"
-    for p in (scale, bias):
-        if p is not None and widest(p.dtype, accumulator(x)) != accumulator(x):
-            return f"a parameter of {p.dtype} is wider than the arithmetic for {x.dtype}"
-    return backend.unsupported_reason(x, reduction, dtype, varying_axes(scale, bias))
+def is_default(backend: KernelBackend) -> bool:
+    return DEFAULTS.get(backend.platform) == backend.name
 
 
 def fuses_add(name: str | None) -> bool:
@@ -82,7 +48,7 @@ def fuses_add(name: str | None) -> bool:
 def register(primitive: Primitive, kernel: str, formula: Callable, collectives: Collectives) -> None:
     """Lower `primitive` to the `kernel` ("forward" or "backward") of a backend that supports it, else to `formula`."""
     for name, backend in BACKENDS.items():
-        if backend.platform != "cpu" or backend.unavailable_reason() is None:
+        if backend.platform != "cpu" or backend.available().ok:
             rule = _lowering(backend, f"{name} {kernel}", getattr(backend, kernel), formula, collectives)
             mlir.register_lowering(primitive, rule, platform=backend.platform)
 
@@ -103,8 +69,8 @@ def _lowering(
         where = module.axis_context
         manual = getattr(where, "manual_axes", frozenset())
         alone = bool(manual) or devices_of(where) == 1
-        runs = alone or (backend.partitions and can_partition())
-        if not runs and backend is BACKENDS.get(call.plan.backend or ""):
+        possible = alone or (backend.partitions and can_partition())
+        if not possible and backend is BACKENDS.get(call.plan.backend or ""):
             raise ValueError(
                 f"implementation={call.plan.backend!r} cannot be split over devices by jit. Call the norm inside "
                 "jax.shard_map, which hands every device its own rows, or write implementation=None."
@@ -113,10 +79,12 @@ def _lowering(
         by_default = (
             not getattr(module.lowering_parameters, "for_export", False)
             and not (manual and set(manual) != set(where.mesh.axis_names))
-            and runs
+            and possible
+            and call.plan.backend is None
+            and is_default(backend)
         )
         kinds = [without_vma(kind) for kind in context.avals_in]
-        if not backend.supports(call, kinds, by_default):
+        if not backend.runs(call, kinds, by_default):
             run = functools.partial(formula, call=call if backend.platform == "cpu" else by_devices(context, call))
         elif alone:
             run, kinds = functools.partial(kernel, call, (), collectives), [without_sharding(kind) for kind in kinds]

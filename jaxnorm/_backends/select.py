@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import cpu, registry
+from . import registry
+from .protocol import KernelBackend
 
 
 class Backend(NamedTuple):
@@ -34,20 +35,15 @@ def backends() -> dict[str, Backend]:
     return {
         "xla": Backend(True, "plain XLA on every platform; defines what the other backends must compute"),
         "lax": Backend(False, "lax operations alone, for readers of jaxprs: only implementation='lax' runs them"),
-        "native": Backend(*cpu.library()[:2]),
-        **{name: Backend(False, _not_by_default(name)) for name in ("mosaic_gpu", "mosaic_tpu")},
+        **{name: _reported(backend) for name, backend in registry.BACKENDS.items()},
     }
 
 
-def _not_by_default(name: str) -> str:
-    backend = registry.BACKENDS[name]
-    if (reason := backend.unavailable_reason()) is not None:
-        return reason
-    return (
-        "Pallas kernels for layer and RMS norm of rows, and of a residual stream that they add to, compiled for "
-        f"{backend.platform.upper()} and not yet timed there: "
-        f"only implementation={name!r} runs them"
-    )
+def _reported(backend: KernelBackend) -> Backend:
+    ok, reason = backend.available()
+    if not ok or registry.is_default(backend):
+        return Backend(ok, reason)
+    return Backend(False, f"{reason}: only implementation={backend.name!r} runs them")
 
 
 def check_implementation(norm: str, implementation: str | None) -> None:

@@ -150,6 +150,8 @@ def promoted(*args: Array):
 
 def canonical(layer, what: str, ndim: int, axes: Axes) -> tuple[int, ...]:
     """Axes as Flax takes them: sorted, repeats dropped. AxisError is an IndexError, as Flax's, and a ValueError."""
+    if type(axes) is int and -ndim <= axes < ndim:
+        return (axes % ndim,)
     name, several = type(layer).__name__, to_python(axes)
     given: tuple[Any, ...] = tuple(several) if isinstance(several, (tuple, set, frozenset)) else (several,)
     for a in given:

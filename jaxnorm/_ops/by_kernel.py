@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .._backends import registry
 from .._backends.partition import Collectives
 from .._backends.primitives import Fused
+from .._backends.protocol import Request
 from .._core.collectives import merge_over_devices, psum_grouped
 from .._core.dtypes import accumulator
 from .._core.types import Plan, Statistics
@@ -27,14 +28,13 @@ def backend_supports(norm: str, plan: Plan, x, scale, bias, mask, weights) -> bo
     """Whether a kernel backend takes this norm. One that is named takes it or says why not."""
     if plan.backend in ("xla", "lax"):
         return False
-    refusal = registry.unsupported_reason(
-        plan.backend or registry.DEFAULT, x, plan.reduction, plan.dtype, scale, bias, mask, weights
-    )
-    if refusal is not None and plan.backend is not None:
+    request = Request(x, plan.reduction, plan.dtype, scale, bias, mask, weights)
+    support = registry.supports(plan.backend, request)
+    if not support.ok and plan.backend is not None:
         raise ValueError(
-            f"{norm}: implementation={plan.backend!r} cannot run here: {refusal}. Write implementation=None."
+            f"{norm}: implementation={plan.backend!r} cannot run here: {support.reason}. Write implementation=None."
         )
-    return refusal is None
+    return support.ok
 
 
 def prepare_for_kernel(plan: Plan, x, scale, bias) -> tuple[Plan, Array | None, Array | None]:

@@ -471,7 +471,7 @@ def test_a_layer_takes_an_activation(name, activation, rng):
     if name == "BatchNorm":
         close(run(jnn.BatchNorm(activation=activation), use_running_average=True)[0],
               np.maximum(run(jnn.BatchNorm(), use_running_average=True)[0], 0.0))  # fmt: skip
-    with pytest.raises(ValueError, match="_norm: activation must be one of"):
+    with pytest.raises(ValueError, match="Norm: activation must be one of"):
         getattr(jnn, name)(activation="rleu", **options).init(jax.random.key(0), x, **call)
 
 

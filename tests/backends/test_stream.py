@@ -20,6 +20,7 @@ from jaxnorm._backends import registry
 from jaxnorm._backends.pallas import adapter as mosaic
 from jaxnorm._backends.pallas import tpu as mosaic_tpu
 from jaxnorm._backends.primitives import Fused
+from jaxnorm._backends.protocol import Support
 from jaxnorm._ops import by_kernel, epilogue
 
 ADDED = {"rms": jn.add_rms_norm, "layer": jn.add_layer_norm}
@@ -43,8 +44,8 @@ def run(monkeypatch) -> list[str]:
     kernels.forward = counted("forward", mosaic_tpu.forward, 5)
     kernels.backward = counted("backward", mosaic_tpu.backward, 8)
     monkeypatch.setattr(mosaic, "_loaded", lambda module: kernels)
-    backend = registry._mosaic("cpu", "interpreted", partitions=True)._replace(unsupported_reason=lambda *_: None)
-    monkeypatch.setitem(registry.BACKENDS, "interpreted", backend)
+    monkeypatch.setattr(mosaic.Mosaic, "supports", lambda backend, request: Support.yes())
+    monkeypatch.setitem(registry.BACKENDS, "interpreted", mosaic.Mosaic("interpreted", "cpu", partitions=True))
     was = by_kernel.primitives
     again = Fused(was._output, was._tangent, was._add, was._collectives)
     for module in (by_kernel, epilogue):

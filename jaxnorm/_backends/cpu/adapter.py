@@ -9,15 +9,59 @@ from ..._core.types import Statistics
 from .. import cpu
 from ..call import BACKWARD, FORWARD, Call
 from ..partition import Collectives
+from ..protocol import Request, Support, only_plain
 
 Array = jax.Array
 
 
-def supports(call: Call, operands, by_default: bool) -> bool:
-    """Whether the kernels run a call: any with a view if it names this backend, otherwise those that profit."""
-    x = operands[0]
-    view = cpu.view_of(x.shape, call.plan.reduction.axes, call.varying(operands))
-    return view is not None and (call.plan.backend == "native" or (by_default and cpu.is_profitable(view, x.dtype)))
+class Native:
+    """The C++ kernels for CPU."""
+
+    name, platform = "native", "cpu"
+    merges_shards, partitions, fuses_add = True, True, False
+
+    def available(self) -> Support:
+        return Support(*cpu.library()[:2])
+
+    def supports(self, request: Request) -> Support:
+        """Whether there are kernels from x's dtype to the output's, and a view of x."""
+        if not (library := self.available()).ok:
+            return library
+        if not (plain := only_plain(request)).ok:
+            return plain
+        reason = cpu.unsupported_reason(request.x, request.reduction, request.dtype, request.varying)
+        return Support.yes() if reason is None else Support.no(reason)
+
+    def runs(self, call: Call, operands, by_default: bool) -> bool:
+        """Any call with a view if this backend is named, otherwise those that profit."""
+        x = operands[0]
+        view = cpu.view_of(x.shape, call.plan.reduction.axes, call.varying(operands))
+        return view is not None and (
+            call.plan.backend == self.name or (by_default and cpu.is_profitable(view, x.dtype))
+        )
+
+    def forward(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
+        """y, and the statistics over all devices."""
+        static, plan = _static(call, operands, names), call.plan
+        x, scale, bias = call.unpacked(operands, FORWARD)
+        if not names:
+            return cpu.forward(static, plan.reduction.axes, plan.dtype, x, scale, bias)
+        stats = Statistics(cpu.count(static, x), *cpu.moments(static, plan.reduction.axes, x))
+        _, mean_hi, mean_lo, m2 = collectives.merged(stats, names, plan.reduction)
+        return cpu.normalize(static, plan.dtype, x, mean_hi, mean_lo, m2, scale, bias), mean_hi, mean_lo, m2
+
+    def backward(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
+        """dx, and those gradients of scale and bias that are wanted, of this device's part."""
+        static, axes = _static(call, operands, names), call.plan.reduction.axes
+        x, mean_hi, mean_lo, m2, scale, g = call.unpacked(operands, BACKWARD)
+        if not names:
+            dx, *gradients = cpu.backward(static, x, mean_hi, mean_lo, m2, scale, g)
+        else:
+            *sums, dscale, dbias = cpu.gradient_sums(static, axes, x, mean_hi, mean_lo, m2, scale, g)
+            dx = cpu.gradient(static, x, mean_hi, mean_lo, m2, scale, g, *collectives.summed(sums, names))
+            gradients = dscale, dbias
+        summed = lambda d, shape: d.sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
+        return dx, *(summed(d, s) for d, s in zip(gradients, call.grad_shapes, strict=True) if s is not None)
 
 
 def _static(call: Call, operands, names) -> cpu.Static:
@@ -28,28 +72,3 @@ def _static(call: Call, operands, names) -> cpu.Static:
     count = view.elements * (lax.axis_size(names) if names else 1)
     prescale = reduction.prescale if reduction.large_prescale is None else 0.0  # for kernels, too, m2 is then its root
     return cpu.Static(view, count, plan.epsilon, prescale, reduction.centered, plan.cast_before_scale)
-
-
-def forward(call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
-    """y, and the statistics over all devices."""
-    static, plan = _static(call, operands, names), call.plan
-    x, scale, bias = call.unpacked(operands, FORWARD)
-    if not names:
-        return cpu.forward(static, plan.reduction.axes, plan.dtype, x, scale, bias)
-    stats = Statistics(cpu.count(static, x), *cpu.moments(static, plan.reduction.axes, x))
-    _, mean_hi, mean_lo, m2 = collectives.merged(stats, names, plan.reduction)
-    return cpu.normalize(static, plan.dtype, x, mean_hi, mean_lo, m2, scale, bias), mean_hi, mean_lo, m2
-
-
-def backward(call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
-    """dx, and those gradients of scale and bias that are wanted, of this device's part."""
-    static, axes = _static(call, operands, names), call.plan.reduction.axes
-    x, mean_hi, mean_lo, m2, scale, g = call.unpacked(operands, BACKWARD)
-    if not names:
-        dx, *gradients = cpu.backward(static, x, mean_hi, mean_lo, m2, scale, g)
-    else:
-        *sums, dscale, dbias = cpu.gradient_sums(static, axes, x, mean_hi, mean_lo, m2, scale, g)
-        dx = cpu.gradient(static, x, mean_hi, mean_lo, m2, scale, g, *collectives.summed(sums, names))
-        gradients = dscale, dbias
-    summed = lambda d, shape: d.sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
-    return dx, *(summed(d, s) for d, s in zip(gradients, call.grad_shapes, strict=True) if s is not None)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
 from ..._core.dtypes import accumulator
-from ..._core.types import Reduction
 from ..call import BACKWARD_OF_SUM, FORWARD_OF_SUM, Call
+from ..protocol import Request, Support, only_plain
 from .rows import Job, rows_of
 
 Array = jax.Array
@@ -44,55 +45,77 @@ def _kernels(backend: str) -> ModuleType:
     return kernels
 
 
-def unavailable_reason(backend: str) -> str | None:
-    kernels = _loaded(backend)
-    return kernels if isinstance(kernels, str) else None
+@dataclass(frozen=True)
+class Mosaic:
+    """Pallas kernels of one platform, for the last axes of x as rows."""
 
+    name: str
+    platform: str
+    partitions: bool  # libtpu has no custom partitioning
+    fuses_add: bool = True
+    merges_shards: bool = False
 
-def unsupported_reason(backend: str, x: Array, reduction: Reduction, dtype, varying: frozenset[int]) -> str | None:
-    shape = rows_of(x.shape, reduction.axes, varying)
-    if shape is None:
-        axes = reduction.axes
-        return f"its kernels are for rows, the last axes of x with parameters along them, not {axes} of {x.shape}"
-    return _kernels(backend).unsupported_reason(shape, x.dtype, dtype)
+    def available(self) -> Support:
+        kernels = _loaded(self.name)
+        if isinstance(kernels, str):
+            return Support.no(kernels)
+        return Support.yes(
+            "Pallas kernels for layer and RMS norm of rows, and of a residual stream that they add to, compiled for "
+            f"{self.platform.upper()} and not yet timed there"
+        )
 
+    def supports(self, request: Request) -> Support:
+        if not (library := self.available()).ok:
+            return library
+        if not (plain := only_plain(request)).ok:
+            return plain
+        x, axes = request.x, request.reduction.axes
+        shape = rows_of(x.shape, axes, request.varying)
+        if shape is None:
+            return Support.no(
+                f"its kernels are for rows, the last axes of x with parameters along them, not {axes} of {x.shape}"
+            )
+        reason = _kernels(self.name).unsupported_reason(shape, x.dtype, request.dtype)
+        return Support.yes() if reason is None else Support.no(reason)
 
-def supports(backend: str, call: Call, operands, by_default: bool) -> bool:
-    x, reduction = operands[0], call.plan.reduction
-    if call.plan.backend != backend:
-        return False
-    shape = rows_of(x.shape, reduction.axes, call.varying(operands))
-    dtypes = (a.dtype for a in operands if a.shape == x.shape)
-    return shape is not None and _kernels(backend).unsupported_reason(shape, *dtypes) is None
+    def runs(self, call: Call, operands, by_default: bool) -> bool:
+        x, reduction = operands[0], call.plan.reduction
+        if not (by_default or call.plan.backend == self.name) or isinstance(_loaded(self.name), str):
+            return False
+        shape = rows_of(x.shape, reduction.axes, call.varying(operands))
+        dtypes = (a.dtype for a in operands if a.shape == x.shape)
+        return shape is not None and _kernels(self.name).unsupported_reason(shape, *dtypes) is None
 
+    def forward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
+        """y and the statistics, of rows that are whole on this device, and the new stream where there is a residual."""
+        x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
+        job, shape = _static(call, operands)
+        along = functools.partial(_along, x, call.plan.reduction.axes)
+        residual = None if residual is None else residual.reshape(shape)
+        y, mean_hi, mean_lo, m2, *new = _kernels(self.name).forward(
+            job, call.plan.dtype, x.reshape(shape), along(scale), along(bias), residual
+        )
+        kept = tuple(1 if a in call.plan.reduction.axes else n for a, n in enumerate(x.shape))
+        return (
+            y.reshape(x.shape),
+            *(s.reshape(kept) for s in (mean_hi, mean_lo, m2)),
+            *(a.reshape(x.shape) for a in new),
+        )
 
-def forward(backend: str, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
-    """y and the statistics, of rows that are whole on this device, and the new stream where there is a residual."""
-    x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
-    job, shape = _static(call, operands)
-    along = functools.partial(_along, x, call.plan.reduction.axes)
-    residual = None if residual is None else residual.reshape(shape)
-    y, mean_hi, mean_lo, m2, *new = _kernels(backend).forward(
-        job, call.plan.dtype, x.reshape(shape), along(scale), along(bias), residual
-    )
-    kept = tuple(1 if a in call.plan.reduction.axes else n for a, n in enumerate(x.shape))
-    return y.reshape(x.shape), *(s.reshape(kept) for s in (mean_hi, mean_lo, m2)), *(a.reshape(x.shape) for a in new)
-
-
-def backward(backend: str, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
-    """dx, with the cotangent of a stream added where there is one, and those gradients of scale and bias wanted."""
-    x, *statistics, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
-    job, shape = _static(call, operands)
-    scale = _along(x, call.plan.reduction.axes, scale)
-    statistics = (s.reshape(shape[0]) for s in statistics)
-    grad_shapes = tuple(s is not None for s in call.grad_shapes)
-    g_stream = None if g_stream is None else g_stream.reshape(shape)
-    dx, *gradients = _kernels(backend).backward(
-        job, grad_shapes, x.reshape(shape), *statistics, scale, g.reshape(shape), g_stream
-    )
-    full = tuple(n if a in call.plan.reduction.axes else 1 for a, n in enumerate(x.shape))
-    summed = lambda d, shape: d.reshape(full).sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
-    return dx.reshape(x.shape), *map(summed, gradients, [s for s in call.grad_shapes if s is not None])
+    def backward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
+        """dx, with the cotangent of a stream added where there is one, and those gradients of scale and bias wanted."""
+        x, *statistics, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
+        job, shape = _static(call, operands)
+        scale = _along(x, call.plan.reduction.axes, scale)
+        statistics = (s.reshape(shape[0]) for s in statistics)
+        grad_shapes = tuple(s is not None for s in call.grad_shapes)
+        g_stream = None if g_stream is None else g_stream.reshape(shape)
+        dx, *gradients = _kernels(self.name).backward(
+            job, grad_shapes, x.reshape(shape), *statistics, scale, g.reshape(shape), g_stream
+        )
+        full = tuple(n if a in call.plan.reduction.axes else 1 for a, n in enumerate(x.shape))
+        summed = lambda d, shape: d.reshape(full).sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
+        return dx.reshape(x.shape), *map(summed, gradients, [s for s in call.grad_shapes if s is not None])
 
 
 def _static(call: Call, operands) -> tuple[Job, tuple[int, int]]:
