@@ -150,9 +150,26 @@ UNCENTERED = {"test_shifting_and_scaling_x_changes_nothing": "the mean stays in 
 PER_SAMPLE = {"test_permuting_the_batch_permutes_the_output": "each example's parameters stay where they are"}
 GHOSTS = {"test_permuting_the_batch_permutes_the_output": "an example moves into another ghost batch"}
 NOT_NATIVE = "test_the_native_backend_runs_every_row"
+SEGMENTS = {
+    "test_permuting_the_batch_permutes_the_output": "the ids stay where they are",
+    NOT_NATIVE: "statistics of segments are XLA's",
+}
 rms = dict(oracle=oracle.root_mean_square, exempt=UNCENTERED)
 squash = dict(oracle=oracle.dynamic_tanh, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
 
+response = dict(oracle=oracle.filter_response, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
+
+
+def segment_ids(m):
+    """Of row m: 0, 1 or 4, in no order, of 1, 2 and 2 in 5 rows."""
+    return m * m % 5
+
+
+def packed(kind: str, **options) -> Any:
+    return jn.SegmentNorm(num_segments=5, kind=kind, **options)
+
+
+segments = dict(operands=lambda shape: {"segment_ids": segment_ids(np.arange(shape[0]))}, exempt=SEGMENTS)
 _image, _planes, _tokens = (6, 5, 4, 12), (6, 12, 5, 4), (4, 6, 40)
 
 ROWS = [
@@ -174,6 +191,17 @@ ROWS = [
     Row("dynamic-tanh", jn.DynamicTanh(), _tokens, (1, 1, 40), None, (40,), **squash),
     Row("dynamic-tanh-nchw", jn.DynamicTanh(axis=1, use_bias=False, scale_offset=1.0, activation="silu"), _planes,
         (1, 12, 1, 1), None, (12,), **squash),
+    Row("response", jn.FilterResponseNorm(), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c), (12,), **response),
+    Row("response-nchw", jn.FilterResponseNorm(axis=1, use_learned_epsilon=True, scale_offset=1.0), _planes,
+        (1, 12, 1, 1), lambda n, c, h, w: (n, c), (12,), **response),
+    Row("response-silu", jn.FilterResponseNorm(use_threshold=False, activation="silu"), (5, 30, 4), (1, 1, 4),
+        lambda n, t, c: (n, c), (4,), **response),
+    Row("segments", packed("layer"), (48, 8), (1, 8), lambda m, c: (segment_ids(m),), (8,), **segments),
+    Row("segments-group", packed("group", num_groups=2, activation="gelu"), (48, 12), (1, 12),
+        lambda m, c: (segment_ids(m), c // 6), (12,), **segments),
+    Row("segments-instance", packed("instance"), (20, 3, 4), (1, 1, 4), lambda m, t, c: (segment_ids(m), c), (4,), **segments),
+    Row("segments-rms", packed("rms", scale_offset=1.0), (48, 8), (1, 8), lambda m, c: (segment_ids(m),), (8,),
+        **segments | rms | dict(exempt=SEGMENTS | UNCENTERED)),
     Row("group-nhwc", jn.GroupNorm(num_groups=3), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4), (12,)),
     Row("group-nchw", jn.GroupNorm(num_groups=3, axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4), (12,)),
     Row("group-size", jn.GroupNorm(group_size=6), (5, 7, 12), (1, 1, 12), lambda n, t, c: (n, c // 6), (12,)),
@@ -204,7 +232,8 @@ by_name = {r.name: r for r in ROWS}
 MECHANISMS = {
     "layer": "the last axis", "layer-two-axes": "several axes", "layer-nchw": "an axis that kernels do not take",
     "layer-adaptive": "parameters per example", "layer-gelu": "an activation", "rms": "no mean",
-    "dynamic-tanh": "no statistics", "rms-per-head": "parameters of two axes", "rms-before-scale": "two roundings", "group-nhwc": "groups",
+    "dynamic-tanh": "no statistics", "response-nchw": "a formula of its own", "segments": "segments",
+    "rms-per-head": "parameters of two axes", "rms-before-scale": "two roundings", "group-nhwc": "groups",
     "group-some-axes": "groups, with an axis kept", "instance-nhwc": "planes", "batch-nhwc": "columns",
     "batch-nchw": "columns that are planes", "batch-conditional": "columns, and parameters per example",
     "batch-ghost-remainder": "ghost batches, the last of them smaller",

@@ -120,6 +120,15 @@ def dynamic_tanh(x, params, groups, spec, **_):
     return affine(groups.xp.tanh(params.alpha * x), params.scale, params.bias)
 
 
+def filter_response(x, params, groups, spec, **_):
+    xp, learned = groups.xp, params.learned_epsilon
+    v = groups.mean(x * x) + spec.epsilon + (0.0 if learned is None else magnitude(learned, xp))
+    nothing = (groups.count == 0) | (v == 0)
+    xhat = xp.where(nothing, 0.0, x / xp.sqrt(xp.where(nothing, 1.0, v)))
+    z = affine(xhat, params.scale, params.bias)
+    return z if params.threshold is None else xp.where((z - params.threshold).real > 0, z, params.threshold + 0.0 * z)
+
+
 def _written_out(centered):
     def of_formula(x, params, g, groups, spec, **_):
         how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)

@@ -163,6 +163,30 @@ def align_weights(norm: str, x: Array, weights) -> Array | None:
     return weights
 
 
+def align_segment_ids(norm: str, x: Array, ids, num_segments) -> tuple[Array, int, int]:
+    """Return the ids as int32 of x's rank, sharded like x, the number of axes that they cover, and `num_segments`."""
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{norm}: segment_ids must be integers, got {shown(ids)}. Write segment_ids.astype(jnp.int32).")
+    if not 0 < ids.ndim < x.ndim or ids.shape != x.shape[: ids.ndim]:
+        raise ValueError(
+            f"{norm}: segment_ids of shape {ids.shape} must have the sizes of x's leading axes, without its channels; "
+            f"x is {x.shape}. Write segment_ids of shape {x.shape[: max(min(ids.ndim, x.ndim - 1), 1)]}."
+        )
+    given, num_segments = num_segments, to_python(num_segments)
+    if not isinstance(num_segments, int) or isinstance(num_segments, bool) or num_segments < 1:
+        values = concrete_value(ids)
+        number = 8 if values is None else max(int(values.max(initial=0)) + 1, 1)
+        raise ValueError(
+            f"{norm}: num_segments must be an int >= 1, got {shown(given)}. It is static. Write num_segments={number}."
+        )
+    # In int32, what is absent stays so: int64 is clipped before it is cast, and shorter ints after.
+    ids = jnp.minimum(ids, num_segments) if ids.dtype.itemsize > 2 else ids
+    ids = jnp.maximum(ids, -1) if jnp.issubdtype(ids.dtype, jnp.signedinteger) else ids
+    rows, ids = ids.ndim, ids.astype(jnp.int32)
+    return shard_like(x, ids.reshape(ids.shape + (1,) * (x.ndim - rows))), rows, num_segments
+
+
 def concrete_value(a) -> np.ndarray | None:
     """Return the values of an array, or None if they are traced or not all on this process."""
     if any(isinstance(part, Tracer) or not getattr(part, "is_fully_addressable", True) for part in jax.tree.leaves(a)):

@@ -6,12 +6,14 @@
 
 from .batch import BatchNorm, batch_norm
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
+from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
 from .group import GroupNorm, group_norm
 from .instance import InstanceNorm, instance_norm
 from .layer import LayerNorm, layer_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
+from .segment import SegmentNorm, segment_norm
 
 SPECS = {name: value for name, value in globals().items() if isinstance(value, type)}
 __all__ = sorted(name for name in globals() if name[0] != "_" and hasattr(globals()[name], "__module__"))  # pyright: ignore

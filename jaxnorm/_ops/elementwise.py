@@ -17,12 +17,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core.arithmetic import nan_if_infinite, nonzero_divisor
+from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
+from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
 from .._core.dtypes import accumulator
-from .._core.masks import usable, valid_mask
+from .._core.masks import finite_padding, usable, valid_mask
+from .._core.mesh import active_axis_names, explain_unbound_axis
+from .._core.over import Axes
 from .._core.platforms import recompute
-from .._core.types import Reduction, Statistics
-from .._core.vma import broadcast_like, tangent_like
-from .activation import jvp_or_none
+from .._core.types import Plan, Reduction, Statistics
+from .._core.vma import broadcast_like, shard_like, tangent_like
+from .activation import activate_output, check_activation, jvp_or_none, widened_to
+from .formula import affine
+from .plan import make_plan, refuse_kernels
 from .statistics import drop_symbolic_zeros, statistics, statistics_tangent
 
 Array = jax.Array
@@ -34,7 +40,7 @@ class OfElements:
 
     parts: Statistics
     reduction: Reduction
-    masked: bool
+    keep: Array | None  # where elements count; None is everywhere
     dm2: Array | None  # zeros whose tangent is that of m2 for unit * x, where `parts.m2` is held constant
     unit: Array | None
 
@@ -76,7 +82,7 @@ class OfElements:
     def standardize(self, x: Array, epsilon: float | Array) -> Array:
         """(x - mean) / sqrt(var + epsilon)."""
         xhat = self.deviation(x) * self.rsqrt(epsilon).astype(x.dtype)
-        if self.masked and not jnp.iscomplexobj(xhat):
+        if self.keep is not None and not jnp.iscomplexobj(xhat):
             xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
         return xhat
 
@@ -111,7 +117,51 @@ def _(primals, tangents):
 F = Callable[[Array, OfElements, Any], Array]
 
 
+def normalize_by_statistics(
+    norm: str, f: Callable[..., Array], x: Array, own: dict[str, Any], scale, bias, axes: tuple[int, ...],
+    feature_axes: tuple[int, ...], *, epsilon, scale_offset, activation, mask, axis_name, axis_index_groups, dtype,
+    implementation, centered=True,
+) -> Array:  # fmt: skip
+    """y = activation(f(x, statistics, affine, epsilon, *own)), rounded once; statistics over `axes`.
+
+    `f` is elementwise and gets x in the accumulator's dtype. It calls `affine`: z -> z (scale + scale_offset) + bias.
+    `own` are further parameters by name: numbers, or arrays of the feature shape or of one that broadcasts.
+    """
+    refuse_kernels(norm, implementation)
+    given = [
+        align_param(norm, name, p, x.shape, feature_axes) for name, p in {"scale": scale, "bias": bias, **own}.items()
+    ]
+    params = tuple(None if p is None else shard_like(x, p) for p in given)
+    out = canonicalize_dtype(norm, dtype, x, *params)
+    check_activation(norm, activation, x.shape, x.dtype)
+    check_axis_name(norm, axis_name)
+    names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
+    groups = canonicalize_groups(norm, axis_index_groups)
+    reduction = Reduction(Axes(axes), centered, axis_name=names, groups=groups if names else None)
+    scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
+    epsilon = canonicalize_epsilon(norm, epsilon)
+    plan = make_plan(x, names or (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
+    x, mask = align_boolean_mask(norm, x, mask)
+    with explain_unbound_axis(norm, axis_name):
+        return by_statistics(Whole(f, plan), plan.reduction, out, finite_padding(x, mask), mask, None, params)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A norm's own function, with what all norms have around it."""
+
+    f: Callable[..., Array]
+    plan: Plan
+
+    def __call__(self, x: Array, statistics: OfElements, params: tuple) -> Array:
+        scale, bias, *own = params
+        whole = lambda z: affine(z, scale, bias, self.plan.scale_offset, widened_to(z, scale, bias))
+        z = self.f(x, statistics, whole, self.plan.epsilon, *own)
+        return z if self.plan.activation is None else activate_output(self.plan.activation, z, statistics.keep)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def by_statistics(f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None) -> Array:
     """y = f(x, statistics, params), elementwise, of x's shape, and rounded once, to `dtype`.
 
@@ -139,8 +189,8 @@ def _output(
 ) -> Array:
     spread = functools.partial(reduction.over.spread, ids=ids)
     dm2, unit = (None if a is None else spread(a) for a in (dm2, unit))
-    at_x = OfElements(Statistics(*map(spread, stats)), reduction, mask is not None, dm2, unit)
     keep, wide = valid_mask(mask, weights), x.astype(accumulator(x))
+    at_x = OfElements(Statistics(*map(spread, stats)), reduction, keep, dm2, unit)
     if keep is not None:
         wide = jnp.where(usable(x, keep), wide, lax.stop_gradient(at_x.mean))
     return broadcast_like(x, f(wide, at_x, params)).astype(dtype)

@@ -11,7 +11,18 @@ from .._backends.select import check_implementation as check_implementation
 from .._core.arithmetic import prescales
 from .._core.dtypes import accumulator
 from .._core.mesh import is_bound
+from .._core.messages import shown
 from .._core.types import Plan, Reduction
+
+
+def refuse_kernels(norm: str, implementation) -> None:
+    """Raise if a backend is named that has no kernel for a norm of its own formula."""
+    check_implementation(norm, implementation)
+    if implementation not in (None, "xla", "lax"):
+        raise ValueError(
+            f"{norm}: implementation={shown(implementation)} has no kernel for an elementwise norm, which XLA fuses "
+            "with what is around it. Write implementation=None."
+        )
 
 
 def make_plan(x, names, epsilon, scale_offset, dtype, reduction: Reduction, implementation, **more) -> Plan:

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.checks import canonicalize_number
 from .._core.masks import finite_padding, finite_where_masked, zero_where_padding
-from .._core.messages import shown
 from .._core.platforms import recompute
 from .._core.vma import shard_like, tangent_like
 from .activation import activate_output, check_activation, jvp_or_none, widened_to
 from .formula import affine
-from .plan import check_implementation
+from .plan import refuse_kernels
 from .statistics import drop_symbolic_zeros
 
 Array = jax.Array
@@ -32,12 +31,7 @@ def normalize_pointwise(
     `f` is elementwise and gets x in the accumulator's dtype. `own` are its parameters by name: scalars, or arrays of
     the feature shape or of one that broadcasts against x.
     """
-    check_implementation(norm, implementation)
-    if implementation not in (None, "xla", "lax"):
-        raise ValueError(
-            f"{norm}: implementation={shown(implementation)} has no kernel for an elementwise norm, which XLA fuses "
-            "with what is around it. Write implementation=None."
-        )
+    refuse_kernels(norm, implementation)
     given = [align_param(norm, name, p, x.shape, axes) for name, p in {**own, "scale": scale, "bias": bias}.items()]
     params = tuple(None if p is None else shard_like(x, p) for p in given)
     out = canonicalize_dtype(norm, dtype, x, *params)

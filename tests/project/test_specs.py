@@ -176,7 +176,7 @@ def test_init_makes_identity_parameters_without_data(row):
             np.testing.assert_array_equal(getattr(params, name), first)
     assert all(p.dtype == np.float32 for p in jax.tree.leaves(params))
     assert (state == ()) != row.batch
-    features = (12, 5) if isinstance(row.spec.axis, tuple) else (12,)
+    features = (12, 5) if isinstance(getattr(row.spec, "axis", -1), tuple) else (12,)
     shaped = jax.eval_shape(lambda: row.spec.init(features))
     assert all(leaf.shape in (features, ()) for leaf in jax.tree.leaves(shaped))
     half = dataclasses.replace(row.spec, param_dtype=jnp.bfloat16).init(row.features)
