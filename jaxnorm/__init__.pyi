@@ -15,6 +15,7 @@ from ._core.types import RunningStats as RunningStats
 from ._norms.base import Norm as Norm
 from ._norms.batch import BatchNorm as BatchNorm
 from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
+from ._norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from ._norms.gated import GatedRMSNorm as GatedRMSNorm
 from ._norms.group import GroupNorm as GroupNorm
 from ._norms.instance import InstanceNorm as InstanceNorm
@@ -22,6 +23,7 @@ from ._norms.layer import LayerNorm as LayerNorm
 from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
 from ._norms.rms import RMSNorm as RMSNorm
+from ._norms.segment import SegmentNorm as SegmentNorm
 from ._ops.activation import Activation
 from ._ops.moments import merge as merge
 from ._ops.moments import merge_across as merge_across
@@ -112,6 +114,23 @@ def dynamic_tanh(
     implementation: str | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def filter_response_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    threshold: ArrayLike | None = ...,
+    learned_epsilon: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
 def gated_rms_norm(
     x: ArrayLike,
     gate: ArrayLike,
@@ -186,6 +205,26 @@ def rms_norm(
     axis: int | Sequence[int] = ...,
     epsilon: float = ...,
     cast: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def segment_norm(
+    x: ArrayLike,
+    segment_ids: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    num_segments: int | None = ...,
+    kind: str = ...,
+    num_groups: int | None = ...,
+    group_size: int | None = ...,
+    indices_are_sorted: bool = ...,
+    epsilon: float = ...,
     scale_offset: float = ...,
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,

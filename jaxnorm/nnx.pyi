@@ -372,6 +372,49 @@ class DynamicTanh(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class FilterResponseNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        use_threshold: bool = ...,
+        use_learned_epsilon: bool = ...,
+        init_learned_epsilon: float = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        threshold_init: _Function | None = ...,
+        learned_epsilon_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        threshold_metadata: Mapping[str, Any] = ...,
+        learned_epsilon_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        threshold: ArrayLike | None = ...,
+        learned_epsilon: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class GatedRMSNorm(_flax.Module):
     def __init__(
         self,
@@ -540,4 +583,43 @@ class RMSNorm(_flax.RMSNorm):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
+class SegmentNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        num_segments: int | None = ...,
+        kind: str = ...,
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        indices_are_sorted: bool = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        segment_ids: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
