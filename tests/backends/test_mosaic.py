@@ -17,9 +17,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+from jaxnorm._backends import cpu, registry
 from jaxnorm._backends.pallas import gpu as mosaic_gpu
 from jaxnorm._backends.pallas import tpu as mosaic_tpu
 from jaxnorm._backends.pallas.rows import Job, rows_of
+from jaxnorm._backends.protocol import Support
 from jaxnorm._core.arithmetic import prescales
 
 UNIT = 2.0**-40
@@ -177,6 +179,26 @@ def test_a_norm_runs_one_kernel_each_way(backend, platform, target, norm):
     assert lowered.count(target) == 2
     elsewhere = jax.jit(both_passes(norm, None)).trace(x, scale, x).lower(lowering_platforms=(platform,)).as_text()
     assert target not in elsewhere
+
+
+@pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
+def test_each_platform_has_a_default_of_its_own(backend, platform, target, monkeypatch):
+    """A program for several platforms runs on each by that platform's default, and by XLA where that refuses."""
+    monkeypatch.setitem(registry.DEFAULTS, platform, backend)
+    assert jn.backends()[backend].active
+    x, odd = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16), jax.ShapeDtypeStruct((64, 200), jnp.bfloat16)
+    lower = lambda x, *platforms: jax.jit(lambda x: jn.layer_norm(x)).trace(x).lower(lowering_platforms=platforms)
+    assert lower(x, platform).as_text().count(target) == 1
+    assert target not in lower(odd, platform).as_text()
+    assert target not in lower(x, "cpu").as_text()
+    if cpu.library().loaded:
+        assert "jaxnorm_forward" in lower(x, "cpu").as_text()
+
+
+def test_a_refusal_has_a_reason():
+    assert not Support.no("it is too small").ok
+    with pytest.raises(ValueError, match="needs a reason"):
+        Support.no("")
 
 
 @pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
