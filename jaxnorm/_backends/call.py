@@ -28,24 +28,22 @@ class Call:
     """What is static about one use of a primitive."""
 
     plan: Plan
-    names: tuple[str, ...]  # of the operands that are there
-    grad_shapes: tuple[Shape | None, Shape | None] = (
-        None,
-        None,
-    )  # of backward: the shapes of scale and bias, where wanted
+    operand_names: tuple[str, ...]  # of those that are given
+    # Of backward: the shapes of scale and bias where their gradients are wanted.
+    grad_shapes: tuple[Shape | None, Shape | None] = (None, None)
     of_sum: bool = False  # of tangent: x is a residual stream, whose tangent comes out beside that of y
 
     def of(self, name: str, operands: Sequence) -> Any:
         """The operand of that name, or None."""
-        return operands[self.names.index(name)] if name in self.names else None
+        return operands[self.operand_names.index(name)] if name in self.operand_names else None
 
     def unpacked(self, operands: Sequence, order: tuple[str, ...]) -> list[Any]:
         """All operands in order, None for those that are absent."""
-        there = dict(zip(self.names, operands, strict=True))
+        there = dict(zip(self.operand_names, operands, strict=True))
         return [there.get(name) for name in order]
 
     def is_parameter(self, i: int) -> bool:
-        return self.names[i] in _PARAMETERS
+        return self.operand_names[i] in _PARAMETERS
 
     def varying(self, operands: Sequence) -> frozenset[int]:
         """The axes along which parameters, or the gradients wanted of them, have more than one value."""
@@ -58,7 +56,7 @@ class Call:
         return replace(self, plan=replace(self.plan, reduction=replace(self.plan.reduction, axis_name=names)))
 
     def batched(self, size: int) -> Call:
-        """The same with a new axis in front, of so many."""
+        """The call with a leading batch axis of the given size."""
         reduction = replace(self.plan.reduction, over=Axes(tuple(a + 1 for a in self.plan.reduction.axes)))
         first, second = (None if s is None else (size, *s) for s in self.grad_shapes)
         return replace(self, plan=replace(self.plan, reduction=reduction), grad_shapes=(first, second))

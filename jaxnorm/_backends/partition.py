@@ -81,7 +81,7 @@ def can_partition() -> bool:
         from jaxlib import xla_client
 
         probe = lambda x: jax.lax.axis_index("i")
-        _module(alone(probe), [jax.ShapeDtypeStruct((2,), np.float32)], AbstractMesh((2,), ("i",)), "cpu")
+        _module(without_mesh(probe), [jax.ShapeDtypeStruct((2,), np.float32)], AbstractMesh((2,), ("i",)), "cpu")
         xla_client.HloSharding.iota_tile((2,), (2,), (0,), [])
         callbacks = dict(
             prop_user_sharding=_propagated, partition=_partitioned, infer_sharding_from_operands=_inferred,
@@ -139,7 +139,7 @@ def _partitioned(shapes, shardings, result_shape, result_sharding, text: bytes):
     first, second = (None if s is None else local(s) for s in call.grad_shapes)
     here, grad_shapes = replace(call, grad_shapes=(first, second)), [s for s in call.grad_shapes if s is not None]
 
-    @alone
+    @without_mesh
     def run(*parts):
         out = list(backend(here, names(call.plan.reduction.axes), collectives, *parts))
         for i, shape in enumerate(
@@ -191,7 +191,7 @@ def _module(run: Callable, parts: Sequence, mesh: AbstractMesh, platform: str):
         return build_mlir_module_helper(closed, name="norm", platforms=(platform,), backend=None, axis_context=where)
 
 
-def alone(f: Callable) -> Callable:
+def without_mesh(f: Callable) -> Callable:
     """f without the mesh in use: an Explicit one would put its shardings into what one device does, sums included."""
 
     @functools.wraps(f)

@@ -126,7 +126,7 @@ class Fused:
 
     def _tangent_transpose(self, cotangents, *operands, call: Call):
         g, g_stream = (None if isinstance(g, ad.Zero) else g for g in (*cotangents, *[None] * (not call.of_sum)))
-        there = dict(zip(call.names, operands, strict=True))
+        there = dict(zip(call.operand_names, operands, strict=True))
         if g is None:
             return [g_stream if name == "dx" and ad.is_undefined_primal(a) else None for name, a in there.items()]
         linear = {n: there[n].aval for n in ("dx", "dscale", "dbias") if ad.is_undefined_primal(there.get(n))}
@@ -134,7 +134,7 @@ class Fused:
         shapes = tuple(linear[n].shape if n in linear else None for n in ("dscale", "dbias"))
         known = [there.get(name) for name in ("x", "mean_hi", "mean_lo", "m2", "scale")]
         found = dict(zip(["dx", *grad_shapes], self._backward(call.plan, shapes, *known, g, g_stream), strict=True))
-        return [_like(found[name], linear[name]) if name in linear else None for name in call.names]
+        return [_like(found[name], linear[name]) if name in linear else None for name in call.operand_names]
 
     def _bind_backward(self, plan: Plan, grad_shapes, *operands):
         return tuple(_bind(self._backward_p, plan, BACKWARD_OF_SUM, *operands, grad_shapes=grad_shapes))

@@ -30,7 +30,9 @@ class Reduction:
     large_prescale: float | None = None  # for values too large for `prescale`; None: one will do
     axis_name: str | tuple[str, ...] | None = None  # devices to merge over
     groups: tuple[tuple[int, ...], ...] | None = None  # ... in these groups of indices along axis_name
-    num_shards: int = 1  # of the leading axis, which jit may spread over so many devices: with statistics of their own
+    num_shards: int = (
+        1  # of the leading axis, each with statistics of its own: jit may spread them over as many devices
+    )
     plain: bool = False  # lax operations alone, the same on every platform, for programs that read jaxprs
 
     @property

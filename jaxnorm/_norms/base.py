@@ -284,7 +284,7 @@ class RowSpec(Spec):
 
     Args:
       axis_name: a mapped axis, or several, over which the reduced axes are sharded.
-      axis_index_groups: groups of indices along axis_name that normalize together.
+      axis_index_groups: groups of indices along axis_name that share statistics.
     """
 
     axis_name: str | tuple[str, ...] | None = None

@@ -36,8 +36,8 @@ class GatedRMSNorm(RowSpec):
 
     Args:
       axis: the axis normalized over.
-      group_size: C / G: normalize each run of so many channels on its own (Mamba-2: d_inner // ngroups), as tensor
-        parallel models need. None is all of them.
+      group_size: C / G: normalize each run of `group_size` channels on its own, as tensor parallel models
+        need (Mamba-2: d_inner // ngroups). None is all of them.
       norm_before_gate: whether the gate multiplies what comes out of the norm, or what goes in.
       activation: f: "silu", "sigmoid" (Kimi Delta Attention), another name or elementwise function; see `layer_norm`.
       epsilon: added to the mean square, in units of x squared; >= 0. (mamba_ssm has 1e-5.)

@@ -51,7 +51,7 @@ def _with_epilogue_differentiable(plan: Plan, plain: Plan, by_kernel: bool, x, s
 def _(plan, plain, by_kernel, primals, tangents):
     plain = replace(plain, for_backward=True)
     y, stats = _with_epilogue_differentiable(plan, plain, by_kernel, *primals)
-    # As in the norm within: of what the map keeps, x and the gate alone have x's size. It makes z anew.
+    # As in the inner norm: of what the map keeps, only x and the gate have x's size. It recomputes z.
     tangent = recompute(functools.partial(_with_epilogue_tangent, plan, plain, by_kernel), plan.reduction.plain)
     dy = tangent(stats, *primals, drop_symbolic_zeros(tangents))
     return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))

@@ -22,10 +22,10 @@ def match_types(x: Array, residual: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def add_rounded(plain: bool, x: Array, residual: Array) -> Array:
-    """x + residual in float32 or wider, rounded once to residual's dtype, and written. They are `together`.
+    """x + residual in float32 or wider, rounded once to residual's dtype. Both must have matching types; see `match_types`.
 
-    Behind a barrier: XLA would have every pass of a norm that follows read both terms in place of their sum. `plain`
-    leaves it out.
+    A barrier follows: without it XLA would read both terms, in place of their sum, in every pass of the next norm.
+    `plain` leaves it out.
     """
     wide = widest(accumulator(x), accumulator(residual))
     # Rounded by an instruction: XLA may drop a cast there and back, and what follows would see another stream.
@@ -46,7 +46,7 @@ add_rounded.defjvp(_add_rounded_jvp, symbolic_zeros=True)
 def add_rounded_tangent(dtype, dx: Array | None, dresidual: Array | None) -> Array | None:
     """The tangent of a stream of this dtype; None is a tangent of zero.
 
-    Of one dtype are the two added as they are, so that their cotangents are one array, which no program writes twice.
+    If the dtypes match, add without casting: both cotangents are then the same array and are written once.
     """
     if dx is None or dresidual is None:
         one = dresidual if dx is None else dx

@@ -41,7 +41,7 @@ _RUNS = "jaxnorm.runs"  # and that of the groups of neighbours among them
 
 
 def canonicalize_sync(norm: str, sync, axis_name, axis_index_groups, virtual_batch_size) -> Sync:
-    """One answer to who normalizes together, by its static form; "global" where nothing else is said."""
+    """Which devices share statistics, in one static form; "global" by default."""
     check_axis_name(norm, axis_name)
     sync = to_python(sync)
     if isinstance(sync, tuple):
@@ -57,7 +57,7 @@ def canonicalize_sync(norm: str, sync, axis_name, axis_index_groups, virtual_bat
         groups = canonicalize_index_groups(norm, "axis_index_groups", axis_index_groups)
         if sync != "global":
             raise ValueError(
-                f"{norm}: sync={shown(sync)} and axis_index_groups={shown(groups)} both say who normalizes together. "
+                f"{norm}: sync={shown(sync)} and axis_index_groups={shown(groups)} both say which devices share statistics. "
                 f"Write sync={shown(groups)} alone."
             )
         sync = groups
@@ -70,7 +70,7 @@ def canonicalize_sync(norm: str, sync, axis_name, axis_index_groups, virtual_bat
         )
     if virtual_batch_size is not None and sync != "local":
         raise ValueError(
-            f"{norm}: virtual_batch_size={shown(virtual_batch_size)} already says who normalizes together, each ghost "
+            f"{norm}: virtual_batch_size={shown(virtual_batch_size)} already says what shares statistics, each ghost "
             f'batch on its own device; got sync={shown(sync)} besides. Write sync="global".'
         )
     return sync

@@ -1,4 +1,4 @@
-"""Who normalizes together: all, groups, each device by itself; one argument in every way to run on eight devices.
+"""Which devices share statistics: all, groups of them, each alone; one argument in every way to run on eight devices.
 
 Whatever it says, the output and gradients of a group are those of one device with the group's data, and the running
 statistics those of one device with all of it, the same on all.
@@ -220,7 +220,7 @@ BAD = [
     (dict(sync=0), "sync must be .*got 0"),
     (dict(sync=True), "sync must be .*got True"),
     (dict(sync="local"), r"divides the devices of axis_name, which is None\. Write axis_name=\"data\""),
-    (dict(sync=2, axis_name="d", axis_index_groups=[[0], [1]]), r"both say who.*Write sync=.*0.*1.* alone"),
+    (dict(sync=2, axis_name="d", axis_index_groups=[[0], [1]]), r"both say which devices.*Write sync=.*0.*1.* alone"),
     (dict(sync=2, axis_name="d", virtual_batch_size=4), r"virtual_batch_size=4 already says .*Write sync=\"global\""),
 ]
 

@@ -78,7 +78,7 @@ const InstructionSet& instruction_set() {
   return set;
 }
 
-// An output of so many bytes will not be found in the cache by who reads it next: it is stored past it.
+// Outputs at least this large will not stay in cache, so write them with non-temporal stores.
 constexpr int64_t nontemporal_bytes = int64_t(4) << 20;
 
 struct Invalid {

@@ -101,7 +101,7 @@ template <class A> class Norm {
   }
 
  private:
-  static constexpr int64_t serial = 1 << 14;  // below so many elements one thread is as fast as several
+  static constexpr int64_t serial = 1 << 14;  // up to this many elements one thread is as fast as several
   static constexpr int64_t cut = 1 << 15;     // elements of a task at least: what its own overhead is small beside
   static constexpr int64_t most = 64;         // tasks at the most, where the cut allows
   static constexpr int64_t width_cut = 512;   // columns of a task: what there is for each stays in the first cache
@@ -275,8 +275,8 @@ template <class A> class Norm {
     return t;
   }
 
-  // From the end, which the pass for the sums has left in the cache. A slab that is one thread's is there wholly: then
-  // that thread's next one is fetched meanwhile.
+  // Iterate backwards: the summation pass left the end of the slab in cache. If one thread owns the whole slab, prefetch
+  // its next slab.
   template <class Run> void each_block(int64_t slab, const Threads& threads, Run run) {
     Blocks cuts = blocks();
     if (slabs_in_parallel()) cuts.ahead = (per_task(view_.slab()) == 1 ? threads_.count() : 1) * view_.slab();

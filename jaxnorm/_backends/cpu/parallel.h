@@ -33,7 +33,7 @@ class Threads {
     auto shared = std::make_shared<Shared>(n, &task);
     try {
       for (int64_t i = 0; i < helpers; ++i) schedule_([shared] { shared->work(); });
-    } catch (...) {  // a pool that takes no more: whoever has begun works on, and the caller with them
+    } catch (...) {  // the pool rejected a task; the threads already started, and the caller, finish the work
     }
     shared->work();
     shared->wait();
@@ -42,7 +42,7 @@ class Threads {
  private:
   struct Shared {
     const int64_t n;
-    const std::function<void(int64_t)>* const task;  // the caller's: read only by who has taken a task
+    const std::function<void(int64_t)>* const task;  // the caller's: only a thread that has taken a task reads it
     std::atomic<int64_t> next{0}, ended{0};
     std::mutex mutex;
     std::condition_variable all_ended;

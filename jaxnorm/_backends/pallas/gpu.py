@@ -51,7 +51,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0) -> _Plan:
-    """A plan for so many bytes that arrive with each row, and `fixed` bytes of shared memory besides."""
+    """A plan for rows that each bring this many bytes, with `fixed` bytes of shared memory besides."""
     teams = 8 if columns <= 1024 else 4 if columns <= 4096 else 2  # as registers allow
     stages = lambda teams: max(2, min(_BARRIERS // teams, 1 + _IN_FLIGHT // (teams * bytes_of_a_row)))
     while teams > 1 and teams * stages(teams) * bytes_of_a_row + fixed > _SHARED:
@@ -117,7 +117,7 @@ class _Team:
             )  # fmt: skip
 
     def arrived(self, ring: int, i):
-        """The i-th row in float32, by chunks: read anew at each call, since registers are dearer than reading."""
+        """The i-th row in float32, by chunks. Each call reads it again, because registers cost more than reading."""
         return lambda chunk: self.shared(self._rings[ring].at[self._slot(i)], chunk).astype(jnp.float32)
 
     def shared(self, ref, chunk: slice):
@@ -153,7 +153,7 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
     given = [p for p in (scale, bias) if p is not None]
 
     def stream(x, residual=None):
-        """What is normalized, by chunks: made anew at each call, as what arrived is read anew."""
+        """What is normalized, by chunks. Each call recomputes it from what arrived."""
         return x if residual is None else lambda c: (x(c) + residual(c)).astype(arriving[1].dtype).astype(jnp.float32)
 
     def kernel(*refs):

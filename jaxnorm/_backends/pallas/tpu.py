@@ -38,7 +38,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(rows: int, columns: int, more: int = 0) -> _Plan:
-    """A plan for so many arrays more than a norm alone has."""
+    """A plan for this many arrays more than a norm alone has."""
     vmem, copies = _vmem(), _COPIES + 2 * more
     block = min(_BLOCK, vmem // copies)
     taken = max(_LANES, block // (4 * columns) // _LANES * _LANES)
