@@ -20,8 +20,8 @@ def refuse_kernels(norm: str, implementation) -> None:
     check_implementation(norm, implementation)
     if implementation not in (None, "xla", "lax"):
         raise ValueError(
-            f"{norm}: implementation={shown(implementation)} has no kernel for an elementwise norm, which XLA fuses "
-            "with what is around it. Write implementation=None."
+            f"{norm}: implementation={shown(implementation)} cannot run here: it has no kernel for this norm, because "
+            "XLA fuses elementwise functions. Write implementation=None."
         )
 
 
