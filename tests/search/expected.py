@@ -62,7 +62,8 @@ def of_one(case: Case, o: dict, mask, state, g: dict, t: dict) -> dict:
     bounds = Bounds(how, o, case.accumulator, twice)
     # The stream rounds to its own dtype: half a unit of a sum in which the terms may have cancelled.
     if add:
-        bounds.xhat = bounds.xhat + bounds.a["r"] * 2.02 * half_ulp(case.param_dtype, exact) * (stream != exact)
+        rounded = np.where(bounds.t["poisoned"], 0.0, half_ulp(case.param_dtype, exact) * (stream != exact))
+        bounds.xhat = bounds.xhat + bounds.a["r"] * 2.02 * rounded
         bounds.z = bounds.z + bounds.a["s"] * bounds.xhat
     bad, unsaid = (np.zeros(case.shape, bool),) * 2 if poisoned is None else poisoned
     out["y"] = np.where(bad, np.nan, bounds.t["y"]), np.where(unsaid, np.inf, np.where(bad, 0.0, bounds.y(case.out)))
@@ -217,6 +218,9 @@ def _of_moments(case: Case, how, o, g, t, dtypes) -> dict:
         return {k: (np.where(broken & (k != "count"), np.nan, v), e) for k, (v, e) in out.items()}
     gs = {k: spread(v) for k, v in g.items()}
     near = d + sigma
+    # The truth is in float64 as well: it knows x minus the mean to some units of x, which is all that is left of it
+    # where a statistic is of one element.
+    own = 8.0 * float(np.finfo("float64").eps) * np.abs(np.where(bounds.t["poisoned"], 0.0, bounds.t["x"]))
     size = {
         "x": a["w"] * (np.abs(gs["mean"]) / a["safe"] + 2 * np.abs(gs["m2"]) * near),
         "weights": np.abs(gs["count"]) + np.abs(gs["mean"]) * near / a["safe"] + 2 * np.abs(gs["m2"]) * near**2,
@@ -245,5 +249,7 @@ def _of_moments(case: Case, how, o, g, t, dtypes) -> dict:
         of_x = (a["w"] + tw) * (np.abs(gs["mean"]) / a["safe"] + 2 * np.abs(gs["m2"]) * (top + move)) * rate
         of_w = (np.abs(gs["mean"]) / a["safe"] + 2 * np.abs(gs["m2"]) * (top + move)) * (top + move) * rate
         error = reduced_to({"x": of_x, "weights": of_w}[k], o[k]) * (20 * u + 2 * float(jnp.finfo(dtypes[k]).eps))
+        slope = np.abs(gs["mean"]) / a["safe"] + 2 * np.abs(gs["m2"]) * (top + move + own)
+        error = error + reduced_to({"x": (a["w"] + tw), "weights": slope}[k] * own * slope ** (k == "x") * rate, o[k])
         out[f"second d_{k}"] = curve[k], error + 1e-37
     return out

@@ -132,6 +132,7 @@ def moments_gradients(how: Setting, o: dict, g: dict) -> dict:
     d, w = t["d"], t["w"]
     dx = w / t["safe"] * g["mean"] + 2.0 * w * d * g["m2"]
     dw = g["count"] + g["mean"] * d / t["safe"] + g["m2"] * d**2
+    dx = np.where(t["poisoned"], 0.0, dx)  # padding is a constant, also while its weight moves away from 0
     each = {"x": dx, "weights": np.where(t["keep"], dw, 0.0)}
     return {name: reduced_to(a, o[name]) for name, a in each.items() if name in o}
 
@@ -167,7 +168,9 @@ class Bounds:
         sizes = np.bincount(how.labels.ravel()) if how.labels.size else np.ones(1)
         # A sum of n terms may be off by sqrt(n) u of their magnitude. In places of x's own unit 1 / r the mean, which
         # is held as a sum of two floats, and x minus it are as exact, whatever the mean.
-        self.u = SLACK * float(np.finfo(accumulator).eps) / 2 * (2.0 + 0.25 * math.sqrt(sizes.max(initial=1)))
+        # What is rounded before the scale goes on in the dtype of the output, in float32 at least.
+        after = accumulator if twice is None or jnp.finfo(twice).bits >= 64 else "float32"
+        self.u = SLACK * float(np.finfo(after).eps) / 2 * (2.0 + 0.25 * math.sqrt(sizes.max(initial=1)))
         rounding = 0.0 if twice is None else float(jnp.finfo(twice).eps)
         self.xhat = self.u * (1.0 + t["xhat"]) + rounding * t["xhat"]
         self.z = t["s"] * self.xhat + self.u * (t["s"] * t["xhat"] + t["b"]) + rounding * t["z"]
