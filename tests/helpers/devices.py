@@ -23,8 +23,10 @@ def mesh_of(kind, shape=(8,), names=("data",)):
 
 
 def placed(mesh, *pairs):
-    """Arrays put where their specs say, as an Explicit mesh wants of its inputs."""
-    put = lambda tree, spec: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, spec)), tree)
+    """Arrays put where their specs say, as an Explicit mesh wants them. A pair is a tree, and its spec or specs."""
+    one = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+    alike = lambda tree, spec: jax.tree.map(lambda _: spec, tree) if isinstance(spec, P) else spec
+    put = lambda tree, spec: jax.tree.map(one, tree, alike(tree, spec))
     return [put(*pair) for pair in pairs]
 
 

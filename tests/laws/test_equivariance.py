@@ -24,7 +24,7 @@ def test_jit_changes_nothing(row, rng):
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_permuting_the_batch_permutes_the_output(row, rng):
     params, x = row.params(rng), draw(rng, row.shape, 1.0)
-    order = rng.permutation(row.shape[0])
+    order = np.roll(np.arange(row.shape[0]), 1)  # no example stays
     near(row.apply(params, x[order]), row.apply(params, x)[order])
 
 

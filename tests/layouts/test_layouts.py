@@ -10,12 +10,13 @@ of them.
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from catalogue import MECHANISMS, Row, by_name, draw
+from catalogue import MECHANISMS, Row, by_name, draw, no_operands
 from helpers.devices import close, mesh_of, moved, placed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -67,6 +68,8 @@ class Case:
 
     def reduced(self) -> list[int]:
         """The axes that a statistic runs over, found by asking which elements share one."""
+        if self.row.statistic is None:
+            return []
         corner, out = (0,) * len(self.shape), []
         label = lambda index: tuple(int(v) for v in np.broadcast_arrays(*self.row.statistic(*index)))
         for a, n in enumerate(self.shape):
@@ -81,8 +84,11 @@ class Case:
         whole = [self.feature] if isinstance(self.row.spec, jn.GroupNorm) else []
         return tuple(name for a in self.reduced() if a not in whole for name in _names(self.spec[a]))
 
-    def param_spec(self) -> P:
-        return P(*(s if p != 1 else None for s, p in zip(self.spec, self.param, strict=True)))
+    def param_spec(self) -> Any:
+        """For each parameter: along the axes of x that it has; a number is everywhere."""
+        own = P(*(s if p != 1 else None for s, p in zip(self.spec, self.param, strict=True)))
+        made = self.row.spec.init(self.shape[self.feature])[0]
+        return type(made)(*(None if p is None else own if p.ndim else P() for p in made))
 
     def arguments(self, rng):
         params = dataclasses.replace(self.row, shape=self.shape, param=self.param).params(rng, x_rank=True)
@@ -121,17 +127,22 @@ def statistics_of_one_device(case: Case) -> int:
     mesh = dict(zip(case.names, case.sizes, strict=True))
     local = [n // math.prod(mesh[m] for m in _names(s)) for n, s in zip(case.shape, case.spec, strict=True)]
     index = np.indices(local)
+    if case.row.statistic is None:
+        return 0
     names = np.stack([np.broadcast_to(a, local).ravel() for a in case.row.statistic(*index)], -1)
     return len(np.unique(names, axis=0))
 
 
 def fits(row, layout) -> bool:
-    """Ghost batches and adaptive parameters have laws of their own in test_sync; two feature axes go by the last."""
+    """Whether the row has an axis for each of the layout's. Two feature axes go by the last.
+
+    Ghost batches have a law of their own in test_sync, and segments one in test_elementwise.
+    """
     case = Case(row, layout)
     return case.middle is not None or LAYOUTS[layout][2][1] is None
 
 
-ROWS = [by_name[name] for name in MECHANISMS if not by_name[name].ghost]
+ROWS = [row for row in map(by_name.get, MECHANISMS) if not row.ghost and row.operands is no_operands]
 CASES = [(row, layout) for layout in LAYOUTS for row in ROWS if fits(row, layout)]
 ids = lambda v: v if isinstance(v, str) else str(v)
 
@@ -197,10 +208,10 @@ def assert_little_moves(case: Case, text: str, rounds: int) -> None:
     assert {name for name, _ in ops} <= {"all-reduce"}
     devices = math.prod(case.sizes)
     # XLA may join the slots with a sum of the backward pass that is ready as early.
-    most = (4 * devices + 2) * statistics_of_one_device(case) + 2 * math.prod(case.param)
+    most = (4 * devices + 2) * statistics_of_one_device(case) + len(case.param_spec()) * math.prod(case.param)
     assert all(size <= most for _, size in ops), ops
     # Those given per example are sums over fewer devices than the statistics, so they come apart.
-    parameters = 2 + 2 * case.row.per_sample
+    parameters = len(case.param_spec()) + 2 * case.row.per_sample
     assert len(ops) <= rounds + parameters, ops
 
 
