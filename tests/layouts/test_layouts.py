@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from catalogue import MECHANISMS, Row, by_name, draw
+from catalogue import MECHANISMS, Row, by_name, draw, no_operands
 from helpers.devices import close, mesh_of, moved, placed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -126,12 +126,15 @@ def statistics_of_one_device(case: Case) -> int:
 
 
 def fits(row, layout) -> bool:
-    """Ghost batches and adaptive parameters have laws of their own in test_sync; two feature axes go by the last."""
+    """Two feature axes go by the last.
+
+    Ghost batches and adaptive parameters have laws of their own in test_sync, segments in laws/test_elementwise.
+    """
     case = Case(row, layout)
     return case.middle is not None or LAYOUTS[layout][2][1] is None
 
 
-ROWS = [by_name[name] for name in MECHANISMS if not by_name[name].ghost]
+ROWS = [by_name[name] for name in MECHANISMS if not by_name[name].ghost and by_name[name].operands is no_operands]
 CASES = [(row, layout) for layout in LAYOUTS for row in ROWS if fits(row, layout)]
 ids = lambda v: v if isinstance(v, str) else str(v)
 
