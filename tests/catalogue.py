@@ -232,7 +232,7 @@ by_name = {r.name: r for r in ROWS}
 MECHANISMS = {
     "layer": "the last axis", "layer-two-axes": "several axes", "layer-nchw": "an axis that kernels do not take",
     "layer-adaptive": "parameters per example", "layer-gelu": "an activation", "rms": "no mean",
-    "dynamic-tanh": "no statistics", "response-nchw": "a formula of its own", "segments": "segments",
+    "dynamic-tanh": "no statistics", "response": "a formula of its own", "segments": "segments",
     "rms-per-head": "parameters of two axes", "rms-before-scale": "two roundings", "group-nhwc": "groups",
     "group-some-axes": "groups, with an axis kept", "instance-nhwc": "planes", "batch-nhwc": "columns",
     "batch-nchw": "columns that are planes", "batch-conditional": "columns, and parameters per example",

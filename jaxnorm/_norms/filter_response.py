@@ -40,8 +40,8 @@ class FilterResponseNorm(RowSpec):
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.FilterResponseNorm(epsilon=0.)
     >>> params, state = norm.init(1)
-    >>> norm.apply(params, state, np.array([[[3.], [-4.]]]))[0].round(3).tolist()
-    [[[0.8489999771118164], [0.0]]]
+    >>> norm.apply(params, state, np.array([[[3.], [-3.]]]))[0].round(3).tolist()
+    [[[1.0], [0.0]]]
     """
 
     Params: ClassVar[Any] = FilterResponseParams
@@ -105,9 +105,9 @@ def filter_response_norm(
     Source: Singh, Krishnan, "Filter Response Normalization Layer" (2019), arXiv:1911.09737.
 
     >>> import jaxnorm as jn, numpy as np
-    >>> x = np.array([[[3.], [-4.]]])
-    >>> jn.filter_response_norm(x, threshold=np.array([-1.]), epsilon=0.).round(3).tolist()
-    [[[0.8489999771118164], [-1.0]]]
+    >>> x = np.array([[[3.], [-3.]]])
+    >>> jn.filter_response_norm(x, threshold=np.array([-0.5]), epsilon=0.).round(3).tolist()
+    [[[1.0], [-0.5]]]
     """
     norm = "filter_response_norm"
     x = as_float_array(norm, x, rank=2, layout="(batch, ..., channels)")

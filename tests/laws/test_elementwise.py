@@ -13,6 +13,7 @@ import pytest
 from helpers.devices import mesh_of, placed
 from jax.sharding import PartitionSpec as P
 
+import jaxnorm as jn
 from jaxnorm._core.arithmetic import prescales
 from jaxnorm._core.over import Axes, Segments
 from jaxnorm._core.types import Reduction
@@ -323,3 +324,108 @@ def test_equal_functions_share_a_trace():
     for by in (2.0, 2.0, 3.0, 3.0):
         by_statistics(Scaled(by), Reduction(Axes((1,))), x.dtype, x, None, None, ())
     assert traces == [2.0, 3.0]
+
+
+# --- the norms -----------------------------------------------------------------------------------------------------
+
+
+def test_filter_response_is_rms_norm_with_relu(rng):
+    """max(z, tau) is relu(z - tau) + tau; RMS norm over space has kernels and formulas of its own."""
+    x, scale, bias, tau, g = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 5, 4, 6), 6, 6, 6, (3, 5, 4, 6))
+    )
+    whole = lambda a: jnp.broadcast_to(a, (1, 1, 1, 6))
+
+    def by_rms(x, scale, bias, tau):
+        bias = whole(bias - tau)
+        return jn.rms_norm(x, whole(scale), bias, axis=(1, 2), activation="relu", epsilon=1e-6) + whole(tau)
+
+    got, want = (jax.vjp(f, x, scale, bias, tau) for f in (jn.filter_response_norm, by_rms))
+    for a, b in zip([got[0], *got[1](g)], [want[0], *want[1](g)], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def standing(kind, x, scale, bias):
+    """The norm of that name of all rows of one segment."""
+    how = dict(epsilon=1e-5, activation="silu", scale_offset=1.0)
+    if kind in ("layer", "rms"):
+        scale, bias = (jnp.broadcast_to(p, (1,) * (x.ndim - 1) + p.shape) for p in (scale, bias))
+        return getattr(jn, f"{kind}_norm")(x, scale, bias, axis=tuple(range(x.ndim)), **how)
+    if kind == "group":
+        return jn.group_norm(x[None], scale, bias, num_groups=2, **how)[0]
+    return jn.instance_norm(x[None], scale, bias, **how)[0]
+
+
+@pytest.mark.filterwarnings("ignore:instance_norm")  # a segment of one row
+@pytest.mark.parametrize("shape", [(15, 6), (15, 2, 6), (3, 5, 6)], ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms", "group", "instance"])
+def test_each_segment_is_the_norm_of_its_rows(kind, shape, rng):
+    """Padding is NaN, absent by its id or by the mask."""
+    with jax.enable_x64(True):
+        x, g = rng.normal(size=(2, *shape))
+        scale, bias = rng.normal(size=(2, 6))
+        rows = shape[:2] if shape == (3, 5, 6) else shape[:1]
+        ids = rng.integers(-1, 6, rows)  # 5 is too large
+        mask = rng.random(rows) < 0.9
+        present = mask & (ids >= 0) & (ids < 5)
+        seen = np.where(present.reshape(rows + (1,) * (len(shape) - len(rows))), x, np.nan)
+        groups = dict(num_groups=2) if kind == "group" else {}
+        call = functools.partial(
+            jn.segment_norm,
+            segment_ids=ids,
+            num_segments=5,
+            kind=kind,
+            mask=mask,
+            activation="silu",
+            scale_offset=1.0,
+            **groups,
+        )
+        y, pull = jax.vjp(lambda x, s, b: call(x, scale=s, bias=b), seen, scale, bias)
+        dx, dscale, dbias = pull(jnp.where(jnp.isnan(seen), 0.0, g))
+        want = np.zeros(6), np.zeros(6)
+        for i in range(5):
+            here = present & (ids == i)
+            if here.any():
+                z, back = jax.vjp(functools.partial(standing, kind), x[here], scale, bias)
+                np.testing.assert_allclose(y[here], z, atol=1e-12)
+                dz, *of_params = back(g[here])
+                np.testing.assert_allclose(dx[here], dz, atol=1e-10)
+                want = [a + b for a, b in zip(want, of_params, strict=True)]
+        np.testing.assert_allclose(dscale, want[0], atol=1e-10)
+        np.testing.assert_allclose(dbias, want[1], atol=1e-10)
+        np.testing.assert_array_equal(dx[~present], 0.0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int32"])
+def test_ids_of_any_integer_dtype(dtype, rng):
+    x, ids = rng.normal(size=(12, 4)).astype("f"), rng.integers(0, 4, 12)
+    ids[[2, 7]] = 100  # too large
+    want = jn.segment_norm(x, np.where(ids == 100, -1, ids), num_segments=300)
+    np.testing.assert_array_equal(jn.segment_norm(x, ids.astype(dtype), num_segments=50), want)
+    np.testing.assert_array_equal(jn.segment_norm(x, ids.astype(dtype), num_segments=np.int64(99)), want)
+
+
+@pytest.mark.parametrize("how", ["auto", "explicit", "jit"])
+@pytest.mark.parametrize("kind", ["layer", "group"])
+def test_segments_over_devices(kind, how, rng):
+    """Rows over devices; under jit on an Explicit mesh channels as well."""
+    x, g = (jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for _ in range(2))
+    ids = jnp.asarray(np.sort(rng.integers(-1, 3, 16)))
+    options = dict(num_segments=3, kind=kind, **(dict(num_groups=2) if kind == "group" else {}))
+
+    def train(x, ids, g, axis_name=None):
+        y, pull = jax.vjp(lambda x: jn.segment_norm(x, ids, axis_name=axis_name, **options), x)
+        return y, *pull(g)
+
+    want = train(x, ids, g)
+    if how == "jit":
+        mesh, rows = mesh_of("explicit", (4, 2), ("d", "c")), P("d", "c")
+        run = train
+    else:
+        mesh, rows = mesh_of(how, names=("d",)), P("d")
+        run = functools.partial(train, axis_name="d")
+        run = jax.shard_map(run, mesh=mesh, in_specs=(rows, P("d"), rows), out_specs=rows)
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(*placed(mesh, (x, rows), (ids, P("d")), (g, rows)))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ import pytest
 import jaxnorm as jn
 
 x = np.ones((4, 6, 8), np.float32)
+ids = np.arange(4)
 state = jn.RunningStats(jnp.zeros(8), jnp.ones(8))
 batch = lambda x=x, params=None, state=state, train=True, **options: jn.batch_norm(
     x, params, state, train=train, **options
@@ -65,6 +66,23 @@ ONE = [
     (lambda: jn.group_norm(x, group_size=5), ValueError, r"group_size=5 does not divide the 8 channels of x\. Write group_size=4"),
     (lambda: group(reduction_axes=(1,)), ValueError, r"must include the channel axis.*Write reduction_axes=\(1, 2\)"),
     (lambda: group(reduction_axes=(1, 5)), ValueError, r"group_norm: reduction_axes=\(1, 5\) is out of range"),
+    (lambda: jn.filter_response_norm(x, axis=0), ValueError, r"filter_response_norm: axis=0 is the batch axis of x \(4, 6, 8\).*Write axis=-1"),
+    (lambda: jn.filter_response_norm(x + 1j, threshold=np.zeros(8)), TypeError, r"filter_response_norm: a threshold is for real values, got complex.*Write threshold=None"),
+    (lambda: jn.filter_response_norm(x, threshold=np.zeros(7)), ValueError, r"filter_response_norm: threshold of shape \(7,\) fits neither"),
+    (lambda: jn.filter_response_norm(x, implementation="native"), ValueError, r"filter_response_norm: implementation='native' has no kernel.*Write implementation=None"),
+    (lambda: jn.filter_response_norm(x, axis_name="nowhere"), NameError, "filter_response_norm: axis_name='nowhere' is not bound here"),
+    (lambda: jn.segment_norm(x, ids), ValueError, r"segment_norm: num_segments must be an int >= 1, got None\. It is static\. Write num_segments=4"),
+    (lambda: jn.segment_norm(x, ids, num_segments=0), ValueError, r"num_segments must be an int >= 1, got 0"),
+    (lambda: jn.segment_norm(x, ids[:3], num_segments=4), ValueError, r"segment_norm: segment_ids of shape \(3,\) must have the sizes of x's leading axes.*Write segment_ids of shape \(4,\)"),
+    (lambda: jn.segment_norm(x, np.zeros((4, 6, 8), int), num_segments=4), ValueError, r"without its channels.*Write segment_ids of shape \(4, 6\)"),
+    (lambda: jn.segment_norm(x, ids * 1.0, num_segments=4), TypeError, r"segment_norm: segment_ids must be integers, got an array float.*Write segment_ids\.astype\(jnp\.int32\)"),
+    (lambda: jn.segment_norm(x, ids, num_segments=4, kind="batch"), ValueError, r"segment_norm: kind must be one of .* got 'batch'\. Write kind=\"layer\""),
+    (lambda: jn.SegmentNorm(num_segments=4, num_groups=2), ValueError, r"SegmentNorm: num_groups=2 and group_size=None are for kind=\"group\".*Write kind=\"group\""),
+    (lambda: jn.segment_norm(x, ids, num_segments=4, kind="group"), ValueError, r"segment_norm: give one of num_groups and group_size.*Write num_groups=32"),
+    (lambda: jn.segment_norm(x, ids, num_segments=4, kind="group", num_groups=3), ValueError, r"num_groups=3 does not divide the 8 channels"),
+    (lambda: jn.segment_norm(x, ids, num_segments=4, implementation="native"), ValueError, r"segment_norm: implementation='native' cannot run here: statistics of segments are XLA's\. Write implementation=None"),
+    (lambda: jn.segment_norm(x, num_segments=4), TypeError, r"segment_norm: segment_ids missing\. Write segment_norm\(x, segment_ids"),
+    (lambda: jn.SegmentNorm(num_segments=4).apply(None, (), x), TypeError, r"SegmentNorm\.apply: segment_ids missing"),
     (lambda: jn.GroupNorm(num_groups=3).init(8), ValueError, r"GroupNorm\.init: num_groups=3 does not divide the 8 channels"),
     (lambda: jn.instance_norm(x, axis=0), ValueError, r"instance_norm: axis=0 is the batch axis.*Write axis=-1"),
     (lambda: batch(momentum=1.5), ValueError, r"batch_norm: momentum is the weight of the old statistics.*got 1\.5\. Write momentum=0\.9"),
