@@ -202,7 +202,7 @@ def _elsewhere(lower: Callable) -> Callable:
 
 def _count(plan: Plan, x) -> Array:
     names = plan.reduction.axis_name
-    n = math.prod(x.shape[a] for a in plan.reduction.axes) * (1 if names is None else lax.axis_size(names))
+    n = math.prod([x.shape[a] for a in plan.reduction.axes]) * (1 if names is None else lax.axis_size(names))
     return jnp.full((1,) * x.ndim, n, jnp.finfo(accumulator(x)).dtype)
 
 

@@ -104,7 +104,7 @@ def check_momentum(norm: str, momentum) -> None:
 
 def warn_if_single(norm: str, x: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...], per: str) -> None:
     """Say so when every statistic would come from one element: its variance is 0, and the output is the bias."""
-    if x.size and math.prod(x.shape[a] for a in axes) == 1:
+    if x.size and math.prod([x.shape[a] for a in axes]) == 1:
         warn(
             f"{norm}: x of shape {x.shape} has one element per {per}, so each is its own mean and the output is the "
             "bias alone. Give it more data, or normalize over features with layer_norm."

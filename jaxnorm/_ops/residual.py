@@ -22,7 +22,7 @@ def match_types(x: Array, residual: Array) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def add_rounded(plain: bool, x: Array, residual: Array) -> Array:
-    """x + residual in float32 or wider, rounded once to residual's dtype. Both must have matching types; see `match_types`.
+    """x + residual in float32 or wider, rounded once to residual's dtype. Their types match: see `match_types`.
 
     A barrier follows: without it XLA would read both terms, in place of their sum, in every pass of the next norm.
     `plain` leaves it out.

@@ -57,8 +57,8 @@ def canonicalize_sync(norm: str, sync, axis_name, axis_index_groups, virtual_bat
         groups = canonicalize_index_groups(norm, "axis_index_groups", axis_index_groups)
         if sync != "global":
             raise ValueError(
-                f"{norm}: sync={shown(sync)} and axis_index_groups={shown(groups)} both say which devices share statistics. "
-                f"Write sync={shown(groups)} alone."
+                f"{norm}: sync={shown(sync)} and axis_index_groups={shown(groups)} both say which devices share "
+                f"statistics. Write sync={shown(groups)} alone."
             )
         sync = groups
     if sync == "global":
