@@ -6,15 +6,12 @@ and dtypes. The output's dtype is Flax's: `dtype`, else what x and the parameter
 `force_float32_reductions` are accepted; statistics are accurate and in float32 or wider whatever they say (the latter
 still says what dtype `batch_stats` have). While initializing, no axis name is touched and no statistic updated.
 
-What jaxnorm adds, keyword only, is said once for all layers here and for each in its own docstring.
+What jaxnorm adds is keyword only, and described in each layer's own docstring. A scale that keeps Flax's default
+initializer starts at 1 - `scale_offset`, so that the effective scale starts at 1. `scale` and `bias` may be given at the
+call, per sample too, as (N, 1, 1, C); such a layer has `use_scale=False`, `use_bias=False`.
 
-  scale_offset: added to scale in float32; 1.0 makes a zero-centred gamma. Without a `scale_init` of your own the
-    effective scale starts at 1.
-  activation: of the output, before it is rounded: "relu", "silu", "gelu", ..., or an elementwise function; the backward
-    pass keeps x alone. See `jaxnorm.layer_norm`.
-  implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call.
-  scale, bias (at the call): in place of the learned ones, per sample too, as (N, 1, 1, C). Such a layer has
-    `use_scale=False`, `use_bias=False`.
+Every spec has a layer of its name here; `Norm` makes a layer of any spec. All other names are Flax's, so one import
+serves a whole model: `from jaxnorm import linen as nn`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ for path in sys.argv[1:]:
         import jax
         y, loss = names["y"], names["loss"]
         assert y.shape == (32, 14, 14, 64) and bool(jax.numpy.isfinite(y).all()) and 0 < float(loss) < 10
-        assert names["jnn"].LayerNorm and names["jnnx"].LayerNorm
+        assert names["nn"].LayerNorm and names["nnx"].LayerNorm
 """
 
 
