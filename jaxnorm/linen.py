@@ -7,8 +7,8 @@ and dtypes. The output's dtype is Flax's: `dtype`, else what x and the parameter
 still says what dtype `batch_stats` have). While initializing, no axis name is touched and no statistic updated.
 
 What jaxnorm adds is keyword only, and described in each layer's own docstring. A scale that keeps Flax's default
-initializer starts at 1 - `scale_offset`, so that the effective scale starts at 1. `scale` and `bias` may be given at the
-call, per sample too, as (N, 1, 1, C); such a layer has `use_scale=False`, `use_bias=False`.
+initializer starts at 1 - `scale_offset`, so that the effective scale starts at 1. `scale` and `bias` may be given at
+the call, per sample too, as (N, 1, 1, C); such a layer has `use_scale=False`, `use_bias=False`.
 
 Every spec has a layer of its name here; `Norm` makes a layer of any spec. All other names are Flax's, so one import
 serves a whole model: `from jaxnorm import linen as nn`.
