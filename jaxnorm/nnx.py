@@ -61,7 +61,7 @@ class GroupNorm(Layer, flax_nnx.GroupNorm, of=GROUP_NORM):
     """
 
 
-class InstanceNorm(Layer, flax_nnx.InstanceNorm, of=INSTANCE_NORM):
+class InstanceNorm(Layer, getattr(flax_nnx, "InstanceNorm", flax_nnx.Module), of=INSTANCE_NORM):  # new in flax 0.12
     """
     >>> import numpy as np
     >>> from flax import nnx
