@@ -61,7 +61,7 @@ class Axes:
         return tuple(1 if a in self.axes else size for a, size in enumerate(x))
 
     def size(self, x):
-        return math.prod([x[a] for a in self.axes])
+        return math.prod(map(x.__getitem__, self.axes))
 
     def present(self, mask, ids):
         return mask

@@ -69,7 +69,7 @@ ONE = [
     (lambda: jn.filter_response_norm(x, axis=0), ValueError, r"filter_response_norm: axis=0 is the batch axis of x \(4, 6, 8\).*Write axis=-1"),
     (lambda: jn.filter_response_norm(x + 1j, threshold=np.zeros(8)), TypeError, r"filter_response_norm: a threshold is for real values, got complex.*Write threshold=None"),
     (lambda: jn.filter_response_norm(x, threshold=np.zeros(7)), ValueError, r"filter_response_norm: threshold of shape \(7,\) fits neither"),
-    (lambda: jn.filter_response_norm(x, implementation="native"), ValueError, r"filter_response_norm: implementation='native' has no kernel.*Write implementation=None"),
+    (lambda: jn.filter_response_norm(x, implementation="native"), ValueError, r"filter_response_norm: implementation='native' cannot run here: it has no kernel.*Write implementation=None"),
     (lambda: jn.filter_response_norm(x, axis_name="nowhere"), NameError, "filter_response_norm: axis_name='nowhere' is not bound here"),
     (lambda: jn.segment_norm(x, ids), ValueError, r"segment_norm: num_segments must be an int >= 1, got None\. It is static\. Write num_segments=4"),
     (lambda: jn.segment_norm(x, ids, num_segments=0), ValueError, r"num_segments must be an int >= 1, got 0"),
