@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from .._core.arithmetic import tanh
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import canonicalize_number
 from .._core.types import Features
@@ -110,4 +111,4 @@ def dynamic_tanh(
 
 
 def _tanh(x: Array, alpha: Array) -> Array:
-    return jnp.tanh(alpha.astype(x.dtype) * x)
+    return tanh(alpha.astype(x.dtype) * x)
