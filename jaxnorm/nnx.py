@@ -29,6 +29,8 @@ from ._layers.drop_in import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, 
 from ._layers.nnx import Layer, Norm, layer_of
 from ._norms import SPECS
 
+_INSTANCE_NORM: Any = getattr(flax_nnx, "InstanceNorm", flax_nnx.Module)  # Flax has it since 0.12
+
 
 class LayerNorm(Layer, flax_nnx.LayerNorm, of=LAYER_NORM):
     """
@@ -61,7 +63,7 @@ class GroupNorm(Layer, flax_nnx.GroupNorm, of=GROUP_NORM):
     """
 
 
-class InstanceNorm(Layer, getattr(flax_nnx, "InstanceNorm", flax_nnx.Module), of=INSTANCE_NORM):  # new in flax 0.12
+class InstanceNorm(Layer, _INSTANCE_NORM, of=INSTANCE_NORM):
     """
     >>> import numpy as np
     >>> from flax import nnx

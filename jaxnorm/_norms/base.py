@@ -256,10 +256,14 @@ class Spec:
     @explained("apply")
     def apply(self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None) -> tuple[Array, S]:
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
+        return self._applied(params, state, x, mask=mask), state
+
+    def _applied(self, params: Any, state: Any, x: Any, *operands: Any, mask: Any) -> Any:
+        """What the function makes of x, the operands that follow it, and the parameters."""
         name = type(self).__name__
         refuse_params_as_state(name, state, self.Params)
         given = as_params(name, params, self.Params)
-        return type(self).function(x, *given, mask=mask, **self.options()), state
+        return type(self).function(x, *operands, *given, mask=mask, **self.options())
 
     def _axes(self) -> tuple[int, ...]:
         axis = getattr(self, "axis", -1)

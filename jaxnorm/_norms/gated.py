@@ -19,7 +19,7 @@ from .._core.messages import shown, to_python
 from .._core.types import Features
 from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
-from .base import RowSpec, S, as_params, function_of, refuse_params_as_state, spec
+from .base import RowSpec, S, function_of, spec
 
 Array = jax.Array
 
@@ -73,9 +73,7 @@ class GatedRMSNorm(RowSpec):
         self, params: Any, state: S, x: ArrayLike, gate: ArrayLike, *, train: Any = None, mask: Any = None
     ) -> tuple[Array, S]:
         """The normalized and gated x, and the state `()` as it came."""
-        refuse_params_as_state("GatedRMSNorm", state, GatedParams)
-        (scale,) = as_params("GatedRMSNorm", params, GatedParams)
-        return gated_rms_norm(x, gate, scale, mask=mask, **self.options()), state
+        return self._applied(params, state, x, gate, mask=mask), state
 
 
 def _aligned_gate(norm: str, gate, x: Array) -> Array:

@@ -17,7 +17,7 @@ from .._core.checks import check_cast
 from .._core.explain import explained
 from .._core.types import Params
 from .._ops.rows import normalize_stream
-from .base import RowSpec, S, as_params, function_of, refuse_params_as_state, spec
+from .base import RowSpec, S, function_of, spec
 
 Array = jax.Array
 
@@ -56,8 +56,7 @@ class AddRMSNorm(RowSpec):
         self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None
     ) -> tuple[tuple[Array, Array], S]:
         """The normalized sum and the new stream, and the state `()` as it came."""
-        refuse_params_as_state("AddRMSNorm", state)
-        return add_rms_norm(x, residual, *as_params("AddRMSNorm", params), mask=mask, **self.options()), state
+        return self._applied(params, state, x, residual, mask=mask), state
 
 
 @function_of(AddRMSNorm)
@@ -140,8 +139,7 @@ class AddLayerNorm(RowSpec):
         self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None
     ) -> tuple[tuple[Array, Array], S]:
         """The normalized sum and the new stream, and the state `()` as it came."""
-        refuse_params_as_state("AddLayerNorm", state)
-        return add_layer_norm(x, residual, *as_params("AddLayerNorm", params), mask=mask, **self.options()), state
+        return self._applied(params, state, x, residual, mask=mask), state
 
 
 @function_of(AddLayerNorm)

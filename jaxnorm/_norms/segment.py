@@ -16,7 +16,7 @@ from .._core.messages import shown
 from .._core.over import Segments
 from .._core.types import Params
 from .._ops.rows import normalize_rows
-from .base import RowSpec, S, as_params, function_of, refuse_params_as_state, spec
+from .base import RowSpec, S, function_of, spec
 
 Array = jax.Array
 
@@ -67,9 +67,7 @@ class SegmentNorm(RowSpec):
         self, params: Params, state: S, x: ArrayLike, segment_ids: ArrayLike, *, train: Any = None, mask: Any = None
     ) -> tuple[Array, S]:
         """The normalized x, and the state `()` as it came."""
-        refuse_params_as_state("SegmentNorm", state)
-        scale, bias = as_params("SegmentNorm", params)
-        return segment_norm(x, segment_ids, scale, bias, mask=mask, **self.options()), state
+        return self._applied(params, state, x, segment_ids, mask=mask), state
 
 
 def _check_kind(norm: str, kind, num_groups, group_size) -> None:
