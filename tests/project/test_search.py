@@ -11,6 +11,7 @@ import pytest
 from search import devices, run, truth
 from search.case import MOMENTS, Case, drawn, operands
 from search.devices import Layout
+from search.expected import expected
 
 import jaxnorm as jn
 from jaxnorm._ops import formula
@@ -106,6 +107,15 @@ def test_the_closed_gradients_match_complex_steps(case, rng):
         t = rng.normal(size=o[name].shape)
         slope = truth.along(lambda o: truth.forward(how, o)["y"], o, {name: t})
         np.testing.assert_allclose(np.vdot(gradients[name], t), np.vdot(g, slope), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["add_rms", "add_layer", "layer"])
+def test_every_result_has_a_tolerance_beside_padding(norm):
+    """One that is NaN would compare with nothing."""
+    case = Case(norm, (4, 6), (1,), bias=(4, 6), mask=(4, 6), activation="tanh", transform="vjp", wrt=("x", "bias"),
+                poison="nan")  # fmt: skip
+    for name, (true, tolerance) in expected(case, run._data(case)).items():
+        assert not np.isnan(np.where(np.isnan(true), 0.0, tolerance)).any(), name
 
 
 def test_the_closed_gradients_of_moments_match_complex_steps(rng):

@@ -203,6 +203,9 @@ def _compared(got: dict, want: dict) -> list[str]:
         if a.shape != true.shape:
             out.append(f"{name} has shape {a.shape}, not {true.shape}")
             continue
+        if np.isnan(tolerance[~np.isnan(true)]).any():  # only inf may say that an element is not looked at
+            out.append(f"{name} has no tolerance: a NaN")
+            continue
         most = float(jnp.finfo(got[name].dtype).max) * 0.99
         lost = np.isnan(true)
         looked_at = ~lost & np.isfinite(tolerance) & (np.abs(true) + tolerance < most)
