@@ -14,6 +14,7 @@ from ._core.types import Params
 from ._core.types import RunningStats as RunningStats
 from ._norms.base import Norm as Norm
 from ._norms.batch import BatchNorm as BatchNorm
+from ._norms.dynamic_erf import DynamicErf as DynamicErf
 from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
 from ._norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from ._norms.gated import GatedRMSNorm as GatedRMSNorm
@@ -101,6 +102,20 @@ def batch_norm(
     weights: ArrayLike | None = ...,
     update_stats: bool = ...,
 ) -> tuple[Array, S]: ...
+def dynamic_erf(
+    x: ArrayLike,
+    alpha: ArrayLike,
+    shift: ArrayLike = ...,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int | Sequence[int] = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
 def dynamic_tanh(
     x: ArrayLike,
     alpha: ArrayLike,

@@ -242,6 +242,38 @@ class BatchNorm(_flax.BatchNorm):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class DynamicErf(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        init_alpha: float = ...,
+        axis: int | Sequence[int] = ...,
+        alpha_init: _Function | None = ...,
+        shift_init: _Function | None = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        alpha: ArrayLike | None = ...,
+        shift: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class DynamicTanh(_flax.Module):
     def __init__(
         self,

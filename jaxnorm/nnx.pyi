@@ -337,6 +337,44 @@ class BatchNorm(_flax.BatchNorm):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class DynamicErf(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        init_alpha: float = ...,
+        axis: int | Sequence[int] = ...,
+        alpha_init: _Function | None = ...,
+        shift_init: _Function | None = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        alpha_metadata: Mapping[str, Any] = ...,
+        shift_metadata: Mapping[str, Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        alpha: ArrayLike | None = ...,
+        shift: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class DynamicTanh(_flax.Module):
     def __init__(
         self,

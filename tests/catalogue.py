@@ -202,6 +202,7 @@ ROWS = [
     Row("segments-instance", packed("instance"), (20, 3, 4), (1, 1, 4), lambda m, t, c: (segment_ids(m), c), (4,), **segments),
     Row("segments-rms", packed("rms", scale_offset=1.0), (48, 8), (1, 8), lambda m, c: (segment_ids(m),), (8,),
         **segments | rms | dict(exempt=SEGMENTS | UNCENTERED)),
+    Row("dynamic-erf", jn.DynamicErf(), _tokens, (1, 1, 40), None, (40,), **squash | dict(oracle=oracle.dynamic_erf)),
     Row("group-nhwc", jn.GroupNorm(num_groups=3), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4), (12,)),
     Row("group-nchw", jn.GroupNorm(num_groups=3, axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4), (12,)),
     Row("group-size", jn.GroupNorm(group_size=6), (5, 7, 12), (1, 1, 12), lambda n, t, c: (n, c // 6), (12,)),

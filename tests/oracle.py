@@ -116,6 +116,14 @@ def root_mean_square(x, params, groups, spec, **_):
     return _normalize(x, groups, *params, spec.epsilon, centered=False).y
 
 
+def dynamic_erf(x, params, groups, spec, **_):
+    from jax.scipy.special import erf as of_jax
+    from scipy.special import erf as of_scipy
+
+    erf = of_scipy if groups.xp is np else of_jax
+    return affine(erf(params.alpha * x + params.shift), params.scale, params.bias)
+
+
 def dynamic_tanh(x, params, groups, spec, **_):
     return affine(groups.xp.tanh(params.alpha * x), params.scale, params.bias)
 

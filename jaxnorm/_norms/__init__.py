@@ -5,6 +5,7 @@
 """
 
 from .batch import BatchNorm, batch_norm
+from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
 from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
