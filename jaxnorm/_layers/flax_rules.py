@@ -7,12 +7,13 @@ parameters, which in Flax need not be the axes normalized over.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from flax.linen.dtypes import canonicalize_dtype
 from jax.core import Tracer
 
@@ -82,6 +83,11 @@ def cast(params: dict[str, Array | None], dtype, scale_offset: float) -> dict[st
     given = {name: p if p is None else p.astype(dtype) for name, p in params.items()}
     scale = given.get("scale")
     return given if scale is None or not scale_offset else {**given, "scale": scale + jnp.asarray(scale_offset, dtype)}
+
+
+def hashable(names: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """A mapping that Flax's modules can hold: they are hashed and compared."""
+    return None if names is None else FrozenDict(names)
 
 
 def check_not_both(layer, **given: tuple[bool, Any]) -> None:

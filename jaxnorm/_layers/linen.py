@@ -47,6 +47,8 @@ class Layer(nn.Module):
     def __post_init__(self):
         if self.form is not None:
             self.form.refuse_arrays(self, {name: getattr(self, name) for name in self.form.fields})
+        layer: Any = self
+        object.__setattr__(self, "param_names", flax_rules.hashable(getattr(layer, "param_names", None)))
         super().__post_init__()
 
     @nn.nowrap

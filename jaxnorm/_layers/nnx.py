@@ -65,6 +65,7 @@ class Layer(nnx.Module):
             )
         metadata = {name: given.pop(f"{name}_metadata", _NONE) for name in form.params}
         inits = {name: given.pop(f"{name}_init", None) for name in (*form.params, *form.state)}
+        given["param_names"] = flax_rules.hashable(given["param_names"])
         for option, value in given.items():
             setattr(self, option, to_python(value))
         self._make_variables(form, width, rngs, inits, metadata)
@@ -244,7 +245,7 @@ class Norm(Layer):
     ):  # fmt: skip
         form, self.spec, self.num_features = derive.wrapped(type(spec)), spec, to_python(num_features)
         self.use_running_average, self.promote_dtype = use_running_average, promote_dtype
-        self.param_names, self.cast_params = param_names, cast_params
+        self.param_names, self.cast_params = flax_rules.hashable(param_names), cast_params
         spec.init(num_features)  # checks the features
         features = self.num_features
         self._make_variables(form, features if isinstance(features, tuple) else (features,), rngs, {}, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,22 @@ def test_parameters_take_other_names():
     layer.kernel[...] = jnp.full(6, 2.0)
     np.testing.assert_array_equal(layer(X), jn.rms_norm(X, jnp.full(6, 2.0)))
     assert sorted(jnn.Norm(jn.LayerNorm(), param_names=names).init(KEY, X)["params"]) == ["beta", "weight"]
+
+
+def test_layers_with_other_names_are_hashed_split_and_pickled():
+    for layer in (jnn.LayerNorm(param_names={"scale": "w"}), jnn.Norm(jn.RMSNorm(), param_names={"scale": "w"})):
+        assert pickle.loads(pickle.dumps(layer)) == layer
+        assert hash(layer) == hash(layer.clone())
+        variables = layer.init(KEY, X)
+        assert jax.jit(layer.apply)(variables, X).shape == X.shape
+    for layer in (
+        jnnx.RMSNorm(6, param_names={"scale": "w"}, rngs=nnx.Rngs(0)),
+        jnnx.Norm(jn.BatchNorm(running=jn.EMA(momentum=0.5)), 6, param_names={"scale": "w"}, rngs=nnx.Rngs(0)),
+    ):
+        graphdef, state = nnx.split(layer)
+        assert hash(graphdef) == hash(nnx.split(layer)[0])
+        assert nnx.merge(graphdef, state)(X).shape == X.shape
+        assert jnp.isfinite(nnx.jit(nnx.grad(lambda layer: layer(X).sum()))(layer).w[...]).all()
 
 
 def test_statistics_take_initializers():
