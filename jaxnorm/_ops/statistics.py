@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .._core.arithmetic import abs_squared, nonzero_divisor
 from .._core.collectives import SLOT_BYTES, combine, merge_over_devices, psum_grouped
-from .._core.masks import count_valid, deviation, valid_mask
+from .._core.masks import count_valid, deviation, valid_mask, zero_where_padding
 from .._core.over import Axes
 from .._core.reduce import local_statistics
 from .._core.types import Reduction, Statistics
@@ -59,9 +59,12 @@ def statistics_tangent(
     """
     prescale: Any = reduction.prescale if reduction.large_prescale is None else 1.0 if unit is None else unit
     mean = (reduction.over.spread(part, ids) for part in (stats.mean_hi, stats.mean_lo))
-    d = deviation(x, valid_mask(mask, weights), *mean)
+    keep = valid_mask(mask, weights)
+    d = deviation(x, keep, *mean)
     at_x = reduction.over.spread(prescale, ids).astype(d.dtype) if isinstance(prescale, jax.Array) else prescale
     z = at_x * d
+    if dx is not None and weights is not None:  # padding is a constant, also while its weight moves away from 0
+        dx = zero_where_padding(x, keep, dx)
     dz = None if dx is None else at_x * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(reduction, z, mask, weights, dz, dweights, ids)
 

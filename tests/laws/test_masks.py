@@ -240,3 +240,16 @@ def test_poison_in_the_padding_reaches_no_gradient_at_inference(train, rng):
     pull = lambda x: jax.vjp(lambda p, x: norm.apply(p, state, x, train=train, mask=mask)[0], params, x)[1](g)
     for got, want in zip(jax.tree.leaves(pull(bad)), jax.tree.leaves(pull(x)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("poison", [np.nan, -np.inf])
+def test_padding_of_weight_0_is_still_in_second_derivatives_in_every_mode(poison, rng):
+    """Forward over reverse and reverse over reverse agree: x has no gradient there, though its weight moves."""
+    x, w, v = draw(rng, (4, 8)), rng.uniform(0.5, 2.0, (4, 8)).astype("f"), draw(rng, (4, 8))
+    x[1, 3], w[1, 3] = poison, 0.0
+    slope = lambda w: jax.grad(lambda x: (jn.moments(x, 1, weights=w).mean ** 2).sum())(x)
+    along_w = jax.jvp(slope, (w,), (v,))[1]
+    assert along_w[1, 3] == 0
+    still = np.where(w == 0, 0, v)
+    backward = jax.grad(lambda w: jnp.vdot(slope(w), still))(w)
+    np.testing.assert_allclose(jnp.vdot(along_w, still), jnp.vdot(backward, v), rtol=1e-4)
