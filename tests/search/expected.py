@@ -210,7 +210,8 @@ def _of_moments(case: Case, how, o, g, t, dtypes) -> dict:
     bounds = Bounds(how, o, case.accumulator)
     a, u = bounds.a, bounds.u
     sigma, d = np.sqrt(a["v"]), np.abs(bounds.t["d"])
-    errors = dict(count=u * a["n"], mean=u * (a["mu"] + sigma), m2=2 * u * (a["v"] * a["n"]))
+    # Equal weights round the same way at each step of a sum, so the errors of a count add up and do not average out.
+    errors = dict(count=2 * u * a["n"], mean=u * (a["mu"] + sigma), m2=2 * u * (a["v"] * a["n"]))
     true = truth.moments(how, o)
     out = {k: (true[k][dims], errors[k][dims] + float(jnp.finfo("float32").tiny)) for k in MOMENTS}
     if poisoned is not None:
