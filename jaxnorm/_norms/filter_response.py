@@ -53,7 +53,7 @@ class FilterResponseNorm(RowSpec):
     axis: int = -1
     epsilon: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         canonicalize_number("FilterResponseNorm", "init_learned_epsilon", self.init_learned_epsilon, "1e-4")
 

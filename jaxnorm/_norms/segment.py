@@ -53,7 +53,7 @@ class SegmentNorm(RowSpec):
     indices_are_sorted: bool = False
     epsilon: float = 1e-5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         _check_kind("SegmentNorm", self.kind, self.num_groups, self.group_size)
 
