@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-# pyright: reportPrivateImportUsage=false
+# flax 0.12.8
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 from flax import linen as _flax
 from flax.linen import RNN as RNN
 from flax.linen import BatchApply as BatchApply

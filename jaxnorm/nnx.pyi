@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-# pyright: reportPrivateImportUsage=false
+# flax 0.12.8
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false
 from flax import nnx as _flax
 from flax.nnx import EMA as EMA
 from flax.nnx import RNN as RNN
