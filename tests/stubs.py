@@ -95,7 +95,8 @@ def of_layers(library: str) -> str:
     flax = importlib.import_module(f"flax.{library}")
     taken = {*module.__all__, *re.findall(r"\w+", WORDS)}
     others = [n for n in dir(flax) if n[0] != "_" and n not in taken and not inspect.ismodule(getattr(flax, n))]
-    head = f"# flax {importlib.metadata.version('flax')}\n# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false\n"
+    head = f"# flax {importlib.metadata.version('flax')}\n"
+    head += "# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false\n"
     head += f"from flax import {library} as _flax\n\nfrom ._ops import policy as _policy\n\n"
     plain = lambda name: is_declared(getattr(flax, name), name)
     head += "".join(f"from flax.{library} import {name} as {name}\n" for name in others if plain(name))
