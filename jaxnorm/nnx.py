@@ -8,7 +8,8 @@ output's is what Flax's would be, while the statistics are always those of x as 
 
 What jaxnorm adds is keyword only, and described in each layer's own docstring. A scale that keeps Flax's default
 initializer starts at 1 - `scale_offset`, so that the effective scale starts at 1. `scale` and `bias` may be given at
-the call, per sample too, as (N, 1, 1, C); such a layer has `use_scale=False`, `use_bias=False`.
+the call, per sample too, as (N, 1, 1, C); such a layer has `use_scale=False`, `use_bias=False`. `param_names` gives
+parameters other names, and `cast_params` casts them to the output's dtype before they are used.
 
 Every spec has a layer of its name here; `Norm` makes a layer of any spec. All other names are Flax's, so one import
 serves a whole model: `from jaxnorm import nnx`.

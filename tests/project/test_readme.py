@@ -16,15 +16,21 @@ TEXT = {page: page.read_text() for page in PAGES}
 
 # The blocks of a page are one program. All other lines become blank, so that a traceback has the page's line numbers.
 RUN = """
-import re, sys
+import re, sys, types
 for path in sys.argv[1:]:
     code, inside = [], False
     for line in open(path, encoding="utf-8"):
         fence = line.startswith("```")
         code.append(line if inside and not fence else "\\n")
         inside = line == "```python\\n" or inside and not fence
-    names = {"__name__": "page"}
+    page = sys.modules["page"] = types.ModuleType("page")
+    names = vars(page)
+    names["__package__"] = "jaxnorm._norms" if path.endswith("CONTRIBUTING.md") else ""  # where its example belongs
     exec(compile("".join(code), path, "exec"), names)
+    if path.endswith("CONTRIBUTING.md"):
+        params, state = names["DynamicSoftsign"](activation="relu").init(3)
+        y, _ = names["DynamicSoftsign"](activation="relu").apply(params, state, [[2.0, 0.0, -2.0]])
+        assert y.tolist() == [[0.5, 0.0, 0.0]]
     if path.endswith("README.md"):
         import jax
         y, loss = names["y"], names["loss"]
