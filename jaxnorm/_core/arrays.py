@@ -13,6 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from .messages import shown, to_python
+from .tracing import leave_for_values
 from .vma import shard_like
 
 Array = jax.Array
@@ -190,6 +191,7 @@ def align_segment_ids(norm: str, x: Array, ids, num_segments) -> tuple[Array, in
 def concrete_value(a) -> np.ndarray | None:
     """Return the values of an array, or None if they are traced or not all on this process."""
     if any(isinstance(part, Tracer) or not getattr(part, "is_fully_addressable", True) for part in jax.tree.leaves(a)):
+        leave_for_values()
         return None
     return np.asarray(a)
 

@@ -16,6 +16,7 @@ from .._core.checks import canonicalize_epsilon, canonicalize_flags, canonicaliz
 from .._core.docstrings import described, joined, listed, sections
 from .._core.explain import explained
 from .._core.messages import shown, to_python
+from .._core.program import as_program
 from .._core.types import Affine, Features, Params, RunningStats
 from .._ops.activation import Activation, check_activation_name
 from .._ops.plan import check_implementation
@@ -100,7 +101,8 @@ def function_of(spec: Any) -> Callable[[F], F]:
         parts = sections(f)
         parts["Args"] = listed([p.name for p in shown], _described(spec) | described(f))
         named.__doc__ = joined(parts)
-        function = explained("function", {name: o.default for name, o in options.items()})(f)
+        program = as_program(f, static=options.keys() - {"momentum"})
+        function = explained("function", {name: o.default for name, o in options.items()})(program)
         spec.function = staticmethod(function)
         return function
 

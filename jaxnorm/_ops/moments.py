@@ -5,6 +5,7 @@ Legend: x is any shape; "reduced" means x's shape without `axes`; w is a weight 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from .._core.explain import explained
 from .._core.masks import finite_padding
 from .._core.messages import shown
 from .._core.over import Axes
+from .._core.program import as_program
 from .._core.types import AxisName, Groups, Moments, Reduction, Statistics
 from .._core.vma import broadcast_like
 from .statistics import statistics
@@ -27,6 +29,7 @@ _PLAIN = Reduction(Axes(()))  # how `Moments` are kept: with a prescale of 1
 
 
 @explained("function")
+@functools.partial(as_program, static=("axes",))
 def moments(
     x: ArrayLike,
     axes: int | Sequence[int] | None = None,
@@ -74,6 +77,7 @@ def moments(
 
 
 @explained("function")
+@as_program
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of two sets together: associative, commutative, with `Moments(0., 0., 0.)` as identity.
 
@@ -96,6 +100,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 @explained("function")
+@as_program
 def merge_across(m: Moments, axis_name: AxisName, axis_index_groups: Groups | None = None) -> Moments:
     """`merge` over the devices of a named axis of pmap, shard_map or vmap: each gets the moments of all their data.
 

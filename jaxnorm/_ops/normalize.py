@@ -17,6 +17,7 @@ from .._core.dtypes import accumulator, widest
 from .._core.explain import explained
 from .._core.masks import deviation
 from .._core.platforms import recompute
+from .._core.program import as_program
 from .._core.types import Affine
 from .._core.vma import shard_like
 from . import activation as _activation
@@ -27,6 +28,7 @@ Array = jax.Array
 
 
 @explained("function")
+@as_program
 def normalize(
     x: ArrayLike,
     mean: ArrayLike,
@@ -109,6 +111,7 @@ def _given(epsilon, scale_offset, activation, dtype, x, mean, var, scale, bias, 
 
 
 @explained("function")
+@as_program
 def as_affine(
     mean: ArrayLike,
     var: ArrayLike,

@@ -16,6 +16,7 @@ from .._core.checks import check_axis_name
 from .._core.dtypes import widest
 from .._core.explain import explained
 from .._core.mesh import explain_unbound_axis
+from .._core.program import as_program
 from .._core.types import Moments, RunningStats
 from .._core.vma import with_sharding_of
 from .moments import merge, merge_across
@@ -25,6 +26,7 @@ Array = jax.Array
 
 
 @explained("function")
+@as_program
 def update_state(
     state: Any,
     moments: Any,
@@ -104,6 +106,7 @@ def update_state(
 
 
 @explained("function")
+@as_program
 def sync_state(state: Any, axis_name: str | tuple[str, ...]) -> Any:
     """Merge running statistics that devices accumulated independently, so that all devices hold the same values.
 
