@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .types import Reduction
@@ -51,12 +52,20 @@ def pick_in_range(reduction: Reduction, small: Array, large: Array) -> tuple[Arr
     """From the sums of squares by the small and by the large prescale, the one in range, and its prescale."""
     assert reduction.large_prescale is not None
     fits = small <= FULL  # False also for NaN
-    return jnp.where(fits, small, large), jnp.where(fits, reduction.prescale, reduction.large_prescale)
+    return where(fits, small, large), jnp.where(fits, reduction.prescale, reduction.large_prescale)
 
 
 def nonzero_divisor(n: Array) -> Array:
-    """n, but 1 where it is 0: a divisor for sums that are 0 there."""
-    return jnp.where(n == 0, 1.0, n)
+    """n, but 1 where it is 0: a divisor for sums that are 0 there. Of a constant, which NumPy holds, a constant."""
+    return n + (n == 0) if isinstance(n, np.ndarray) else where(n == 0, 1.0, n)
+
+
+def where(condition: Array, a: Array | float, b: Array | float) -> Array:
+    """`jnp.where`, of arrays of one shape and of numbers without a function of its own in the program."""
+    shaped = [v for v in (a, b) if not isinstance(v, float)]
+    if not shaped or any([v.shape != condition.shape or v.dtype != shaped[0].dtype for v in shaped]):
+        return jnp.where(condition, a, b)
+    return lax.select(condition, *(lax.full_like(shaped[0], v) if isinstance(v, float) else v for v in (a, b)))
 
 
 def nan_if_infinite(a: Array) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .arithmetic import FULL, abs_squared, nonzero_divisor, pick_in_range, scaled_abs_squared, scaled_by
+from .arithmetic import FULL, abs_squared, nonzero_divisor, pick_in_range, scaled_abs_squared, scaled_by, where
 from .dtypes import accumulator, are_static
 from .platforms import by_platform
 from .types import Reduction
@@ -75,11 +75,10 @@ def shifted_moments(
     """
     at_x = reduction.over.spread(shift, ids)
     d = difference(x, keep, at_x)
-    w = weight_of(weights, n)
     total = total or functools.partial(reduction.over.sum, ids=ids)
-    offset = mean_of(total(w.astype(d.dtype) * d), n)
+    offset = mean_of(total(weighted(d, weights)), n)
     # The prescale taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
-    squares = lambda prescale: total(w * abs_squared(difference(x, keep, at_x, prescale)))
+    squares = lambda prescale: total(weighted(abs_squared(difference(x, keep, at_x, prescale)), weights))
     if reduction.large_prescale is None:
         m2, prescale = squares(reduction.prescale), reduction.prescale
     else:
@@ -87,10 +86,10 @@ def shifted_moments(
     correction = n * scaled_abs_squared(offset, prescale)
     m2 = m2 - correction
     constant = m2 <= 2.0**-18 * correction
-    m2 = jnp.where(constant, 0.0, m2)
+    m2 = where(constant, 0.0, m2)
     return (
-        jnp.where(constant, shift + offset, shift),
-        jnp.where(constant, 0.0, offset),
+        where(constant, shift + offset, shift),
+        where(constant, 0.0, offset),
         m2 if reduction.large_prescale is None else jnp.sqrt(m2) / prescale,
     )
 
@@ -128,8 +127,7 @@ def two_pass(
     Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7. The first sum is about a
     `rough` mean, if there is one.
     """
-    d, w = difference(x, keep, rough), weight_of(weights, n)
-    shift = mean_of(reduction.over.sum(w.astype(d.dtype) * d, ids), n)
+    shift = mean_of(reduction.over.sum(weighted(difference(x, keep, rough), weights), ids), n)
     if keep is not None or weights is not None:
         # XLA makes a product of the division by n, and contracts it with the subtraction in x - shift. That shift is
         # not rounded, so it is not the one returned. XLA keeps this rounding.
@@ -249,6 +247,10 @@ def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
         constant *= jnp.minimum(jnp.maximum(2.0**-18 * correction - m2 + 2.0**-126, 0.0) * 2.0**126, 1.0)
         root = jnp.maximum(jnp.sqrt(jnp.maximum(m2, 0.0)) / prescale, root)
     return shift, offset, root + constant * 2.0**126
+
+
+def weighted(a: Array, weights: Array | None) -> Array:
+    return a if weights is None else weights.astype(a.dtype) * a
 
 
 def weight_of(weights: Array | None, n: Array) -> Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .dtypes import accumulator, are_static
@@ -55,8 +56,13 @@ def usable(x: Array, keep: Array) -> Array:
 
 
 def count_valid(x: Array, mask: Array | None, weights: Array | None, over: Over, ids: Array | None = None) -> Array:
-    """The number of present elements, or the sum of their weights, as float32 of broadcastable shape."""
+    """The number of present elements, or the sum of their weights, as float32 of broadcastable shape.
+
+    NumPy's where it is a constant: then nothing is computed for groups that could be empty.
+    """
     dtype = jnp.finfo(accumulator(x)).dtype
+    if mask is None and weights is None and ids is None and are_static(*x.shape):
+        return np.full((1,) * x.ndim, math.prod(x.shape[a] for a in over.axes), dtype)  # pyright: ignore
     ones = jnp.ones((1,) * x.ndim, dtype) if weights is None else weights.astype(dtype)
     kept = ones if mask is None else jnp.where(mask, ones, 0.0)
     total, repeats = over.sum(kept, ids), [x.shape[a] for a in over.axes if kept.shape[a] == 1]

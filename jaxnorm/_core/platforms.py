@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax import lax
 
 from .types import Reduction
 
 
 def by_platform(reduction: Reduction, *args, default: Callable, **formulas: Callable):
-    """`lax.platform_dependent`; of a plain reduction the CPU's formula."""
+    """`lax.platform_dependent`; of a plain reduction the CPU's formula. Constants, which NumPy holds, remain so."""
     if reduction.plain:
         return formulas.get("cpu", default)(*args)
-    return lax.platform_dependent(*args, default=default, **formulas)
+    constant = [isinstance(a, np.ndarray) for a in args]
+
+    def of_arrays(formula: Callable) -> Callable:
+        def of(*arrays):
+            others = iter(arrays)
+            return formula(*(a if c else next(others) for a, c in zip(args, constant, strict=True)))
+
+        return of
+
+    arrays = [a for a, c in zip(args, constant, strict=True) if not c]
+    platforms = {name: of_arrays(formula) for name, formula in formulas.items()}
+    return lax.platform_dependent(*arrays, default=of_arrays(default), **platforms)
 
 
 def recompute(f: Callable, plain: bool) -> Callable:

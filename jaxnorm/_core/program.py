@@ -21,12 +21,14 @@ from .tracing import in_program, values_are_hidden
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def as_program(f: F, static: Iterable[str] = ()) -> F:
+def as_program(f: F, static: Iterable[str] = (), inline: bool = False) -> F:
     """Compile f once for each set of static options and each shape of its arrays.
 
     What comes by position, and options that are arrays, are operands; but scalars of ints and bools, and options named
     `static`, are read. Where something by position is no array, nor a tree of some, where an option cannot be hashed,
     and where f raises or warns, f runs as it is.
+
+    Under jit the program is a function that is lowered once and called, unless it is written `inline`.
     """
     read = frozenset(static)
 
@@ -37,7 +39,7 @@ def as_program(f: F, static: Iterable[str] = ()) -> F:
                 return f(*args, **options, **static)
 
         run.__name__ = run.__qualname__ = f.__name__
-        return jax.jit(run)
+        return jax.jit(run, inline=inline)
 
     @functools.wraps(f)
     def call(*args, **options):

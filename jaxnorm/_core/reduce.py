@@ -23,7 +23,7 @@ from .formulas import (
     one_pass_by_parts,
     sharded_axes,
     two_pass,
-    weight_of,
+    weighted,
     welford,
 )
 from .masks import count_valid, valid_mask
@@ -48,7 +48,7 @@ def local_statistics(
     if not reduction.centered:
         zero = jnp.zeros(over.shape(x.shape), accumulator(x))
         squares = lambda prescale: over.sum(
-            weight_of(weights, n) * abs_squared(difference(x, keep, over.spread(zero, ids)) * prescale), ids
+            weighted(abs_squared(difference(x, keep, over.spread(zero, ids)) * prescale), weights), ids
         )
         if reduction.large_prescale is None:
             return Statistics(n, zero, zero, squares(reduction.prescale))

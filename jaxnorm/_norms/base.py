@@ -77,10 +77,11 @@ def spec(cls: type[T]) -> type[T]:
     return cls
 
 
-def function_of(spec: Any) -> Callable[[F], F]:
+def function_of(spec: Any, inline: bool = False) -> Callable[[F], F]:
     """Make a function that of a spec: it takes the spec's options by keyword, with the defaults of the spec.
 
     The function names those that it uses itself, and hands the others on. `inspect.signature` and `help` show all.
+    `inline` is that of `as_program`.
     """
 
     def decorate(f: F) -> F:
@@ -101,7 +102,7 @@ def function_of(spec: Any) -> Callable[[F], F]:
         parts = sections(f)
         parts["Args"] = listed([p.name for p in shown], _described(spec) | described(f))
         named.__doc__ = joined(parts)
-        program = as_program(f, static=options.keys() - {"momentum"})
+        program = as_program(f, static=options.keys() - {"momentum"}, inline=inline)
         function = explained("function", {name: o.default for name, o in options.items()})(program)
         spec.function = staticmethod(function)
         return function

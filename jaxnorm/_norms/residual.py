@@ -59,7 +59,7 @@ class AddRMSNorm(RowSpec):
         return self._applied(params, state, x, residual, mask=mask), state
 
 
-@function_of(AddRMSNorm)
+@function_of(AddRMSNorm, inline=True)  # x and residual have one cotangent, which a call would return twice
 def add_rms_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -142,7 +142,7 @@ class AddLayerNorm(RowSpec):
         return self._applied(params, state, x, residual, mask=mask), state
 
 
-@function_of(AddLayerNorm)
+@function_of(AddLayerNorm, inline=True)  # x and residual have one cotangent, which a call would return twice
 def add_layer_norm(
     x: ArrayLike,
     residual: ArrayLike,

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from .._core.arithmetic import nan_if_infinite, nonzero_divisor
+from .._core.arithmetic import nan_if_infinite, nonzero_divisor, where
 from .._core.dtypes import are_static, round_to, widest
 from .._core.formulas import are_last, split_axes
 from .._core.masks import deviation, valid_mask, zero_where_padding
@@ -22,7 +23,7 @@ from .._core.over import Axes
 from .._core.reduce import statistics_of_output
 from .._core.types import Plan, Statistics
 from .._core.vma import broadcast_like, pvary_like
-from .statistics import tangent_sums
+from .statistics import count_of, tangent_sums
 
 Array = jax.Array
 
@@ -37,7 +38,9 @@ def rsqrt(m2: Array, n: Array, prescale: float, epsilon: float) -> Array:
     void = n == 0
     if least < jnp.finfo(v.dtype).tiny:  # else v is never 0, and a select would cut XLA's kernels for rows on a GPU
         void |= v == 0
-    return jnp.where(void, 0.0, prescale * _rsqrt(jnp.where(void, 1.0, v)))
+    if isinstance(void, np.ndarray) and not void.any():
+        return prescale * _rsqrt(v)
+    return where(void, 0.0, prescale * _rsqrt(where(void, 1.0, v)))
 
 
 @jax.custom_jvp
@@ -64,7 +67,7 @@ def rsqrt_of_root(root: Array, n: Array, epsilon: float) -> Array:
         larger = nonzero_divisor(larger)
     larger = nan_if_infinite(larger)
     r = lax.rsqrt(1.0 + jnp.square(jnp.minimum(spread, least) / larger)) / larger
-    return jnp.where(void, 0.0, r)
+    return where(void, 0.0, r)
 
 
 @rsqrt_of_root.defjvp
@@ -103,7 +106,8 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
     """scale + scale_offset in float32 or wider; an absent scale is 1 whatever the offset."""
     if scale is None:
         return jnp.ones((), dtype)
-    return scale.astype(widest(dtype, scale.dtype)) + scale_offset
+    scale = scale.astype(widest(dtype, scale.dtype))
+    return scale + scale_offset if scale_offset else scale
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -117,15 +121,15 @@ def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias, ids=Non
 def xhat_and_r(plan: Plan, x, mask, weights, stats: Statistics, ids=None) -> tuple[Array, Array]:
     """xhat, and r in the shape of the statistics."""
     reduction, keep = plan.reduction, valid_mask(mask, weights)
-    over = reduction.over
+    over, n = reduction.over, count_of(reduction, x, mask, weights, stats)
     d = deviation(x, keep, over.spread(stats.mean_hi, ids), over.spread(stats.mean_lo, ids))
     if reduction.large_prescale is None:
         # A sum that overflowed makes NaN. But for rows of RMS norm, where XLA would cut its kernel for a GPU in three.
         bare = not reduction.centered and isinstance(over, Axes) and are_last(x, over.axes)
         m2 = stats.m2 if bare else nan_if_infinite(stats.m2)
-        r = rsqrt(m2, stats.count, reduction.prescale, plan.epsilon).astype(d.dtype)
+        r = rsqrt(m2, n, reduction.prescale, plan.epsilon).astype(d.dtype)
     else:
-        r = rsqrt_of_root(stats.m2, stats.count, plan.epsilon).astype(d.dtype)
+        r = rsqrt_of_root(stats.m2, jnp.asarray(n), plan.epsilon).astype(d.dtype)
     xhat = d * over.spread(r, ids)
     if reduction.large_prescale is not None and keep is not None and not jnp.iscomplexobj(xhat):
         xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
@@ -142,7 +146,8 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
     scale and bias, and dx = s r (g - sum(g)/N - xhat sum(g xhat)/N) costs one all-reduce for both.
     """
     dx, dscale, dbias, dweights = tangents
-    reduction, n = plan.reduction, nonzero_divisor(stats.count)
+    reduction = plan.reduction
+    n = nonzero_divisor(count_of(reduction, x, mask, weights, stats))
     xhat, r = xhat_and_r(plan, x, mask, weights, stats, ids)
     at_x = functools.partial(reduction.over.spread, ids=ids)
     s = effective_scale(scale, plan.scale_offset, xhat.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._core.arithmetic import abs_squared, nonzero_divisor
 from .._core.collectives import SLOT_BYTES, combine, merge_over_devices, psum_grouped
@@ -72,9 +73,18 @@ def statistics_tangent(
         d = jnp.zeros_like(out) if isinstance(d, float) else broadcast_like(out, d.astype(out.dtype))
         return pvary_like(out, d)
 
-    mean = d1 / (nonzero_divisor(stats.count) * prescale).astype(stats.mean_lo.dtype) if reduction.centered else 0.0
+    n = nonzero_divisor(count_of(reduction, x, mask, weights, stats))
+    mean = d1 / (n * prescale).astype(stats.mean_lo.dtype) if reduction.centered else 0.0
     still = jnp.zeros_like(stats.mean_hi)
     return Statistics(like(dn, stats.count), still, like(mean, stats.mean_lo), like(d2, stats.m2))
+
+
+def count_of(reduction: Reduction, x: Array, mask, weights, stats: Statistics) -> Array:
+    """The count of the statistics of x: a constant, which NumPy holds, where it is one, so that no program asks."""
+    if reduction.axis_name is not None or not isinstance(reduction.over, Axes):
+        return stats.count
+    known = count_valid(x, mask, weights, reduction.over) if mask is None and weights is None else None
+    return known if isinstance(known, np.ndarray) else stats.count
 
 
 def drop_symbolic_zeros(tangents) -> list:

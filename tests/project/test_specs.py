@@ -377,3 +377,13 @@ def test_what_a_call_says_it_says_at_every_call():
     for call in (weigh, weigh, lambda x, w: jax.jit(lambda x: weigh(x, bad))(x)):
         with pytest.raises(ValueError, match="weights must be >= 0"):
             call(x, bad)
+
+
+def test_a_program_tells_kinds_of_numbers_apart():
+    """1 and True are equal and hash alike; one of them is refused, also after the other has made a program."""
+    state = jn.RunningStats(jnp.zeros(4), jnp.ones(4))
+    norm = lambda x, sync: jn.batch_norm(x, None, state, train=True, axis_name="d", sync=sync)[0]
+    over = lambda sync: jax.vmap(lambda x: norm(x, sync), axis_name="d")(jnp.ones((2, 3, 4)))
+    assert over(1).shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="sync must be"):
+        over(True)
