@@ -13,6 +13,7 @@ from jax import lax
 
 from .arithmetic import FULL, abs_squared, nonzero_divisor, pick_in_range, scaled_abs_squared, scaled_by, where
 from .dtypes import accumulator, are_static
+from .over import Axes, Over
 from .platforms import by_platform
 from .types import Reduction
 
@@ -127,14 +128,15 @@ def two_pass(
     Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983), equation 1.7. The first sum is about a
     `rough` mean, if there is one.
     """
-    shift = mean_of(reduction.over.sum(weighted(difference(x, keep, rough), weights), ids), n)
+    about = None if rough is None else reduction.over.spread(rough, ids)
+    shift = mean_of(reduction.over.sum(weighted(difference(x, keep, about), weights), ids), n)
     if keep is not None or weights is not None:
         # XLA makes a product of the division by n, and contracts it with the subtraction in x - shift. That shift is
         # not rounded, so it is not the one returned. XLA keeps this rounding.
         shift = _rounded(shift)
     shift = shift if rough is None else rough + shift
     size = None
-    if reduction.large_prescale is not None and ids is None:
+    if reduction.large_prescale is not None and isinstance(reduction.over, Axes):
         first = _first(difference(x, keep, None), reduction.axes)
         size = jnp.maximum(jnp.abs(shift), jnp.abs(first))
     return shifted_moments(x, keep, weights, n, shift, reduction, size=size, ids=ids)
@@ -145,12 +147,12 @@ def long_two_pass_on_cpu(x, keep, weights, n, reduction: Reduction) -> tuple[Arr
 
     At a mean of many deviations that would drift by many of them.
     """
-    return two_pass(x, keep, weights, n, reduction, _rough_mean(x, keep, reduction.axes))
+    return two_pass(x, keep, weights, n, reduction, _rough_mean(x, keep, reduction.over))
 
 
-def is_long(x: Array, axes: tuple[int, ...]) -> bool:
-    """Whether a sum over these axes is one for `long_two_pass_on_cpu`."""
-    size = math.prod(x.shape[a] for a in axes)
+def is_long(x: Array, over: Over) -> bool:
+    """Whether a sum over these elements is one for `long_two_pass_on_cpu`."""
+    size = over.size(x.shape)
     return are_static(size) and size >= _LONG_SUM
 
 
@@ -286,15 +288,15 @@ def _spaced_sample(x: Array, axes: tuple[int, ...]) -> Array | None:
     return block.astype(accumulator(x))
 
 
-def _rough_mean(x: Array, keep: Array | None, axes: tuple[int, ...]) -> Array | None:
+def _rough_mean(x: Array, keep: Array | None, over: Over) -> Array | None:
     """The mean of the sample's present elements, 0 where there are none; None where there is no sample."""
     sharded = sharded_axes(x) or (keep is not None and sharded_axes(keep))  # their samples might not agree
-    sample = None if sharded else _spaced_sample(x, axes)
+    sample = None if sharded else _spaced_sample(x, over.axes)
     if sample is None or keep is None:
-        return None if sample is None else sample.mean(axes, keepdims=True)
-    kept = _spaced_sample(jnp.broadcast_to(keep, x.shape), axes)
+        return None if sample is None else over.sum(sample, None) / over.size(sample.shape)
+    kept = _spaced_sample(jnp.broadcast_to(keep, x.shape), over.axes)
     assert kept is not None
-    return weighted_mean(jnp.where(kept > 0, sample, 0.0), kept, kept.sum(axes, keepdims=True), axes)
+    return mean_of(over.sum(jnp.where(kept > 0, sample, 0.0), None), over.sum(kept, None))
 
 
 def sharded_axes(x: Array) -> list[int]:

@@ -62,7 +62,7 @@ def count_valid(x: Array, mask: Array | None, weights: Array | None, over: Over,
     """
     dtype = jnp.finfo(accumulator(x)).dtype
     if mask is None and weights is None and ids is None and are_static(*x.shape):
-        return np.full((1,) * x.ndim, math.prod(x.shape[a] for a in over.axes), dtype)  # pyright: ignore
+        return np.full((1,) * x.ndim, over.size(x.shape), dtype)  # pyright: ignore
     ones = jnp.ones((1,) * x.ndim, dtype) if weights is None else weights.astype(dtype)
     kept = ones if mask is None else jnp.where(mask, ones, 0.0)
     total, repeats = over.sum(kept, ids), [x.shape[a] for a in over.axes if kept.shape[a] == 1]

@@ -73,6 +73,56 @@ class Axes:
         return s
 
 
+@dataclass(frozen=True)
+class Groups:
+    """All elements along some axes, of each of a `number` of equal groups of neighbouring channels, the last axis.
+
+    Sums are of channels first. XLA for CPU takes five to fourteen times as long for sums over (..., groups, channels of
+    a group) at once, and for elementwise operations on arrays of that shape, whose loops are short.
+    """
+
+    axes: tuple[int, ...]  # beside that of channels
+    number: int
+    channels: int
+
+    @property
+    def each(self) -> int:
+        """The channels of a group."""
+        return self.channels // self.number
+
+    def shape(self, x):
+        return (*(1 if a in self.axes else n for a, n in enumerate(x[:-1])), self.number)
+
+    def size(self, x):
+        return math.prod(map(x.__getitem__, self.axes)) * self.each
+
+    def present(self, mask, ids):
+        return mask
+
+    def sum(self, a, ids):
+        a = a.sum(self.axes, keepdims=True)
+        if a.shape[-1] == 1:
+            return a * self.each
+        return a.reshape(*a.shape[:-1], self.number, self.each).sum(-1)
+
+    def spread(self, s, ids):
+        if s.shape[-1] == 1 != self.number:
+            return s
+        return jnp.broadcast_to(s[..., None], (*s.shape[:-1], self.number, self.each)).reshape(*s.shape[:-1], -1)
+
+    def split(self, a: Array) -> Array:
+        """a with its channels in groups, an axis more."""
+        one = a.shape[-1] == 1 != self.channels
+        return a.reshape(*a.shape[:-1], *((1, 1) if one else (self.number, self.each)))
+
+    def joined(self, a: Array) -> Array:
+        """What `split` makes of it, made of a."""
+        *others, number, each = a.shape
+        if number == each == 1:
+            return a.reshape(*others, 1)
+        return jnp.broadcast_to(a, (*others, self.number, self.each)).reshape(*others, self.channels)
+
+
 _BLOCKS = 64  # of rows, at most, that are summed each by itself
 _BESIDE = 16  # ... as long as all their sums have a 16th of the rows
 

@@ -6,6 +6,7 @@ Every other backend must match it. Accumulation is in `accumulator(x)`: float32,
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from .formulas import (
     welford,
 )
 from .masks import count_valid, valid_mask
-from .over import Axes
+from .over import Axes, Groups
 from .platforms import by_platform
 from .types import Reduction, Statistics
 
@@ -59,8 +60,10 @@ def local_statistics(
         return Statistics(n, zero, zero, zero.real)
     if ids is not None:
         return Statistics(n, *two_pass(*args, reduction, ids=ids))
+    if isinstance(over, Groups):
+        return _of_groups(x, mask, weights, n, reduction, over)
     by = lambda formula: lambda *args: formula(*args, reduction)
-    long = is_long(x, reduction.axes)
+    long = is_long(x, over)
     on_cpu = by(long_two_pass_on_cpu if long else two_pass)
     if reduction.one_pass and keep is None and sharded_axes(x):
         return Statistics(n, *one_pass(*args, reduction))
@@ -73,6 +76,21 @@ def local_statistics(
         return Statistics(n, *by_platform(reduction, *args, cpu=on_cpu, default=by(two_pass)))
     on_gpu = by(welford if are_last(x, reduction.axes) else one_pass_by_parts)
     return Statistics(n, *by_platform(reduction, *args, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=by(welford)))
+
+
+def _of_groups(x, mask, weights, n: Array, reduction: Reduction, over: Groups) -> Statistics:
+    """On a CPU by sums of channels; elsewhere by the formula for x with its channels in groups."""
+    viewed = replace(reduction, over=Axes((*over.axes, x.ndim)))
+    split = lambda a: None if a is None else over.split(a)
+
+    def on_cpu(x, mask, weights, n):
+        formula = long_two_pass_on_cpu if is_long(x, over) else two_pass
+        return formula(x, valid_mask(mask, weights), weights, n, reduction)
+
+    def elsewhere(x, mask, weights, n):
+        return tuple(a[..., 0] for a in local_statistics(split(x), split(mask), split(weights), viewed)[1:])
+
+    return Statistics(n, *by_platform(reduction, x, mask, weights, n, cpu=on_cpu, default=elsewhere))
 
 
 def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, reduction: Reduction):

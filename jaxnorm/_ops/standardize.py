@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import jax
 
@@ -10,7 +11,7 @@ from .._backends import registry
 from .._core.types import Plan, Statistics
 from .._core.vma import varying
 from . import activation as _activation
-from .by_formula import standardize_by_formula
+from .by_formula import in_channels, standardize_by_formula
 from .by_kernel import backend_supports, prepare_for_kernel, standardize_by_kernel
 from .epilogue import inner_plan, standardize_with_epilogue
 
@@ -35,10 +36,14 @@ def standardize(
     if plan.activation is not None:
         plain = inner_plan(plan, x, scale, bias, gate)
         seen = jax.eval_shape(functools.partial(_activation.prologue, plan), x, gate, None)
-        by_kernel = backend_supports(norm, plain, seen, scale, bias, mask, weights)
-        if by_kernel:
+        if backend_supports(norm, plain, seen, scale, bias, mask, weights):
             plain, scale, bias = prepare_for_kernel(plain, seen, scale, bias)
-        return standardize_with_epilogue(plan, plain, by_kernel, x, scale, bias, mask, weights, gate, ids)
+            return standardize_with_epilogue(plan, plain, True, x, scale, bias, mask, weights, gate, ids)
+
+        def around(plan: Plan, *arrays) -> tuple[Array, Statistics]:
+            return standardize_with_epilogue(plan, replace(plain, reduction=plan.reduction), False, *arrays)
+
+        return in_channels(around, plan, x, scale, bias, mask, weights, gate, ids)
     if backend_supports(norm, plan, x, scale, bias, mask, weights):
         plan, scale, bias = prepare_for_kernel(plan, x, scale, bias)
         return standardize_by_kernel(plan, x, scale, bias, None)[:2]

@@ -16,7 +16,7 @@ import numpy as np
 from .._core.arithmetic import abs_squared, nonzero_divisor
 from .._core.collectives import SLOT_BYTES, combine, merge_over_devices, psum_grouped
 from .._core.masks import count_valid, deviation, valid_mask, zero_where_padding
-from .._core.over import Axes
+from .._core.over import Axes, Segments
 from .._core.reduce import local_statistics
 from .._core.types import Reduction, Statistics
 from .._core.vma import broadcast_like, pvary_like
@@ -81,7 +81,7 @@ def statistics_tangent(
 
 def count_of(reduction: Reduction, x: Array, mask, weights, stats: Statistics) -> Array:
     """The count of the statistics of x: a constant, which NumPy holds, where it is one, so that no program asks."""
-    if reduction.axis_name is not None or not isinstance(reduction.over, Axes):
+    if reduction.axis_name is not None or isinstance(reduction.over, Segments):
         return stats.count
     known = count_valid(x, mask, weights, reduction.over) if mask is None and weights is None else None
     return known if isinstance(known, np.ndarray) else stats.count
