@@ -251,6 +251,34 @@ def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     return shift, offset, root + constant * 2.0**126
 
 
+_LONGEST_LOOP = 1 << 11  # elements of a row up to which XLA for CPU makes one loop of `fused_on_cpu`; measured
+
+
+def is_fused_on_cpu(x: Array, reduction: Reduction, epsilon: float) -> bool:
+    """Whether `fused_on_cpu` is for this row."""
+    short = math.prod(x.shape[a] for a in reduction.axes) <= _LONGEST_LOOP
+    positive = epsilon * reduction.prescale**2 >= jnp.finfo(accumulator(x)).tiny
+    return reduction.centered and reduction.large_prescale is None and short and positive
+
+
+def fused_on_cpu(x: Array, n: Array, reduction: Reduction, epsilon: float) -> Array:
+    """(x - mean) / sqrt(var + epsilon) for one loop of XLA's over each row: no select, and each sum is used once.
+
+    The mean is taken about the first element, so that of a constant row each difference is 0, and the variance about
+    that mean. A row whose squares overflow has a NaN.
+    """
+    first = _first(_as_bits(x), reduction.axes)
+    d = x.astype(accumulator(x)) - lax.bitcast_convert_type(first, x.dtype).astype(accumulator(x))
+    scaled = (d - total_over(d, reduction.axes) / n) * reduction.prescale
+    v = total_over(lax.square(scaled), reduction.axes) / n + epsilon * reduction.prescale**2
+    return (scaled + 0.0 * (n * lax.square(scaled))) * lax.rsqrt(v)
+
+
+def _as_bits(x: Array) -> Array:
+    """x of 16 bits as integers: of a slice of floats XLA for CPU would first widen all of x, into memory."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
 def weighted(a: Array, weights: Array | None) -> Array:
     return a if weights is None else weights.astype(a.dtype) * a
 

@@ -16,7 +16,6 @@ from .dtypes import accumulator, are_static
 from .formulas import (
     are_last,
     difference,
-    fused_two_pass,
     in_range,
     is_long,
     long_two_pass_on_cpu,
@@ -93,27 +92,8 @@ def _of_groups(x, mask, weights, n: Array, reduction: Reduction, over: Groups) -
     return Statistics(n, *by_platform(reduction, x, mask, weights, n, cpu=on_cpu, default=elsewhere))
 
 
-def statistics_of_output(x: Array, mask: Array | None, weights: Array | None, stats: Statistics, reduction: Reduction):
-    """The statistics that y is made of: those kept for the backward pass but for rows on a GPU.
-
-    There `fused_two_pass` lets XLA make one kernel of them and y: 2 passes at inference, not 3. Where
-    statistics are kept as well, those two sets would cost a pass more than one for both.
-    """
-    if (
-        weights is not None
-        or mask is not None
-        or not isinstance(reduction.over, Axes)
-        or not _is_row(x, reduction)
-        or not (reduction.centered or reduction.large_prescale)
-    ):
-        return stats
-    alone = lambda x, n, *stats: fused_two_pass(x, n, reduction)
-    kept = lambda x, n, *stats: stats
-    return Statistics(stats.count, *by_platform(reduction, x, *stats, cuda=alone, rocm=alone, default=kept))
-
-
-def _is_row(x: Array, reduction: Reduction) -> bool:
-    """Whether XLA's GPU compiler may hold the reduced axes in one block of threads: they are the last, and not long."""
+def is_row(x: Array, reduction: Reduction) -> bool:
+    """Whether a compiler may hold what is reduced, as a GPU's block of threads does: it is the last axes, not long."""
     size = math.prod(x.shape[a] for a in reduction.axes)
     mine = reduction.axis_name is None and not reduction.one_pass and not sharded_axes(x)
     mine = mine and are_last(x, reduction.axes) and not jnp.iscomplexobj(x)

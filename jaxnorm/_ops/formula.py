@@ -17,10 +17,11 @@ from jax import lax
 
 from .._core.arithmetic import nan_if_infinite, nonzero_divisor, where
 from .._core.dtypes import are_static, round_to, widest
-from .._core.formulas import are_last, split_axes
+from .._core.formulas import are_last, fused_on_cpu, fused_two_pass, is_fused_on_cpu, split_axes
 from .._core.masks import deviation, valid_mask, zero_where_padding
 from .._core.over import Axes
-from .._core.reduce import statistics_of_output
+from .._core.platforms import by_platform
+from .._core.reduce import is_row
 from .._core.types import Plan, Statistics
 from .._core.vma import broadcast_like, pvary_like
 from .statistics import count_of, tangent_sums
@@ -112,10 +113,30 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias, ids=None) -> Array:
-    if not plan.for_backward:
-        stats = statistics_of_output(x, mask, weights, stats, plan.reduction)
-    xhat, _ = xhat_and_r(plan, x, mask, weights, stats, ids)
+    xhat = (_xhat if plan.for_backward else _xhat_alone)(plan, x, mask, weights, stats, ids)
     return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, plan.cast_before_scale)
+
+
+def _xhat(plan: Plan, x, mask, weights, stats: Statistics, ids) -> Array:
+    return xhat_and_r(plan, x, mask, weights, stats, ids)[0]
+
+
+def _xhat_alone(plan: Plan, x, mask, weights, stats: Statistics, ids) -> Array:
+    """xhat where no statistics are kept: for rows by formulas of which XLA makes one kernel, or one loop of a CPU.
+
+    Where they are kept as well, two sets of statistics would cost a pass more than one.
+    """
+    reduction = plan.reduction
+    rows = mask is None and weights is None and isinstance(reduction.over, Axes) and is_row(x, reduction)
+    if not rows or not (reduction.centered or reduction.large_prescale):
+        return _xhat(plan, x, mask, weights, stats, ids)
+    n = count_of(reduction, x, mask, weights, stats)
+    of = lambda x, *stats: _xhat(plan, x, None, None, Statistics(n, *stats), None)
+    on_gpu = lambda x, *_: of(x, *fused_two_pass(x, n, reduction))
+    formulas: dict[str, Any] = dict(cuda=on_gpu, rocm=on_gpu)
+    if is_fused_on_cpu(x, reduction, plan.epsilon):
+        formulas["cpu"] = lambda x, *_: fused_on_cpu(x, n, reduction, plan.epsilon)
+    return by_platform(reduction, x, *stats[1:], default=of, **formulas)
 
 
 def xhat_and_r(plan: Plan, x, mask, weights, stats: Statistics, ids=None) -> tuple[Array, Array]:
