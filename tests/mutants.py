@@ -42,8 +42,8 @@ MUTANTS = [
     # --- statistics and their derivatives
     Mutant("E[x^2] - E[x]^2", FORMULAS, "weights, n, shift, reduction, size=size, ids=ids)",
            "weights, n, 0.0 * shift, reduction, size=size, ids=ids)", ACCURACY + XLA),
-    Mutant("E[x^2] - E[x]^2 of columns", FORMULAS, "n, sample.mean(reduction.axes, keepdims=True), reduction",
-           "n, 0.0 * sample.mean(reduction.axes, keepdims=True), reduction", ACCURACY + " -k batch" + XLA),
+    Mutant("E[x^2] - E[x]^2 of columns", FORMULAS, "shift = over.sum(sample, None) / over",
+           "shift = 0.0 * over.sum(sample, None) / over", ACCURACY + " -k batch" + XLA),
     Mutant("no correction of the second moment", FORMULAS, "    m2 = m2 - correction\n", "", ACCURACY + " -k batch" + XLA),
     Mutant("wrong sign of the term of the variance", FORMULA, "times.append(-s * at_x((d2", "times.append(s * at_x((d2",
            ACCURACY + XLA),
@@ -70,6 +70,8 @@ MUTANTS = [
            MASKS + " -k poison_in_the_padding_reaches_no_output"),
     Mutant("weights are squared", FORMULAS, "else weights.astype(a.dtype) * a",
            "else jnp.square(weights.astype(a.dtype)) * a", MASKS + " -k weight"),
+    Mutant("a group's channels share a mask once", "_core/over.py", "return a * self.each", "return a",
+           MASKS + " -k group" + XLA),
     # --- programs
     Mutant("a program hides values from checks", "_core/tracing.py", "if _trace.hides_values:", "if False:",
            "project/test_specs.py -k at_every_call"),

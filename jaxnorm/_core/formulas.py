@@ -29,8 +29,12 @@ def one_pass(x, keep, weights, n, reduction: Reduction, total: Callable | None =
     sample = _spaced_sample(x, reduction.axes)
     if sample is None:
         return two_pass(x, keep, weights, n, reduction)
-    size = None if reduction.large_prescale is None else jnp.max(jnp.abs(sample), reduction.axes, keepdims=True)
-    return shifted_moments(x, keep, weights, n, sample.mean(reduction.axes, keepdims=True), reduction, total, size)
+    over = reduction.over
+    size = None
+    if reduction.large_prescale is not None and isinstance(over, Axes):
+        size = jnp.max(jnp.abs(sample), reduction.axes, keepdims=True)
+    shift = over.sum(sample, None) / over.size(sample.shape)
+    return shifted_moments(x, keep, weights, n, shift, reduction, total, size)
 
 
 def one_pass_by_parts(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:

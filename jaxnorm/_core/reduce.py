@@ -63,7 +63,8 @@ def local_statistics(
         return _of_groups(x, mask, weights, n, reduction, over)
     by = lambda formula: lambda *args: formula(*args, reduction)
     long = is_long(x, over)
-    on_cpu = by(long_two_pass_on_cpu if long else two_pass)
+    rows = are_last(x, reduction.axes)
+    on_cpu = by(one_pass if not rows else long_two_pass_on_cpu if long else two_pass)
     if reduction.one_pass and keep is None and sharded_axes(x):
         return Statistics(n, *one_pass(*args, reduction))
     if reduction.one_pass and keep is None:
@@ -72,8 +73,8 @@ def local_statistics(
     if reduction.one_pass or keep is not None or sharded_axes(x):  # Welford's is for rows, and would lose the sharding
         if not long:
             return Statistics(n, *two_pass(*args, reduction))
-        return Statistics(n, *by_platform(reduction, *args, cpu=on_cpu, default=by(two_pass)))
-    on_gpu = by(welford if are_last(x, reduction.axes) else one_pass_by_parts)
+        return Statistics(n, *by_platform(reduction, *args, cpu=by(long_two_pass_on_cpu), default=by(two_pass)))
+    on_gpu = by(welford if rows else one_pass_by_parts)
     return Statistics(n, *by_platform(reduction, *args, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=by(welford)))
 
 
@@ -83,8 +84,9 @@ def _of_groups(x, mask, weights, n: Array, reduction: Reduction, over: Groups) -
     split = lambda a: None if a is None else over.split(a)
 
     def on_cpu(x, mask, weights, n):
-        formula = long_two_pass_on_cpu if is_long(x, over) else two_pass
-        return formula(x, valid_mask(mask, weights), weights, n, reduction)
+        keep = valid_mask(mask, weights)
+        formula = one_pass if keep is None else long_two_pass_on_cpu if is_long(x, over) else two_pass
+        return formula(x, keep, weights, n, reduction)
 
     def elsewhere(x, mask, weights, n):
         return tuple(a[..., 0] for a in local_statistics(split(x), split(mask), split(weights), viewed)[1:])
