@@ -72,6 +72,8 @@ MUTANTS = [
            "else jnp.square(weights.astype(a.dtype)) * a", MASKS + " -k weight"),
     Mutant("a group's channels share a mask once", "_core/over.py", "return a * self.each", "return a",
            MASKS + " -k group" + XLA),
+    Mutant("a prefix about the number that all share", STATISTICS, "d2 = d2 - 2.0 * (jnp.conj(offset) * d1).real + dn",
+           "d2 = d2 + dn", "laws/test_elementwise.py -k so-far"),
     # --- programs
     Mutant("a program hides values from checks", "_core/tracing.py", "if _trace.hides_values:", "if False:",
            "project/test_specs.py -k at_every_call"),

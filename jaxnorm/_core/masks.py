@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from .dtypes import accumulator, are_static
-from .over import Over
+from .over import Axes, Groups, Over
 
 Array = jax.Array
 
@@ -61,7 +61,7 @@ def count_valid(x: Array, mask: Array | None, weights: Array | None, over: Over,
     NumPy's where it is a constant: then nothing is computed for groups that could be empty.
     """
     dtype = jnp.finfo(accumulator(x)).dtype
-    if mask is None and weights is None and ids is None and are_static(*x.shape):
+    if mask is None and weights is None and isinstance(over, (Axes, Groups)) and are_static(*x.shape):
         return np.full((1,) * x.ndim, over.size(x.shape), dtype)  # pyright: ignore
     ones = jnp.ones((1,) * x.ndim, dtype) if weights is None else weights.astype(dtype)
     kept = ones if mask is None else jnp.where(mask, ones, 0.0)

@@ -123,6 +123,32 @@ class Groups:
         return jnp.broadcast_to(a, (*others, self.number, self.each)).reshape(*others, self.channels)
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """All elements up to each place of one axis, and all along some others: each place has a statistic of its own."""
+
+    axis: int
+    length: int  # of x along it
+    axes: tuple[int, ...] = ()  # beside it
+
+    def shape(self, x):
+        return Axes(self.axes).shape(x)
+
+    def size(self, x):
+        return math.prod(map(x.__getitem__, self.axes)) * self.length
+
+    def present(self, mask, ids):
+        return mask
+
+    def sum(self, a, ids):
+        a = a.sum(self.axes, keepdims=True) if self.axes else a
+        places = (*a.shape[: self.axis], self.length, *a.shape[self.axis + 1 :])
+        return lax.cumsum(jnp.broadcast_to(a, places), self.axis)
+
+    def spread(self, s, ids):
+        return s
+
+
 _BLOCKS = 64  # of rows, at most, that are summed each by itself
 _BESIDE = 16  # ... as long as all their sums have a 16th of the rows
 

@@ -27,8 +27,9 @@ from .formulas import (
     welford,
 )
 from .masks import count_valid, valid_mask
-from .over import Axes, Groups
+from .over import Axes, Groups, Prefix
 from .platforms import by_platform
+from .prefix import statistics_so_far
 from .types import Reduction, Statistics
 
 Array = jax.Array
@@ -59,6 +60,8 @@ def local_statistics(
         return Statistics(n, zero, zero, zero.real)
     if ids is not None:
         return Statistics(n, *two_pass(*args, reduction, ids=ids))
+    if isinstance(over, Prefix):
+        return statistics_so_far(x, mask, weights, n, reduction, over)
     if isinstance(over, Groups):
         return _of_groups(x, mask, weights, n, reduction, over)
     by = lambda formula: lambda *args: formula(*args, reduction)

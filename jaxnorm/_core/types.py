@@ -23,7 +23,7 @@ Array = jax.Array
 class Reduction:
     """What is reduced, and how: everything static about the statistics."""
 
-    over: Over  # the elements that share a statistic: `Axes` of x, or `Segments`
+    over: Over  # the elements that share a statistic: see `over`
     centered: bool = True  # False: the mean is taken as zero (RMS norm)
     one_pass: bool = False  # True: read x once, about a sample mean: for columns, where passes are expensive
     prescale: float = 1.0  # squares are those of prescale * x; a power of two keeps their sum in range, and is exact

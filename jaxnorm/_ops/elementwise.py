@@ -22,7 +22,7 @@ from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicali
 from .._core.dtypes import accumulator
 from .._core.masks import finite_padding, usable, valid_mask
 from .._core.mesh import active_axis_names, explain_unbound_axis
-from .._core.over import Axes
+from .._core.over import Axes, Prefix
 from .._core.platforms import recompute
 from .._core.types import Plan, Reduction, Statistics
 from .._core.vma import broadcast_like, shard_like, tangent_like
@@ -203,7 +203,10 @@ def _tangent(f: F, reduction: Reduction, dtype, x, mask, weights, stats, params,
     dm2 = unit = None
     if reduction.large_prescale is not None:  # m2 is a root
         root = lax.stop_gradient(stats.m2) / jnp.sqrt(nonzero_divisor(stats.count))
-        dm2, unit = jnp.zeros_like(root), 1.0 / nonzero_divisor(root)
+        dm2 = jnp.zeros_like(root)
+        if isinstance(reduction.over, Prefix):  # an element is part of several statistics, which need one unit
+            root = root.max(reduction.over.axis, keepdims=True)
+        unit = 1.0 / nonzero_divisor(root)
     count = mean_lo = m2 = None
     if dx is not None or dweights is not None:
         count, _, mean_lo, m2 = statistics_tangent(reduction, x, mask, weights, stats, dx, dweights, ids, unit)

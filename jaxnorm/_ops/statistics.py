@@ -16,7 +16,7 @@ import numpy as np
 from .._core.arithmetic import abs_squared, nonzero_divisor
 from .._core.collectives import SLOT_BYTES, combine, merge_over_devices, psum_grouped
 from .._core.masks import count_valid, deviation, valid_mask, zero_where_padding
-from .._core.over import Axes, Segments
+from .._core.over import Axes, Groups, Prefix
 from .._core.reduce import local_statistics
 from .._core.types import Reduction, Statistics
 from .._core.vma import broadcast_like, pvary_like
@@ -59,7 +59,8 @@ def statistics_tangent(
     squares of unit * x, which is in range however small or large x is.
     """
     prescale: Any = reduction.prescale if reduction.large_prescale is None else 1.0 if unit is None else unit
-    mean = (reduction.over.spread(part, ids) for part in (stats.mean_hi, stats.mean_lo))
+    so_far = isinstance(reduction.over, Prefix)  # then there is no one mean for each element: z is about what all share
+    mean = (reduction.over.spread(part, ids) for part in (stats.mean_hi, *[stats.mean_lo] * (not so_far)))
     keep = valid_mask(mask, weights)
     d = deviation(x, keep, *mean)
     at_x = reduction.over.spread(prescale, ids).astype(d.dtype) if isinstance(prescale, jax.Array) else prescale
@@ -68,6 +69,10 @@ def statistics_tangent(
         dx = zero_where_padding(x, keep, dx)
     dz = None if dx is None else at_x * dx.astype(z.dtype)
     dn, d1, d2 = tangent_sums(reduction, z, mask, weights, dz, dweights, ids)
+    if so_far and reduction.centered:
+        offset = stats.mean_lo * jnp.asarray(prescale).astype(stats.mean_lo.dtype)
+        d2 = d2 - 2.0 * (jnp.conj(offset) * d1).real + dn * abs_squared(offset)
+        d1 = d1 - offset * dn
 
     def like(d, out: Array) -> Array:  # zeros of no array would lack the mesh that out's type has in jax 0.7
         d = jnp.zeros_like(out) if isinstance(d, float) else broadcast_like(out, d.astype(out.dtype))
@@ -81,9 +86,9 @@ def statistics_tangent(
 
 def count_of(reduction: Reduction, x: Array, mask, weights, stats: Statistics) -> Array:
     """The count of the statistics of x: a constant, which NumPy holds, where it is one, so that no program asks."""
-    if reduction.axis_name is not None or isinstance(reduction.over, Segments):
+    if reduction.axis_name is not None or mask is not None or weights is not None:
         return stats.count
-    known = count_valid(x, mask, weights, reduction.over) if mask is None and weights is None else None
+    known = count_valid(x, None, None, reduction.over) if isinstance(reduction.over, (Axes, Groups)) else None
     return known if isinstance(known, np.ndarray) else stats.count
 
 

@@ -1,4 +1,4 @@
-"""Norms that are an elementwise function of x and its statistics, over axes and over segments, with every derivative.
+"""Norms that are an elementwise function of x and its statistics, over axes, segments and prefixes; every derivative.
 
 The truth is plain jnp in float64: statistics by a product with the 0/1 matrix of elements and segments.
 """
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
 from jaxnorm._core.arithmetic import prescales
-from jaxnorm._core.over import Axes, Segments
+from jaxnorm._core.over import Axes, Prefix, Segments
 from jaxnorm._core.types import Reduction
 from jaxnorm._ops.elementwise import by_statistics
 
@@ -49,13 +49,17 @@ CASES = {  # f, the statistics, and what the elements carry
     "graph-segments": (graph, Reduction(SEGMENTS, prescale=2.0**-10), ""),
     "gated-segments-whole": (gated, Reduction(dataclasses.replace(SEGMENTS, axes=(1,))), "weights"),
     "graph-segments-large": (graph, Reduction(SEGMENTS, **TWO), "mask and weights"),
+    "gated-so-far": (gated, Reduction(Prefix(0, 8, (1,))), "weights"),
+    "response-so-far": (response, Reduction(Prefix(1, 3, (0,)), centered=False), "mask"),
+    "graph-so-far": (graph, Reduction(Prefix(0, 8, (1,)), prescale=2.0**-10), ""),
+    "graph-so-far-large": (graph, Reduction(Prefix(0, 8, (1,)), **TWO), "mask and weights"),
 }
 by_case = pytest.mark.parametrize("case", CASES)
 
 
 @dataclasses.dataclass
 class Plain:
-    """The statistics of every element, from a matrix that holds 1 where two elements share theirs."""
+    """The statistics of every element, from a matrix that holds 1 where they are of another one too."""
 
     count: jax.Array
     mean: jax.Array
@@ -72,17 +76,24 @@ def plain(f, reduction, x, present, weights, params, ids):
     """f of x by its definition; `present` is all that counts, and x is finite."""
     index, shape = np.indices(x.shape), x.shape
     over = reduction.over
-    keys = [index[a] for a in range(x.ndim) if a not in over.axes and not (a == 0 and ids is not None)]
+    other = (*over.axes, *[0] * (ids is not None), *[getattr(over, "axis", 0)] * isinstance(over, Prefix))
+    keys = [index[a] for a in range(x.ndim) if a not in other]
     keys += [np.broadcast_to(np.reshape(ids, (-1, 1)), shape)] if ids is not None else []
     same = np.ones((x.size, x.size), bool)
     for key in keys:
         same &= key.reshape(-1, 1) == key.reshape(1, -1)
+    if isinstance(over, Prefix):
+        place = index[over.axis]
+        same &= place.reshape(-1, 1) >= place.reshape(1, -1)
     w = jnp.where(present, 1.0 if weights is None else weights, 0.0)
     total = lambda a: (jnp.asarray(same, x.dtype) @ (w * a).reshape(-1)).reshape(shape)
     n = total(jnp.ones_like(x))
     some = jnp.where(n == 0, 1.0, n)
     mean = total(x) / some if reduction.centered else jnp.zeros_like(x)
-    return f(x, Plain(n, mean, total(jnp.square(x - mean)) / some), params)
+    var = total(jnp.square(x - mean)) / some
+    if isinstance(over, Prefix):  # about the mean of the place, not that of each element
+        var = total(jnp.square(x)) / some - jnp.square(mean)
+    return f(x, Plain(n, mean, var), params)
 
 
 def drawn(rng, shape=(8, 3), dtype=np.float64):
@@ -165,6 +176,9 @@ def test_jit_and_vmap_are_the_call(case, rng):
 def test_only_x_is_saved_at_full_size(case, dtype):
     f, reduction, _ = CASES[case]
     x = jax.ShapeDtypeStruct((2048, 128), dtype)
+    if isinstance(reduction.over, Prefix):
+        over = dataclasses.replace(reduction.over, length=x.shape[reduction.over.axis])
+        reduction = dataclasses.replace(reduction, over=over)
     params = jax.eval_shape(lambda: drawn(np.random.default_rng(0), x.shape, np.float32)[1])
     ids = jax.ShapeDtypeStruct((2048, 1), jnp.int32) if isinstance(reduction.over, Segments) else None
     call = lambda x, p, ids: by_statistics(f, reduction, dtype, x, reduction.over.present(None, ids), None, p, ids)
@@ -262,6 +276,8 @@ def test_devices_agree_with_one(case, how, rng):
     f, one, _ = CASES[case]
     if isinstance(one.over, Axes) and 0 not in one.over.axes:
         one = dataclasses.replace(one, over=Axes((0, *one.over.axes)))
+    if isinstance(one.over, Prefix):  # each device has rows of every place
+        one = dataclasses.replace(one, over=Prefix(1, 4, (0,)))
     x, params = drawn(rng, (24, 4), np.float32)
     ids = np.sort(rng.integers(0, 4, 24))
     ids[3:6] = -1  # all that the second device has
