@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def nonzero_divisor(n: Array) -> Array:
 
 def where(condition: Array, a: Array | float, b: Array | float) -> Array:
     """`jnp.where`, of arrays of one shape and of numbers without a function of its own in the program."""
-    shaped = [v for v in (a, b) if not isinstance(v, float)]
+    shaped: list[Any] = [v for v in (a, b) if not isinstance(v, float)]
     if not shaped or any([v.shape != condition.shape or v.dtype != shaped[0].dtype for v in shaped]):
         return jnp.where(condition, a, b)
     return lax.select(condition, *(lax.full_like(shaped[0], v) if isinstance(v, float) else v for v in (a, b)))

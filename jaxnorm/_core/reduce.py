@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def local_statistics(
 def _of_groups(x, mask, weights, n: Array, reduction: Reduction, over: Groups) -> Statistics:
     """On a CPU by sums of channels; elsewhere by the formula for x with its channels in groups."""
     viewed = replace(reduction, over=Axes((*over.axes, x.ndim)))
-    split = lambda a: None if a is None else over.split(a)
+    split: Any = lambda a: None if a is None else over.split(a)
 
     def on_cpu(x, mask, weights, n):
         keep = valid_mask(mask, weights)

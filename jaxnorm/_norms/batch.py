@@ -18,7 +18,6 @@ from .._core.arrays import (
     align_param,
     align_weights,
     as_float_array,
-    axis_that_fits,
     canonicalize_axes,
     canonicalize_dtype,
     sizes_along,
@@ -40,9 +39,11 @@ from .._ops.activation import check_activation
 from .._ops.normalize import as_affine, normalize_given
 from .._ops.plan import check_implementation, make_plan
 from .._ops.policy import EMA, Cumulative, Devices, Running, running_policy, sharing_policy
-from .._ops.running import accumulate, as_given, as_stats, is_stats, update, update_state
+from .._ops.running import accumulate, update, update_state
 from .._ops.sharing import standardize_shared
-from .base import Spec, as_params, function_of, refuse_params_as_state, spec
+from .._ops.states import as_given, as_stats, checked_state, is_stats
+from .base import Spec
+from .declare import as_params, function_of, refuse_params_as_state, spec
 
 Array = jax.Array
 S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
@@ -236,7 +237,8 @@ def batch_norm(
         norm, running, momentum=momentum, min_count=min_count, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
         unbiased_running_var=unbiased_running_var,
     )  # fmt: skip
-    old: Any = _checked_state(norm, state, channels, x, policy.needs_count)
+    refuse_params_as_state(norm, state)
+    old = checked_state(norm, state, channels, x, policy.needs_count)
     check_implementation(norm, implementation)
     epsilon = canonicalize_epsilon(norm, epsilon)
     scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
@@ -305,39 +307,3 @@ def _checked_flag(norm: str, train):
     if train is None:
         raise TypeError(f"{norm}: train is missing. Write train=True in training and train=False at inference.")
     raise TypeError(f"{norm}: train must be a bool or a scalar bool array, got {shown(train)}. Write train=True.")
-
-
-def _checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_count: bool):
-    features = sizes_along(x.shape, channels)
-    if not isinstance(state, (RunningStats, Moments)):
-        refuse_params_as_state(norm, state)
-        if not is_stats(state):
-            several = isinstance(state, (tuple, list)) and len(state) in (2, 3)
-            write = f"params, state = jaxnorm.BatchNorm().init({features})"
-            write = "state=jaxnorm.RunningStats(*state)" if several else write
-            raise TypeError(
-                f"{norm}: state must be a jaxnorm.RunningStats, or a dict of mean and var (and count); "
-                f"got {shown(state)}. Write {write}."
-            )
-        state = as_stats(state)
-    state = jax.tree.map(jnp.asarray, state)
-    for what, a in state._asdict().items():
-        if a is not None and a.shape != features:
-            axis = axis_that_fits(a.shape, x.shape, channels)
-            write = f"jaxnorm.BatchNorm(...).init({features}), or set axis= to the channel axis"
-            write = write if axis is None else f"axis={axis}, where x has {x.shape[axis]}"
-            raise ValueError(
-                f"{norm}: state.{what} of shape {a.shape} does not fit the {features} features of x {x.shape}. "
-                f"Write {write}."
-            )
-    if needs_count and state.count is None:
-        raise ValueError(
-            f"{norm}: momentum=None and zero_debias=True need state.count, which is None. "
-            f"Write state._replace(count=jnp.zeros({features}))."
-        )
-    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(state.mean):
-        raise TypeError(
-            f"{norm}: a complex x needs a complex running mean, got {state.mean.dtype}. "
-            "Write state._replace(mean=state.mean.astype(jnp.complex64))."
-        )
-    return state

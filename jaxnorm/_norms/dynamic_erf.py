@@ -13,7 +13,8 @@ from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import canonicalize_number
 from .._core.types import Features
 from .._ops.pointwise import normalize_pointwise
-from .base import Spec, function_of, spec
+from .base import Spec
+from .declare import function_of, spec
 
 Array = jax.Array
 

@@ -12,7 +12,8 @@ from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import canonicalize_number
 from .._core.types import Features
 from .._ops.elementwise import OfElements, normalize_by_statistics
-from .base import RowSpec, function_of, spec
+from .base import RowSpec
+from .declare import function_of, spec
 
 Array = jax.Array
 

@@ -19,7 +19,8 @@ from .._core.messages import shown, to_python
 from .._core.types import Features
 from .._ops.activation import Activation
 from .._ops.rows import normalize_rows
-from .base import RowSpec, S, function_of, spec
+from .base import RowSpec
+from .declare import S, function_of, spec
 
 Array = jax.Array
 

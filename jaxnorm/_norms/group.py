@@ -13,7 +13,8 @@ from .._core.channels import canonicalize_group_count, spans_devices, split_chan
 from .._core.checks import warn_if_single
 from .._core.messages import shown, to_python
 from .._ops.rows import normalize_rows
-from .base import RowSpec, function_of, spec
+from .base import RowSpec
+from .declare import function_of, spec
 
 Array = jax.Array
 

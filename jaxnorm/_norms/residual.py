@@ -17,7 +17,8 @@ from .._core.checks import check_cast
 from .._core.explain import explained
 from .._core.types import Params
 from .._ops.rows import normalize_stream
-from .base import RowSpec, S, function_of, spec
+from .base import RowSpec
+from .declare import S, function_of, spec
 
 Array = jax.Array
 

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import check_cast
 from .._ops.rows import normalize_rows
-from .base import RowSpec, function_of, spec
+from .base import RowSpec
+from .declare import function_of, spec
 
 Array = jax.Array
 

@@ -16,7 +16,8 @@ from .._core.messages import shown
 from .._core.over import Segments
 from .._core.types import Params
 from .._ops.rows import normalize_rows
-from .base import RowSpec, S, function_of, spec
+from .base import RowSpec
+from .declare import S, function_of, spec
 
 Array = jax.Array
 

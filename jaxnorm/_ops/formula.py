@@ -17,7 +17,8 @@ from jax import lax
 
 from .._core.arithmetic import nan_if_infinite, nonzero_divisor, where
 from .._core.dtypes import are_static, round_to, widest
-from .._core.formulas import are_last, fused_on_cpu, fused_two_pass, is_fused_on_cpu, split_axes
+from .._core.formulas import are_last, split_axes
+from .._core.fused import fused_on_cpu, fused_two_pass, is_fused_on_cpu
 from .._core.masks import deviation, valid_mask, zero_where_padding
 from .._core.over import Axes
 from .._core.platforms import by_platform

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from .._core.types import Moments, RunningStats
 from .._core.vma import with_sharding_of
 from .moments import merge, merge_across
 from .policy import EMA, Cumulative, Running, running_policy
+from .states import map_stats, refuse_moments
 
 Array = jax.Array
 
@@ -102,7 +103,7 @@ def update_state(
         batch = Moments(*(jnp.asarray(a) for a in (seen.count, seen.mean, m2)))
         return update(old, batch, policy)
 
-    return _map_stats("update_state", one, state, moments)
+    return map_stats("update_state", one, state, moments)
 
 
 @explained("function")
@@ -154,7 +155,7 @@ def sync_state(state: Any, axis_name: str | tuple[str, ...]) -> Any:
 
     check_axis_name("sync_state", axis_name)
     with explain_unbound_axis("sync_state", axis_name):
-        return _map_stats("sync_state", one, state)
+        return map_stats("sync_state", one, state)
 
 
 _NOTHING = 1e-20  # negligible beside any count
@@ -239,60 +240,3 @@ def accumulate(seen: Moments, batch: Moments, skip_nonfinite: bool) -> Moments:
 
 
 # --- trees of running statistics --------------------------------------------------------------------------------------
-
-
-def _map_stats(name: str, f: Callable, state, *others) -> Any:
-    """f of every `RunningStats` in a tree, in whichever form, and of what the other trees have in the same place."""
-    nodes, treedef = jax.tree.flatten(state, is_leaf=is_stats)
-    beside = [jax.tree.leaves(other, is_leaf=is_stats) for other in others]
-    if any(len(other) != len(nodes) for other in beside):
-        counts = [len(nodes), *map(len, beside)]
-        raise TypeError(
-            f"{name}: the trees hold {counts} running statistics, which must match. Write one for each in the state."
-        )
-    return jax.tree.unflatten(treedef, [_map_one(name, f, *parts) for parts in zip(nodes, *beside, strict=True)])
-
-
-def _map_one(name: str, f: Callable, node, *others):
-    """f of one node, put back in its own form."""
-    return as_given(node, f(*(_stats(name, part) for part in (node, *others))))
-
-
-def _stats(name: str, node) -> RunningStats | Moments:
-    if not is_stats(node):
-        raise TypeError(
-            f"{name}: the tree holds {type(node).__name__}, which is no running statistic. Write the state alone: "
-            "RunningStats, or the batch_stats of a Flax model."
-        )
-    return as_stats(node)
-
-
-def is_stats(node) -> bool:
-    if isinstance(node, (RunningStats, Moments)):
-        return True
-    names = {*node} if isinstance(node, Mapping) else set()
-    return {"mean", "var"} <= names <= {"mean", "var", "count"} or names == {"mean", "m2", "count"}
-
-
-def refuse_moments(name: str, state, write: str) -> None:
-    if isinstance(state, Moments):
-        raise TypeError(f"{name}: state must be running statistics, got Moments. Write {write}.")
-
-
-def as_stats(node) -> RunningStats | Moments:
-    """Return running statistics or moments, given as NamedTuples or mappings, as NamedTuples."""
-    named = {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(node)}
-    return Moments(**named) if "m2" in named else RunningStats(**named)
-
-
-def as_given(node, new: RunningStats | Moments) -> Any:
-    """Return new statistics in the form of the old: as the tree that `node` is."""
-    if type(node) is type(new):
-        return new
-    order = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(node)]
-    return jax.tree.unflatten(jax.tree.structure(node), [getattr(new, key) for key in order])
-
-
-def _name(path) -> str:
-    """What a leaf of such a node is called there: by key in a mapping, by attribute in a NamedTuple."""
-    return getattr(path[0], "name", None) or path[0].key

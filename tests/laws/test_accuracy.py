@@ -15,7 +15,8 @@ from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
 import jaxnorm as jn
 from jaxnorm._core import collectives
 from jaxnorm._core.arithmetic import prescales
-from jaxnorm._core.formulas import fused_two_pass, one_pass, one_pass_by_parts, two_pass, welford
+from jaxnorm._core.formulas import one_pass, one_pass_by_parts, two_pass, welford
+from jaxnorm._core.fused import fused_two_pass
 from jaxnorm._core.masks import count_valid
 from jaxnorm._core.over import Axes
 from jaxnorm._core.types import Reduction, Statistics

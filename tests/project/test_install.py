@@ -16,6 +16,7 @@ import pytest
 
 import jaxnorm as jn
 from jaxnorm._backends import cpu
+from jaxnorm._backends.cpu import loading
 from jaxnorm._backends.pallas import adapter as mosaic
 from jaxnorm._core import install as _install
 
@@ -74,7 +75,7 @@ REFUSED_BY_XLA = r"API version \(0\.99\) is incompatible"
 )
 def test_a_library_that_does_not_fit_is_not_registered(built, told, headers, reason, tmp_path, monkeypatch):
     build(tmp_path, built, told)
-    monkeypatch.setattr(cpu, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(loading, "_FOLDERS", [str(tmp_path)])
     monkeypatch.delenv("JAXNORM_NATIVE", raising=False)
     if not headers:
         monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
@@ -113,7 +114,7 @@ def test_one_build_runs_on_every_jaxlib():
     """It is compiled with vendored headers, of the oldest supported jaxlib, not with those of the installed one."""
     text = (THIRD_PARTY / "xla" / "ffi" / "api" / "c_api.h").read_text()
     assert re.findall(r"#define XLA_FFI_API_M\w+ (\d)", text) == ["0", "1"]
-    assert cpu._ffi_version() >= (0, 1)
+    assert loading._ffi_version() >= (0, 1)
     assert jn.backends()["native"].active
     assert not any("jax" in line for line in PYPROJECT["build-system"]["requires"])
 
@@ -133,7 +134,7 @@ def test_an_unknown_value_of_an_environment_variable_is_an_error(name, value, me
     if value == "avx512":
         if not cpu.library().loaded:
             pytest.skip(cpu.library().reason)
-        monkeypatch.setattr(cpu, "_instruction_sets", lambda kernels: ("avx2", "baseline"))
+        monkeypatch.setattr(loading, "_instruction_sets", lambda kernels: ("avx2", "baseline"))
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         cpu.library.__wrapped__()
@@ -143,7 +144,7 @@ def test_environment_variables_are_documented_and_empty_ones_are_unset(monkeypat
     for name in ("JAXNORM_NATIVE", "JAXNORM_ISA"):
         assert f"{name}: " in jn.backends.__doc__
         monkeypatch.setenv(name, "")
-    assert all(name in jn.backends.__doc__ for name in cpu._INSTRUCTION_SETS)
+    assert all(name in jn.backends.__doc__ for name in loading._INSTRUCTION_SETS)
     assert "switched off" not in cpu.library.__wrapped__().reason
 
 

@@ -1,0 +1,79 @@
+"""Rows by formulas of which XLA makes one kernel for a GPU, or one loop for a CPU, where no statistics are kept."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .arithmetic import FULL, abs_squared, scaled_abs_squared
+from .dtypes import accumulator
+from .formulas import first_along, total_over
+from .types import Reduction
+
+Array = jax.Array
+
+
+def fused_two_pass(x, n, reduction: Reduction) -> tuple[Array, Array, Array]:
+    """`two_pass` for one kernel of XLA's on a GPU: of a constant row, whose m2 is rounding noise, m2 becomes huge.
+
+    So 1 / sqrt(m2 / n) is 0 in effect. A select, such as `shifted_moments` has, would have XLA cut the kernel in three.
+    """
+    x = x.astype(accumulator(x))
+    over = lambda a: total_over(a, reduction.axes)
+    # If no sum came before the two others, XLA would make 3 kernels.
+    shift = over(x) / n if reduction.centered else over(x) * 0.0
+    d = x - shift
+    if not reduction.centered:
+        assert reduction.large_prescale is not None  # `statistics_of_output`
+        small, large = over(abs_squared(d * reduction.prescale)), over(abs_squared(d * reduction.large_prescale))
+        root = jnp.maximum(
+            jnp.sqrt(jnp.minimum(small, FULL)) / reduction.prescale, jnp.sqrt(large) / reduction.large_prescale
+        )
+        return shift, jnp.zeros_like(shift), root
+    offset = over(d) / n
+    terms = lambda prescale: (over(abs_squared(d * prescale)), n * scaled_abs_squared(offset, prescale))
+    if reduction.large_prescale is None:
+        squares, correction = terms(reduction.prescale)
+        m2 = squares - correction
+        constant = jnp.minimum(jnp.maximum(2.0**-18 * correction - m2, 0.0) * 2.0**126, 1.0)  # 0 or 1
+        return shift, offset, jnp.maximum(m2, 0.0) + constant * 2.0**120
+    # With both prescales, the small one's terms held below overflow. Then the larger root of the two is the right one,
+    # and x is constant if neither finds otherwise: one whose terms are out of range does not.
+    small, large = ([jnp.minimum(a, FULL) for a in terms(reduction.prescale)], terms(reduction.large_prescale))
+    root, constant = 0.0, 1.0
+    for prescale, (squares, correction) in ((reduction.prescale, small), (reduction.large_prescale, large)):
+        m2 = squares - correction
+        constant *= jnp.minimum(jnp.maximum(2.0**-18 * correction - m2 + 2.0**-126, 0.0) * 2.0**126, 1.0)
+        root = jnp.maximum(jnp.sqrt(jnp.maximum(m2, 0.0)) / prescale, root)
+    return shift, offset, root + constant * 2.0**126
+
+
+_LONGEST_LOOP = 1 << 11  # elements of a row up to which XLA for CPU makes one loop of `fused_on_cpu`; measured
+
+
+def is_fused_on_cpu(x: Array, reduction: Reduction, epsilon: float) -> bool:
+    """Whether `fused_on_cpu` is for this row."""
+    short = math.prod(x.shape[a] for a in reduction.axes) <= _LONGEST_LOOP
+    positive = epsilon * reduction.prescale**2 >= float(jnp.finfo(accumulator(x)).tiny)
+    return reduction.centered and reduction.large_prescale is None and short and positive
+
+
+def fused_on_cpu(x: Array, n: Array, reduction: Reduction, epsilon: float) -> Array:
+    """(x - mean) / sqrt(var + epsilon) for one loop of XLA's over each row: no select, and each sum is used once.
+
+    The mean is taken about the first element, so that of a constant row each difference is 0, and the variance about
+    that mean. A row whose squares overflow has a NaN.
+    """
+    first = first_along(_as_bits(x), reduction.axes)
+    d = x.astype(accumulator(x)) - lax.bitcast_convert_type(first, x.dtype).astype(accumulator(x))
+    scaled = (d - total_over(d, reduction.axes) / n) * reduction.prescale
+    v = total_over(lax.square(scaled), reduction.axes) / n + epsilon * reduction.prescale**2
+    return (scaled + 0.0 * (n * lax.square(scaled))) * lax.rsqrt(v)
+
+
+def _as_bits(x: Array) -> Array:
+    """x of 16 bits as integers: of a slice of floats XLA for CPU would first widen all of x, into memory."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
