@@ -18,7 +18,7 @@ from ..._core.install import reinstall
 
 _TARGETS = ("forward", "moments", "normalize", "backward", "gradient_sums", "gradient")
 _NAME = "jaxnorm_cpu"
-_FOLDERS: list[str] = sys.modules[__package__ or ""].__path__  # several in an editable install
+_FOLDERS = list(sys.modules[__package__ or ""].__path__)  # several in an editable install
 
 
 class Library(NamedTuple):
