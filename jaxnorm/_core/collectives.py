@@ -21,9 +21,13 @@ SLOT_BYTES = 1 << 20  # up to here every device gets its own slot in one all-red
 
 
 def combine(s: Statistics, reduction: Reduction) -> Statistics:
-    """Merge along the leading axis: about the largest of the shifts, first the mean, then the spread about it."""
+    """Merge along the leading axis: about the shift of the largest count, first the mean, then the spread about it.
+
+    A mean that many were merged into loses no bits to that of a few.
+    """
     n, shift, offset, m2 = s
-    shift = lax.stop_gradient(max_or_zero(s.mean_hi, jnp.broadcast_to(n > 0, s.mean_hi.shape), (0,)))
+    most = (n > 0) & (n == n.max(0, keepdims=True))
+    shift = lax.stop_gradient(max_or_zero(s.mean_hi, jnp.broadcast_to(most, s.mean_hi.shape), (0,)))
     gap = jnp.where(n > 0, (s.mean_hi - shift) + offset, 0.0)
     total = n.sum(0, keepdims=True)
     offset = weighted_mean(gap, n, total, (0,))

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from catalogue import EACH, NOT_NATIVE, ROWS, by_name, draw
+from helpers.devices import mesh_of, placed
 from helpers.native import forced, kernels_in, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,16 +76,55 @@ def test_a_refusal_names_the_norm_the_reason_and_the_line_to_write(call, reason,
         run()
 
 
-def test_small_arrays_stay_with_xla_by_default(monkeypatch, rng):
-    """Small arrays stay with XLA, where a kernel's own overhead would be the larger part."""
+@pytest.fixture
+def by_default(monkeypatch):
+    """The rule of the default, which these tests otherwise replace."""
     monkeypatch.setattr(cpu, "is_profitable", getattr(cpu.is_profitable, "rule", cpu.is_profitable))
     jax.clear_caches()
-    small, large = draw(rng, (8, 16)), draw(rng, (64, 256))
-    assert kernels_in(jn.layer_norm, small) == []
-    assert kernels_in(jn.layer_norm, large) == ["forward"]
-    assert kernels_in(lambda x: jn.layer_norm(x, implementation="xla"), large) == []
-    assert kernels_in(lambda x: jn.layer_norm(x, implementation="native"), small) == ["forward"]
+    yield
     jax.clear_caches()
+
+
+def test_small_slabs_stay_with_xla_by_default(by_default, rng):
+    """Where an example is small, a kernel's own overhead is the larger part; of rows it is none."""
+    group = lambda x: jn.group_norm(x, num_groups=2)
+    assert kernels_in(group, draw(rng, (8, 4, 4, 8))) == []
+    assert kernels_in(group, draw(rng, (1, 8, 8, 32))) == ["forward"]
+    for x in (draw(rng, (1, 16)), draw(rng, (64, 256))):
+        assert kernels_in(jn.layer_norm, x) == ["forward"]
+        assert kernels_in(lambda x: jn.layer_norm(x, implementation="xla"), x) == []
+
+
+IN_EVERY_BATCH = {
+    "layer": (jn.layer_norm, [(8,), (64,), (300,), (4096,), (3, 128)]),
+    "rms": (jn.rms_norm, [(8,), (64,), (300,), (4096,)]),
+    "group": (lambda x: jn.group_norm(x, num_groups=4), [(2, 2, 8), (8, 8, 32)]),
+    "instance": (jn.instance_norm, [(2, 2, 8), (8, 8, 32)]),
+    "batch at inference": (
+        lambda x: jn.batch_norm(x, None, jn.BatchNorm().init(x.shape[-1])[1], train=False)[0], [(64,), (4, 4, 16)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", IN_EVERY_BATCH)
+def test_an_example_has_the_same_bits_in_every_batch(which, by_default, rng):
+    """Law 10, by the default rule: y and dx, in any batch and place, eager or jit, on one device or on eight."""
+    norm, shapes = IN_EVERY_BATCH[which]
+    both = lambda x, g: (lambda y, pull: (y, *pull(g)))(*jax.vjp(norm, x))
+    mesh = mesh_of("auto")
+    for shape in shapes:
+        x, g = draw(rng, (48, *shape), 1.0), draw(rng, (48, *shape))
+        want = jax.jit(both)(x, g)
+        same = lambda got, part, want=want: [
+            np.testing.assert_array_equal(a, b[part]) for a, b in zip(got, want, strict=True)
+        ]
+        for first, last in ((0, 1), (47, 48), (5, 7), (8, 11), (1, 33)):
+            part = slice(first, last)
+            same(jax.jit(both)(x[part], g[part]), part)
+            same(both(jnp.asarray(x[part]), jnp.asarray(g[part])), part)
+            same(jax.jit(lambda x, g: (both(x, g), both(-x, g)))(x[part], g[part])[0], part)
+        sharded = placed(mesh, (x, P(mesh.axis_names)), (g, P(mesh.axis_names)))
+        same(jax.jit(both)(*sharded), slice(None))
 
 
 def test_reductions_of_first_or_last_axes_are_never_transposed(rng):
