@@ -158,160 +158,7 @@ JN_INLINE void fence(const Job& job) {
 #endif
 }
 
-// --- rows ------------------------------------------------------------------------------------------------------------
-
-template <class T, class U, bool cast_before_scale> struct Rows {
-  using A = typename accumulator<T>::type;
-
-  const Job& job;
-  const View& view = job.view;
-  const int64_t n = view.row();
-  const T* x = static_cast<const T*>(job.x);
-  A *mean_hi = static_cast<A*>(job.mean_hi), *mean_lo = static_cast<A*>(job.mean_lo), *m2 = static_cast<A*>(job.m2);
-
-  const A* parameter(const void* table, int64_t row) const {
-    return static_cast<const A*>(table) + (row / (view.N * view.G) * view.G + row % view.G) * view.D;
-  }
-  Statistic<A> statistic(int64_t row) const { return {mean_hi[row], mean_lo[row], m2[row]}; }
-
-  template <bool nontemporal> void normalize(int64_t row, Statistic<A> s, A r, U* y) const {
-    const Same<A> from(s.mean_hi), rest(s.mean_lo), by(r);
-    const A *scale = parameter(job.scale, row), *bias = parameter(job.bias, row);
-    if (view.P == 1) {
-      normalize_lines<T, U, cast_before_scale, nontemporal, 1>(x + row * n, y, n, 0, 0, from, rest, by, Each<A>{scale},
-                                                    Each<A>{bias});
-      return;
-    }
-    for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
-      normalize_lines<T, U, cast_before_scale, nontemporal, 1>(x + row * n + at, y + at, view.P, 0, 0, from, rest, by,
-                                                    Same<A>(scale[d]), Same<A>(bias[d]));
-  }
-
-  // `lines` rows that share their scale, which is then loaded once for all.
-  template <bool nontemporal, int lines> void normalize_together(int64_t row, const Statistic<A>* s, const A* r) const {
-    const T* at_x = x + row * n;
-    U* y = static_cast<U*>(job.out) + row * n;
-    const Each<A> scale{parameter(job.scale, row)}, bias{parameter(job.bias, row)};
-    V<A> from[lines], rest[lines], by[lines];
-    for (int k = 0; k < lines; ++k) from[k] = all(s[k].mean_hi), rest[k] = all(s[k].mean_lo), by[k] = all(r[k]);
-    over<A, 1>(n, JN_BODY(i, at, u) {
-      const V<A> times = scale.at(i, at), plus = bias.at(i, at);
-      for (int k = 0; k < lines; ++k) {
-        V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k];
-        if constexpr (cast_before_scale) xhat = decoded(U{}, encoded(U{}, xhat));
-        if constexpr (nontemporal) at.store_nontemporal(y + k * n + i, xhat * times + plus);
-        else at.store(y + k * n + i, xhat * times + plus);
-      }
-    });
-  }
-
-  // Some rows at a time, first all their statistics: the end of one sum overlaps the start of the next.
-  void forward(int64_t first, int64_t last) const {
-    constexpr int most = 4;
-    const int together = n * int64_t(sizeof(T)) <= 32768 ? most : 1;
-    Statistic<A> s[most];
-    A r[most];
-    for (int64_t row = first; row < last; row += together) {
-      const int rows = last - row < together ? int(last - row) : together;
-      for (int k = 0; k < rows; ++k) s[k] = row_statistic(job, x + (row + k) * n, n);
-      for (int k = 0; k < rows; ++k) {
-        r[k] = rstd<A>(job, s[k].m2);
-        mean_hi[row + k] = s[k].mean_hi, mean_lo[row + k] = s[k].mean_lo, m2[row + k] = s[k].m2;
-      }
-      U* y = static_cast<U*>(job.out) + row * n;
-      if (rows == most && view.P == 1 && view.G == 1 && row / view.N == (row + most - 1) / view.N) {
-        if (can_store_nontemporal<U, A>(job, y, n)) normalize_together<true, most>(row, s, r);
-        else normalize_together<false, most>(row, s, r);
-        continue;
-      }
-      for (int k = 0; k < rows; ++k, y += n)
-        if (can_store_nontemporal<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row + k, s[k], r[k], y);
-        else normalize<false>(row + k, s[k], r[k], y);
-    }
-    fence(job);
-  }
-
-  // `lines` rows that share their scale: their statistics in one pass, then dx, dscale and dbias in another.
-  template <bool nontemporal, int lines> void backward_each(int64_t row, A* dscale, A* dbias) const {
-    const U* g = static_cast<const U*>(job.g) + row * n;
-    const T* at_x = x + row * n;
-    T* dx = static_cast<T*>(job.out) + row * n;
-    const Each<A> scale{parameter(job.scale, row)};
-    V<A> from[lines], rest[lines], by[lines], first[lines], second[lines];
-    for (int k = 0; k < lines; ++k) {
-      const Statistic<A> s = statistic(row + k);
-      const A r = rstd<A>(job, s.m2);
-      const auto [h, hx] = row_gradient_sums<T, U>(at_x + k * n, g + k * n, n, s, r, scale);
-      from[k] = all(s.mean_hi), rest[k] = all(s.mean_lo), by[k] = all(r);
-      first[k] = all(job.centered ? h / A(n) : A(0)), second[k] = all(hx / A(n));
-    }
-    over<A, 1>(n, JN_BODY(i, at, u) {
-      const V<A> times = scale.at(i, at);
-      V<A> ds{}, db{};
-      for (int k = 0; k < lines; ++k) {
-        __builtin_prefetch(at_x + (k + lines) * n + i, 0, 2);
-        __builtin_prefetch(g + (k + lines) * n + i, 0, 2);
-        const V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k], gk = at.load(g + k * n + i);
-        const V<A> v = by[k] * (gk * times - first[k] - xhat * second[k]);
-        if constexpr (nontemporal) at.store_nontemporal(dx + k * n + i, v);
-        else at.store(dx + k * n + i, v);
-        ds += gk * xhat;
-        db += gk;
-      }
-      at.store(dscale + i, at.load(dscale + i) + ds);
-      at.store(dbias + i, at.load(dbias + i) + db);
-    });
-  }
-
-  // A row whose scale is the same along each of D runs of P elements.
-  template <bool nontemporal> void backward_runs(int64_t row, A* dscale, A* dbias) const {
-    const U* g = static_cast<const U*>(job.g) + row * n;
-    T* dx = static_cast<T*>(job.out) + row * n;
-    const A* scale = parameter(job.scale, row);
-    const Statistic<A> s = statistic(row);
-    const A r = rstd<A>(job, s.m2);
-    A h = 0, hx = 0;
-    for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P) {
-      const auto [of_g, of_gx] = row_gradient_sums<T, U>(x + row * n + at, g + at, view.P, s, r, Same<A>(1));
-      dscale[d] += of_gx, dbias[d] += of_g;
-      h += scale[d] * of_g, hx += scale[d] * of_gx;
-    }
-    const Same<A> from(s.mean_hi), rest(s.mean_lo), by(r), first(job.centered ? h / A(n) : A(0)), second(hx / A(n));
-    for (int64_t d = 0, at = 0; d < view.D; ++d, at += view.P)
-      gradient_lines<T, U, nontemporal, 1>(x + row * n + at, g + at, dx + at, view.P, 0, 0, from, rest, by, first, second,
-                                      Same<A>(scale[d]));
-  }
-
-  void backward(int64_t first, int64_t last, A* dscale, A* dbias) const {
-    constexpr int together = 4;
-    for (int64_t row = first; row < last;) {
-      const int64_t group = row % view.G * view.D;
-      const bool nontemporal = can_store_nontemporal<T, A>(job, static_cast<T*>(job.out) + row * n, view.P == 1 ? n : view.P);
-      if (view.P > 1) {
-        if (nontemporal) backward_runs<true>(row, dscale + group, dbias + group);
-        else backward_runs<false>(row, dscale + group, dbias + group);
-        ++row;
-      } else if (view.G == 1 && row + together <= last) {
-        if (nontemporal) backward_each<true, together>(row, dscale, dbias);
-        else backward_each<false, together>(row, dscale, dbias);
-        row += together;
-      } else {
-        backward_each<false, 1>(row++, dscale + group, dbias + group);
-      }
-    }
-    fence(job);
-  }
-};
-
-template <class T, class U> void rows_forward(const Job& job, int64_t first, int64_t last) {
-  if (job.cast_before_scale && sizeof(U) == 2) Rows<T, U, sizeof(U) == 2>{job}.forward(first, last);
-  else Rows<T, U, false>{job}.forward(first, last);
-}
-
-template <class T, class U, class A = typename accumulator<T>::type>
-void rows_backward(const Job& job, int64_t first, int64_t last, A* dscale, A* dbias) {
-  Rows<T, U, false>{job}.backward(first, last, dscale, dbias);
-}
+#include "rows.h"
 
 // --- slabs -----------------------------------------------------------------------------------------------------------
 
@@ -467,8 +314,10 @@ void slab_gradient(const Job& job, const Block& b, const Columns<A>& c) {
 // --- the table -------------------------------------------------------------------------------------------------------
 
 template <class T, class U, class A = typename accumulator<T>::type> const Kernels<A>* kernels_of() {
-  static constexpr Kernels<A> table{rows_forward<T, U>,          rows_backward<T, U>,   slab_sums<T>,
-                                    slab_gradient_sums<T, U>, slab_normalize<T, U>, slab_gradient<T, U>};
+  static constexpr Kernels<A> table{rows_forward<T, U, false>, rows_backward<T, U>,  rows_moments<T>,
+                                    rows_forward<T, U, true>,  rows_gradient_sums<T, U>, rows_gradient<T, U>,
+                                    slab_sums<T>,              slab_gradient_sums<T, U>, slab_normalize<T, U>,
+                                    slab_gradient<T, U>};
   return &table;
 }
 

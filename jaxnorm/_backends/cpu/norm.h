@@ -40,13 +40,7 @@ template <class A> class Norm {
   // Statistics and y in one go.
   void forward() {
     if (view_.size() == 0) return no_moments();
-    if (view_.S == 1) {
-      const int64_t rows = view_.B * view_.N * view_.G, step = per_task(view_.row());
-      threads_.each(parts(rows, step), [&](int64_t i) {
-        kernels_.rows_forward(job_, i * step, std::min(rows, (i + 1) * step));
-      });
-      return;
-    }
+    if (view_.S == 1) return each_rows(kernels_.rows_forward);
     each_slab([&](int64_t slab, const Threads& threads) {
       moments(slab, threads);
       normalize(slab, threads);
@@ -56,23 +50,19 @@ template <class A> class Norm {
   // Statistics alone, and y from statistics that are given.
   void moments() {
     if (view_.size() == 0) return no_moments();
+    if (view_.S == 1) return each_rows(kernels_.rows_moments);
     each_slab([&](int64_t slab, const Threads& threads) { moments(slab, threads); });
   }
   void normalize() {
+    if (view_.S == 1) return each_rows(kernels_.rows_normalize);
     each_slab([&](int64_t slab, const Threads& threads) { normalize(slab, threads); });
   }
 
   // dx, and the sums (B, G, D) of g xhat and of g.
   void backward(A* dscale, A* dbias) {
     if (view_.S == 1)
-      return with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads&, double* ds, double* db) {
-        const int64_t width = padded(view_.columns());
-        Vector part(2 * width);
-        for (int64_t i = first; i < last; i += longest) {
-          std::fill(part.begin(), part.end(), A(0));
-          kernels_.rows_backward(job_, i * view_.G, std::min(last, i + longest) * view_.G, &part[0], &part[width]);
-          for (int64_t k = 0; k < view_.columns(); ++k) ds[k] += part[k], db[k] += part[width + k];
-        }
+      return rows_with_partial(dscale, dbias, [&](int64_t first, int64_t last, A* ds, A* db) {
+        kernels_.rows_backward(job_, first, last, ds, db);
       });
     with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, double* ds, double* db) {
       Vector h(view_.G), hx(view_.G);
@@ -88,12 +78,20 @@ template <class A> class Norm {
   // such sums, which may be over more devices than this one.
   void gradient_sums(A* h, A* hx, A* dscale, A* dbias) {
     std::fill_n(h, view_.statistics(), A(0)), std::fill_n(hx, view_.statistics(), A(0));
+    if (view_.S == 1 && view_.P == 1)
+      return rows_with_partial(dscale, dbias, [&](int64_t first, int64_t last, A* ds, A* db) {
+        kernels_.rows_gradient_sums(job_, first, last, ds, db, h, hx);
+      });
     with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads& threads, double* ds, double* db) {
       for (int64_t slab = first; slab < last; ++slab)
         gradient_sums(slab, threads, tables(slab), h + slab * view_.G, hx + slab * view_.G, ds, db);
     });
   }
-  void gradient(const A* h, const A* hx) {
+  void gradient(A* h, A* hx) {
+    if (view_.S == 1 && view_.P == 1)
+      return each_rows([&](const Job& job, int64_t first, int64_t last) {
+        kernels_.rows_gradient(job, first, last, h, hx);
+      });
     each_slab([&](int64_t slab, const Threads& threads) {
       Tables t = tables(slab);
       gradient(slab, threads, t, h + slab * view_.G, hx + slab * view_.G);
@@ -115,6 +113,25 @@ template <class A> class Norm {
   int64_t per_task(int64_t each) const { return std::max<int64_t>(1, task_size() / each); }
 
   bool slabs_in_parallel() const { return view_.B * view_.N >= 2 * 8; }
+
+  // run(job, first, last) over all rows.
+  template <class Run> void each_rows(Run run) {
+    const int64_t rows = view_.size() == 0 ? 0 : view_.B * view_.N * view_.G, step = per_task(view_.row());
+    threads_.each(parts(rows, step), [&](int64_t i) { run(job_, i * step, std::min(rows, (i + 1) * step)); });
+  }
+
+  // run(first, last, dscale, dbias) over rows [first, last), in chains so short that they do not drift.
+  template <class Run> void rows_with_partial(A* dscale, A* dbias, Run run) {
+    with_partial(dscale, dbias, [&](int64_t first, int64_t last, const Threads&, double* ds, double* db) {
+      const int64_t width = padded(view_.columns());
+      Vector part(2 * width);
+      for (int64_t i = first; i < last; i += longest) {
+        std::fill(part.begin(), part.end(), A(0));
+        run(i * view_.G, std::min(last, i + longest) * view_.G, &part[0], &part[width]);
+        for (int64_t k = 0; k < view_.columns(); ++k) ds[k] += part[k], db[k] += part[width + k];
+      }
+    });
+  }
 
   // Slabs are tasks of their own where there are many, and are cut into lines and columns where there are few.
   template <class Run> void each_slab(Run run) {

@@ -95,6 +95,12 @@ template <class A> struct Kernels {
   // Rows [first, last): statistics and y; statistics given, dx, and sums over the rows added to (G, D) dscale, dbias.
   void (*rows_forward)(const Job&, int64_t first, int64_t last);
   void (*rows_backward)(const Job&, int64_t first, int64_t last, A* dscale, A* dbias);
+  // The same in parts: statistics alone; y from statistics that are given; the sums h, hx (B, N, G) with those for scale
+  // and bias; and dx from such sums. The last two are for P == 1.
+  void (*rows_moments)(const Job&, int64_t first, int64_t last);
+  void (*rows_normalize)(const Job&, int64_t first, int64_t last);
+  void (*rows_gradient_sums)(const Job&, int64_t first, int64_t last, A* dscale, A* dbias, A* h, A* hx);
+  void (*rows_gradient)(const Job&, int64_t first, int64_t last, A* h, A* hx);
   // Sums down the columns, added to `sum` and `square`: of x - mean_hi and (prescale (x - mean_hi))^2 over the first `run`
   // elements of each column's P ...
   void (*sums)(const Job&, const Block&, int64_t run, A prescale, const A* mean_hi, A* sum, A* square);
