@@ -154,7 +154,7 @@ REAL = {  # what each process says of its images
 COLLECTIVES = {"shard_map": 1 + 2 * len(demo.STRIDES), "jit": 1 + 3 * len(demo.STRIDES)}
 
 
-@pytest.mark.parametrize(("form", "processes"), [("shard_map", 2), ("shard_map", 4), ("jit", 2)])
+@pytest.mark.parametrize(("form", "processes"), [("shard_map", 4), ("jit", 2)])
 def test_several_processes_train_as_one_does(form, processes, through, one):
     printed, folder = through(form, processes)
     for i, images in enumerate(REAL[processes]):
@@ -176,7 +176,7 @@ def others_ended_by_themselves(printed: str, processes: int, victim: int) -> Non
         assert f"process {i} still runs" not in printed
 
 
-@pytest.mark.parametrize(("form", "processes", "victim"), [("shard_map", 4, 2), ("jit", 2, 0)])
+@pytest.mark.parametrize(("form", "processes", "victim"), [("shard_map", 2, 1), ("jit", 2, 0)])
 def test_a_crash_stops_all_processes_and_a_restart_changes_no_bit(form, processes, victim, through, tmp_path):
     """Process 0 is the coordinator. The death is before step 5, the last checkpoint of step 3."""
     printed = train(tmp_path, form, processes, "--kill", f"{victim}:5", "--restarts", "1")
