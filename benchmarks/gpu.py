@@ -164,48 +164,6 @@ def gpu() -> dict:
 
 # --- what is printed --------------------------------------------------------------------------------------------------
 
-LEVEL = 0.97  # a median that is this much of another's is level with it
-
-
-def percent(of: list[dict], which: str, names: tuple[str, ...]) -> float | None:
-    """Of the fastest of these contestants in a case, in percent of the copy."""
-    copies = table.copies_of(of, which, names)
-    return 100 * least(of[0]["norm"], which) / copies if copies else None
-
-
-def verdicts(found: list[dict]) -> list[list[str]]:
-    """The targets, each met or not, over the rows of more than 1 GB, and over the fused calls."""
-    cases = records.grouped([record for record in found if "check" not in record], *table.CASE)
-    large = {keys: of for keys, of in cases.items() if keys[2] in ("layer", "rms") and _case(keys).nbytes >= GIB}
-    lines = []
-
-    def line(target: str, limit: float, of: dict, which: str, peer: str | None) -> None:
-        values = []
-        for keys, case in of.items():
-            mine, theirs = percent(case, which, OURS), percent(case, which, (peer,)) if peer else 1.0
-            if mine and theirs:
-                values.append((mine / theirs, str(_case(keys))))
-        good = sum(value >= limit for value, _ in values)
-        verdict = "not measured" if not values else "met" if good == len(values) else "NOT met"
-        worst = f"{min(values)[0]:.3g} at {min(values)[1]}" if values else "-"
-        lines.append([f"{which}: {target}", verdict, f"{good} of {len(values)}", worst])
-
-    for which, limit in (("forward", 85.0), ("backward", 75.0)):
-        line(f"at least {limit:.0f} % of the copy", limit, large, which, None)
-    line("2 x flax.linen", 2.0, large, PASSES[-1], "flax.linen")
-    for peer in ("torch.compile", "tokamax"):
-        for which in PASSES:
-            line(f"level with {peer}", LEVEL, large, which, peer)
-    for norm in ("add_rms", "gated_rms"):
-        fused = {keys: of for keys, of in cases.items() if keys[2] == norm}
-        for which in PASSES:
-            line(f"{norm} level with its composition", LEVEL, fused, which, COMPOSED)
-    return lines
-
-
-def _case(keys: tuple) -> Case:
-    return Case.parse(":".join(keys[-3:]))
-
 
 def page(found: list[dict]) -> str:
     (setting,), of = records.settings(found), records.results(found)
@@ -214,12 +172,11 @@ def page(found: list[dict]) -> str:
     for which in PASSES if cases else ():
         text = table.contestants(cases, [which], lambda norm, which, c: f"{100 * least(norm, which) / c:.1f} %")
         parts.append(table.section(f"{which}, percent of the copy", text))
-    parts.append(table.section("targets", table.table(["target", "verdict", "cases", "worst"], verdicts(of))))
     for (name,), mine in records.grouped(checks, "name").items():
         good = sum("errors" in record for record in mine)
         parts.append(f"{name}: equals float64 in {good} of {len(mine)} small cases.\n")
     parts.append(table.failures(of))
-    done = {str(_case(keys)) for keys in records.grouped(cases, *table.CASE)}
+    done = {str(Case.parse(":".join(keys))) for keys in records.grouped(cases, *table.CASE[-3:])}
     if left_out := [case for case in setting["planned"] if case not in done]:
         parts.append(f"\nNot reached in time: {'; '.join(left_out)}.")
     return "\n".join(parts).strip() + "\n"

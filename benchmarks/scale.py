@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from helpers.compiled import TARGETS, cases, missing, scaling
+from helpers.compiled import cases, missing, scaling
 
 from benchmarks.harness import records, torus
 from benchmarks.harness.table import section, table
@@ -37,15 +37,11 @@ def programs(targets) -> Iterator[tuple[dict, Callable[[], dict]]]:
                 it = dict(of="norm", target=target, sync=sync, form=form, channels=channels)
                 yield it, functools.partial(scaling.alone, target, sync, form, channels)
         for form, sync in itertools.product(FORMS, (*scaling.SYNCS, None)):
-            yield (
-                dict(of="stage", target=target, sync=sync, form=form),
-                functools.partial(scaling.stage, target, sync, form),
-            )
+            it = dict(of="stage", target=target, sync=sync, form=form)
+            yield it, functools.partial(scaling.stage, target, sync, form)
         for form, norm in itertools.product(FORMS, ROW_NORMS):
-            yield (
-                dict(of="spread", target=target, norm=norm, form=form),
-                functools.partial(scaling.spread, target, norm, form),
-            )
+            it = dict(of="spread", target=target, norm=norm, form=form)
+            yield it, functools.partial(scaling.spread, target, norm, form)
         for norm in (*ROW_NORMS, None):
             yield dict(of="block", target=target, norm=norm), functools.partial(scaling.block, target, norm)
     for _, same in itertools.groupby(targets, lambda target: target[:3]):
@@ -56,10 +52,8 @@ def programs(targets) -> Iterator[tuple[dict, Callable[[], dict]]]:
 
 
 def page(found: list[dict]) -> str:
-    parts, targets = (
-        ["# Norms on 8 to 1024 chips\n", records.origin(found), ""],
-        len({it["target"] for it in records.results(found)}),
-    )
+    targets = len({it["target"] for it in records.results(found)})
+    parts = ["# Norms on 8 to 1024 chips\n", records.origin(found), ""]
     for title, about, rows in (
         ("What one batch norm waits for", _ALONE, _alone(found)),
         ("What norms add to a step of training", _ADDED, _added(found)),
@@ -203,56 +197,6 @@ def _choices(found):
         yield target, *(f"{choice}, {share:.0%}" if share else choice for choice, share in row.values())
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
-
-LINES = {
-    "global, jit": ("tab:orange", "-"),
-    "global, shard_map": ("tab:orange", ":"),
-    f"{GROUPS}, jit": ("tab:blue", "-"),
-}
-FILLS = {"global": "#fbe0c3", "groups": "#c5d9f1", "local": "#d3ebd0"}
-
-
-def draw(found: list[dict], path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    times, table = waits(found), choices(found)
-    figure, rows = plt.subplots(2, 2, figsize=(13, 9), layout="constrained", width_ratios=(1.15, 1))
-    for (left, right), kind in zip(rows, torus.CHIPS, strict=True):
-        targets = [t for t in times if t.startswith(kind)]
-        chips = [TARGETS[t].devices for t in targets]
-        for way, (color, style) in LINES.items():
-            heights = [1e3 * times[t][way] for t in targets]
-            left.plot(chips, heights, style, color=color, marker="o", label=way)
-        for images in (4, 16, 64):
-            height = 1e3 * torus.step_seconds(torus.CHIPS[kind], images)
-            label = "least time of a step, so many images a chip" if images == 4 else None
-            left.axhline(height, color="gray", linewidth=0.9, linestyle="--", label=label)
-            left.annotate(f"{images}", (1.01, height), xycoords=("axes fraction", "data"), va="center", color="dimgray")
-        left.set(xscale="log", yscale="log", ylabel="ms in a step of a ResNet-50", ylim=(0.1, 40))
-        left.set_xticks(chips, [str(n) for n in chips])
-        left.set_xticks([], minor=True)
-        left.set_title(f"{kind} (model): what its 53 batch norms wait for; local waits 0")
-        left.legend(fontsize=8, loc="lower right")
-        for i, target in enumerate(targets):
-            for j, (choice, share) in enumerate(table[target].values()):
-                right.add_patch(plt.Rectangle((i, j), 1, 1, facecolor=FILLS[choice], edgecolor="white", linewidth=2))
-                said = f"{choice}\n+{share:.0%}" if share else f"{choice}\n0"
-                right.text(i + 0.5, j + 0.5, said, ha="center", va="center", fontsize=9)
-        right.set(xlim=(0, len(targets)), ylim=(0, len(IMAGES)), ylabel="images on a chip")
-        right.set_xticks([i + 0.5 for i in range(len(targets))], [str(n) for n in chips])
-        right.set_yticks([j + 0.5 for j in range(len(IMAGES))], [str(n) for n in IMAGES])
-        right.tick_params(length=0)
-        right.set_title(f"{kind} (model): what to choose, and what it adds to a step")
-    for axis in rows[-1]:
-        axis.set_xlabel("chips")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = records.parser(__doc__)
     parser.add_argument("--targets", nargs="+", choices=SIZES, default=list(SIZES))
@@ -262,11 +206,10 @@ def main(argv: list[str] | None = None) -> None:
     def measure() -> Iterator[list[dict]]:
         if (reason := missing("tpu")) is not None:
             raise SystemExit(f"Nothing can be compiled: {reason}")
-        yield [records.setting("scale", argv, versions={"libtpu": records.version("libtpu")})] + [
-            it | run() for it, run in programs(options.targets)
-        ]
+        yield [records.setting("scale", argv, versions={"libtpu": records.version("libtpu")})]
+        yield [it | run() for it, run in programs(options.targets)]
 
-    records.publish("scale", options, measure, page, draw)
+    records.publish("scale", options, measure, page)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import accuracy, cpu, gpu, peers
 from benchmarks.harness import case, records, table, timing
-from benchmarks.harness.case import Case, least
+from benchmarks.harness.case import Case
 from benchmarks.harness.contest import Contest, Crew, measured
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -219,22 +219,6 @@ def test_gpu_says_when_there_is_none(monkeypatch):
     monkeypatch.setattr(JaxContest, "about", lambda self: {"error": "no CUDA"})
     with pytest.raises(SystemExit, match=r"There is no GPU that JAX can use: no CUDA\n.*--platform cpu"):
         next(gpu.measure("gpu", ("jaxnorm-xla",), [], 1.0, [], timing.Here))
-
-
-def test_verdicts_count_what_was_measured():
-    def rows(columns: int, percents: dict[str, float]) -> list[dict]:
-        it = gpu.rows("rms", columns, gpu.GIB, "bfloat16").record
-        of = lambda p: {which: {"copies": [100 * least("rms", which) / p] * 3} for which in case.PASSES}
-        return [{**it, "name": name, **of(p)} for name, p in percents.items()]
-
-    found = rows(1024, {"jaxnorm-xla": 60.0, "jaxnorm-mosaic_gpu": 90.0, "flax.linen": 40.0})
-    found += rows(4096, {"jaxnorm-xla": 80.0, "flax.linen": 41.0, "tokamax": 80.0})
-    by_target = {target: rest for target, *rest in gpu.verdicts(found)}
-    assert by_target["forward: at least 85 % of the copy"] == ["NOT met", "1 of 2", "80 at rms 131072x4096 bfloat16"]
-    assert by_target["backward: at least 75 % of the copy"][0] == "met"
-    assert by_target["forward+backward: 2 x flax.linen"][0] == "NOT met"
-    assert by_target["forward: level with tokamax"][:2] == ["met", "1 of 1"]
-    assert by_target["forward: level with torch.compile"][0] == "not measured"
 
 
 def test_training_compares_the_same_training(monkeypatch):
