@@ -147,7 +147,7 @@ def measured(peer: Peer, row: Row) -> float | bool | str | None:
     return "NaN" if math.isnan(value) else value if isinstance(value, bool) else float(f"{value:.4g}")
 
 
-def measure(names: tuple[str, ...], argv: list[str]) -> Iterator[list[dict]]:
+def measure(names: tuple[str, ...]) -> Iterator[list[dict]]:
     """The setting, then a record for each row and peer."""
     found, missing = [], {}
     with warnings.catch_warnings():
@@ -158,7 +158,7 @@ def measure(names: tuple[str, ...], argv: list[str]) -> Iterator[list[dict]]:
             except ImportError as error:
                 missing[name] = f"{type(error).__name__}: {error}"
         versions = {peer.name: peer.version for peer in found}
-        yield [records.setting("accuracy", argv, versions=versions, missing=missing)]
+        yield [records.setting("accuracy", versions=versions, missing=missing)]
         for row in TABLE:
             yield [{"row": row.key, "name": peer.name, "value": measured(peer, row)} for peer in found]
 
@@ -173,14 +173,11 @@ def page(found: list[dict]) -> str:
     return "\n".join(["# Accuracy\n", records.origin(found), f"\n{NOTES}\n", table(["", *names], rows), ""])
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = records.parser(__doc__)
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=f"of {', '.join(NAMES)}"
-    )
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
-    records.publish("accuracy", options, lambda: measure(tuple(options.only), argv), page)
+    parser.add_argument("--only", **records.choice(NAMES))
+    options = parser.parse_args()
+    records.publish("accuracy", options, lambda: measure(tuple(options.only)), page)
 
 
 if __name__ == "__main__":

@@ -195,17 +195,16 @@ def page(found: list[dict]) -> str:
     ])  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = records.parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", **records.choice(MODELS))
     parser.add_argument("--rounds", type=int, default=5, help="of each variant")
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
 
     def measure() -> Iterator[list[dict]]:
         one_cpu_device()
         versions = {package: records.version(package) for package in ("flax",)} | {"jaxnorm": jaxnorm.__version__}
-        yield [records.setting("compile_time", argv, versions=versions)]
+        yield [records.setting("compile_time", versions=versions)]
         for model in options.models:
             print(f"{model} ...", file=sys.stderr)
             yield [measured(model, options.rounds)]

@@ -125,13 +125,12 @@ def page(found: list[dict]) -> str:
     return "\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = records.parser(__doc__)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[*SINGLE, *SHARDED])
-    parser.add_argument("--norms", nargs="+", choices=cases.NORMS, default=list(cases.NORMS))
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
+    parser.add_argument("--targets", **records.choice(TARGETS, [*SINGLE, *SHARDED]))
+    parser.add_argument("--norms", **records.choice(cases.NORMS))
+    parser.add_argument("--parts", **records.choice(PARTS))
+    options = parser.parse_args()
     del sys.argv[1:]  # tokamax would parse them
 
     def measure() -> Iterator[list[dict]]:
@@ -144,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 absent[name] = str(error)
         versions = {name: peer.version for name, peer in libraries.items()}
         versions |= {"libtpu": records.version("libtpu")}
-        yield [records.setting("compiled", argv, versions=versions, missing=absent)]
+        yield [records.setting("compiled", versions=versions, missing=absent)]
         for part in options.parts:
             for record in PARTS[part](targets, options.norms, libraries):
                 yield [record]

@@ -61,7 +61,7 @@ def crews_of(names: tuple[str, ...], allocator: str, worker: type) -> list[Crew]
 
 
 def measure(cases: list[Case], names: tuple[str, ...], allocators: list[str], rounds: int, seconds: float,
-            argv: list[str], worker: type = Worker) -> Iterator[list[dict]]:  # fmt: skip
+            worker: type = Worker) -> Iterator[list[dict]]:  # fmt: skip
     """The setting, then the records of one case after another under each allocator."""
     if worker is Worker:
         one_cpu_device()
@@ -72,7 +72,7 @@ def measure(cases: list[Case], names: tuple[str, ...], allocators: list[str], ro
             about["versions"] |= crew.versions
             about["missing"] |= crew.missing
         if run == 0:
-            yield [records.setting("cpu", argv, **about)]
+            yield [records.setting("cpu", **about)]
         for i, case in enumerate(cases, 1):
             print(f"{allocator}, {i} of {len(cases)}: {case}", file=sys.stderr)
             yield [{"allocator": allocator, **record} for record in measured(case, crews, rounds, seconds)]
@@ -115,12 +115,12 @@ def summary(of_allocator: list[dict]) -> str:
 # --- small arrays -----------------------------------------------------------------------------------------------------
 
 
-def measure_small(cases: list[Case], rounds: int, argv: list[str], worker: type = Worker) -> Iterator[list[dict]]:
+def measure_small(cases: list[Case], rounds: int, worker: type = Worker) -> Iterator[list[dict]]:
     """For each case XLA's time over that of the native kernels, and which of them is the default."""
     names = ("jaxnorm", "jaxnorm-native", "jaxnorm-xla")
     one_cpu_device()
     (crew,) = crews = crews_of(names, "default", worker)
-    yield [records.setting("cpu", argv, **crew.about)]
+    yield [records.setting("cpu", **crew.about)]
     for case in cases:
         of = measured(case, crews, rounds, 1.0)
         if reasons := table.failures(of):
@@ -155,30 +155,28 @@ def cases_of(shapes: dict, norms: list[str], dtypes: list[str], given: list[tupl
     return [Case(norm, shape, dtype) for norm in norms for shape in fitting[norm] for dtype in dtypes]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = records.parser(__doc__)
     add = parser.add_argument
     shape = lambda text: tuple(int(n) for n in text.split("x"))
-    add("--norms", nargs="+", choices=SHAPES, metavar="NORM", help=f"of {', '.join(SHAPES)}")
+    add("--norms", **records.choice(SHAPES, None))
     add("--shapes", nargs="+", type=shape, metavar="SHAPE", help="such as 8192x1024, or 32x56x56x64 of an image norm")
-    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
-    add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
-    add("--allocators", nargs="+", choices=ALLOCATORS, default=["warm", "default"], metavar="NAME",
-        help=f"of {', '.join(ALLOCATORS)}")  # fmt: skip
+    add("--dtypes", **records.choice(DTYPES))
+    add("--only", **records.choice(NAMES))
+    add("--allocators", **records.choice(ALLOCATORS, ["warm", "default"]))
     add("--rounds", type=int, default=30, help="samples of each contestant in each case, at most")
     add("--seconds", type=float, default=20.0, help="no further round of a case begins after this")
     add("--break-even", action="store_true", help="small arrays, jaxnorm's two backends only")
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     shapes = SMALL if options.break_even else SHAPES
     cases = cases_of(shapes, options.norms or list(shapes), options.dtypes, options.shapes)
     if not cases:
         parser.error(f"none of {options.norms} takes arrays of the rank of these shapes")
     if options.break_even:
-        records.publish("break_even", options, lambda: measure_small(cases, options.rounds, argv), page_small)
+        records.publish("break_even", options, lambda: measure_small(cases, options.rounds), page_small)
     else:
         given = tuple(options.only), options.allocators, options.rounds, options.seconds
-        records.publish("cpu", options, lambda: measure(cases, *given, argv), page, table.draw)
+        records.publish("cpu", options, lambda: measure(cases, *given), page, table.draw)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def checked(crews: list[Crew], cases: tuple[Case, ...]) -> Iterator[dict]:
                 yield {"check": str(case), "name": name, key: result}
 
 
-def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: float, argv: list[str],
+def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: float,
             worker: type = Worker) -> Iterator[list[dict]]:  # fmt: skip
     """The setting, the checks, then one case after another. Cases that would not end in time are left out."""
     deadline = time.monotonic() + 60 * minutes
@@ -137,7 +137,7 @@ def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: f
     about = crews[0].about | (gpu() if platform == "gpu" else {})
     planned = [str(case) for case in cases]
     more = {"platform": platform, **about, "versions": versions, "missing": missing, "planned": planned}
-    yield [records.setting("gpu", argv, **more)]
+    yield [records.setting("gpu", **more)]
     crews = [crew for crew in crews if crew.versions]
     yield list(checked(crews, CHECKS if platform == "gpu" else CHECKS[::5]))
     longest = 0.0
@@ -182,19 +182,18 @@ def page(found: list[dict]) -> str:
     return "\n".join(parts).strip() + "\n"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = records.parser(__doc__)
     add = parser.add_argument
     add("--platform", choices=("gpu", "cpu"), default="gpu", help="cpu: tiny arrays, to try the script")
     add("--minutes", type=float, default=7.0, help="no case begins that would end later")
     add("--cases", nargs="+", type=Case.parse, metavar="CASE", help="such as rms:131072x4096:bfloat16")
-    add("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}")
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
+    add("--only", **records.choice(NAMES))
+    options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda", "cpu": "cpu"}[options.platform]  # no fallback to another one
     cases = options.cases or list(CASES[options.platform])
     default = records.RESULTS if options.platform == "gpu" else records.SCRATCH
-    steps = lambda: measure(options.platform, tuple(options.only), cases, options.minutes, argv)
+    steps = lambda: measure(options.platform, tuple(options.only), cases, options.minutes)
     records.publish("gpu", options, steps, page, table.draw, default)
 
 

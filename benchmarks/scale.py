@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -197,16 +196,15 @@ def _choices(found):
         yield target, *(f"{choice}, {share:.0%}" if share else choice for choice, share in row.values())
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = records.parser(__doc__)
-    parser.add_argument("--targets", nargs="+", choices=SIZES, default=list(SIZES))
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
+    parser.add_argument("--targets", **records.choice(SIZES))
+    options = parser.parse_args()
 
     def measure() -> Iterator[list[dict]]:
         if (reason := missing("tpu")) is not None:
             raise SystemExit(f"Nothing can be compiled: {reason}")
-        yield [records.setting("scale", argv, versions={"libtpu": records.version("libtpu")})]
+        yield [records.setting("scale", versions={"libtpu": records.version("libtpu")})]
         yield [it | run() for it, run in programs(options.targets)]
 
     records.publish("scale", options, measure, page)

@@ -234,16 +234,15 @@ def page(found: list[dict]) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = records.parser(__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=TASKS, default=list(TASKS))
-    add("--dtypes", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="of the computation")
+    add("--models", **records.choice(TASKS))
+    add("--dtypes", **records.choice(TOLERANCE))
     add("--rounds", type=int, default=ROUNDS, help="timed steps of each variant")
     add("--allocator", choices=ALLOCATORS, default="warm", help="whether malloc returns pages to the system")
     add("--tiny", action="store_true", help="models too small to measure, to try the script")
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     sizes = TINY if options.tiny else FULL
 
     def measure() -> Iterator[list[dict]]:
@@ -251,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         versions = {package: records.version(package) for package in ("flax", "optax")}
         versions["jaxnorm"] = jaxnorm.__version__
         more = dict(versions=versions, allocator=options.allocator, rounds=options.rounds, sizes=vars(sizes))
-        yield [records.setting("training", argv, **more)]
+        yield [records.setting("training", **more)]
         for name, dtype in itertools.product(options.models, options.dtypes):
             print(f"{name}, {dtype} ...", file=sys.stderr)
             yield [measured(name, dtype, sizes, options.rounds, options.allocator)]

@@ -14,19 +14,20 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from benchmarks.harness.timing import THREADS
 
 RESULTS = Path(__file__).parents[1] / "results"
+ARGUMENTS = tuple(sys.argv[1:])  # of the command, before a library parses them
 SCRATCH = Path(tempfile.gettempdir()) / "jaxnorm-benchmarks"
 
 
-def setting(name: str, argv: list[str], **more) -> dict:
+def setting(name: str, **more) -> dict:
     """How a run is measured: the first of its records."""
     return {
-        "command": " ".join([f"python -m benchmarks.{name}", *argv]),
+        "command": " ".join([f"python -m benchmarks.{name}", *ARGUMENTS]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": processor(),
         "threads": THREADS,
@@ -92,10 +93,14 @@ def origin(records: list[dict]) -> str:
 def parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--out", type=Path, metavar="FOLDER", help="for NAME.jsonl, NAME.md and NAME.png")
-    made.add_argument(
-        "--again", action="store_true", help="measure nothing: make the tables of FOLDER/NAME.jsonl again"
-    )
+    made.add_argument("--again", action="store_true", help="measure nothing: make the tables of the .jsonl again")
     return made
+
+
+def choice(of: Collection[str], default: Collection[str] | None = ()) -> dict:
+    """The keywords of an option that takes some of these names, and all by default."""
+    return {"nargs": "+", "choices": of, "metavar": "NAME", "help": f"of {', '.join(of)}",
+            "default": list(of) if default == () else default}  # fmt: skip
 
 
 def publish(name: str, options: argparse.Namespace, measure: Callable[[], Iterator[list[dict]]],

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import jaxnorm as jn
 from benchmarks.harness.case import EPSILON, GROUPS
-from benchmarks.peers.base import Peer
+from benchmarks.peers import Peer
 
 
 class Jaxnorm(Peer):

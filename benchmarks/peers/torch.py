@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.harness.case import EPSILON, GROUPS
-from benchmarks.peers.base import Peer
+from benchmarks.peers import Peer
 
 
 class Torch(Peer):
@@ -35,3 +35,26 @@ class Torch(Peer):
 
     def silu(self, gate):
         return functional.silu(gate)
+
+
+class Liger(Torch):
+    package = "liger_kernel.transformers.functional"
+    norms = ("layer", "rms")
+
+    def norm(self, which, x, scale, bias=None):
+        if which == "rms":  # not in place: its backward pass would overwrite the cotangent
+            return self.library.liger_rms_norm(x, scale, EPSILON, 0.0, "llama", False)
+        return self.library.liger_layer_norm(x, scale, bias, EPSILON)
+
+
+class Quack(Torch):
+    """It also has a layer norm, but without a backward pass."""
+
+    package = "quack"
+    norms = ("rms",)
+
+    def norm(self, which, x, scale, bias=None):
+        return self.library.rmsnorm(x, scale, eps=EPSILON)
+
+    def add_rms(self, x, scale, residual):
+        return self.library.rmsnorm(x, scale, residual=residual, eps=EPSILON, prenorm=True)
