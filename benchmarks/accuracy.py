@@ -1,7 +1,5 @@
 """The numerics of normalization layers of several libraries: errors, bytes kept for the backward pass, masks.
 
-    python -m benchmarks.accuracy [--only NAME ...] [--out FOLDER] [--again]
-
 Each library keeps its own defaults; only epsilon is the same for all. Errors are against float64. "-" means that the
 library has no such call. It runs on 8 CPU devices that it makes itself. Libraries that are not installed are left out.
 """
@@ -9,17 +7,16 @@ library has no such call. It runs on 8 CPU devices that it makes itself. Librari
 from __future__ import annotations
 
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from benchmarks.harness.timing import cpu_devices
+
 DEVICES = 8
 if __name__ == "__main__":  # whoever imports this module chooses the devices
-    _flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
-    os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={DEVICES}"])
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    cpu_devices(DEVICES)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -80,11 +77,8 @@ def residual_bytes(peer: Peer) -> float:
 
 
 def half_precision_error(peer: Peer) -> float:
-    """Largest error of a bfloat16 layer norm with scale and bias, in units in the last place of the exact result.
-
-    0.5 is correct rounding. Results smaller than 1 count in the last place of 1, so that a result near zero is not
-    judged by its relative error.
-    """
+    """Largest error of a bfloat16 layer norm with scale and bias, in units in the last place of the exact result, or of
+    1 where that is smaller."""
     rng = np.random.default_rng(4)
     x = jnp.asarray(rng.normal(1.0, 1.0, (ROWS, FEATURES)), jnp.bfloat16)
     scale, bias = (jnp.asarray(rng.normal(m, 0.5, FEATURES), jnp.bfloat16).astype(jnp.float32) for m in (1.0, 0.0))

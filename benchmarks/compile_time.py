@@ -27,7 +27,7 @@ import jaxnorm.linen
 import jaxnorm.nnx
 from benchmarks.harness import records
 from benchmarks.harness.table import section, table
-from benchmarks.harness.timing import Timed, Worker, in_turn, one_cpu_device, quartiles
+from benchmarks.harness.timing import Timed, Worker, cpu_devices, in_turn, quartiles
 
 DEPTH, WIDTH = 100, 64
 NORMS = {"LayerNorm": {}, "RMSNorm": {}, "GroupNorm": {"num_groups": 8}, "InstanceNorm": {}, "BatchNorm": {}}
@@ -202,7 +202,7 @@ def main() -> None:
     options = parser.parse_args()
 
     def measure() -> Iterator[list[dict]]:
-        one_cpu_device()
+        cpu_devices()
         versions = {package: records.version(package) for package in ("flax",)} | {"jaxnorm": jaxnorm.__version__}
         yield [records.setting("compile_time", versions=versions)]
         for model in options.models:

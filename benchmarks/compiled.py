@@ -1,7 +1,5 @@
 """Norms and models compiled for GPUs and TPUs that are not there, and counted: traffic, kernels, bytes kept.
 
-    python -m benchmarks.compiled [--targets NAME ...] [--norms NORM ...] [--parts PART ...] [--out FOLDER] [--again]
-
 Nothing is run. Libraries and compilers that are not installed are named and left out.
 """
 
@@ -110,16 +108,14 @@ def page(found: list[dict]) -> str:
         title = f"{norm} norm, {shape}, {target}" if norm in cases.NORMS else f"`{norm}`, {shape}, {target}"
         parts.append(section(title, table(["library", *PASSES, "keeps"], rows)))
     if "scan" in by_part:
-        rows = [
-            (target, *[*map(mib, of), "-"][:2]) for (target,), of in records.grouped(by_part["scan"], "target").items()
-        ]
+        by_target = records.grouped(by_part["scan"], "target").items()
+        rows = [(target, *[*map(mib, of), "-"][:2]) for (target,), of in by_target]
         text = table(["target", *(f"temporary memory, {name}" for name in cases.MODULES)], rows)
         parts.append(section("12 transformer blocks in a scan, bfloat16, forward and backward", text))
     if "stage" in by_part:
         kinds = lambda r: ", ".join(f"{n} {k} ({r['collective_bytes'][k]} B)" for k, n in r["collectives"].items())
-        rows = [
-            (r["target"], r["library"], kinds(r) if "collectives" in r else "failed", mib(r)) for r in by_part["stage"]
-        ]
+        sent = lambda r: kinds(r) if "collectives" in r else "failed"
+        rows = [(r["target"], r["library"], sent(r), mib(r)) for r in by_part["stage"]]
         text = table(["target", "norms", "collectives of a step", "temporary memory"], rows)
         parts.append(section(f"A ResNet stage, {cases.BATCH_NORMS} batch norms, forward and backward", text))
     return "\n".join(parts)

@@ -1,21 +1,15 @@
 """What a norm costs on a CPU, beside other libraries, in units of a copy of the same bytes.
 
-    python -m benchmarks.cpu [--norms NORM ...] [--shapes SHAPE ...] [--dtypes DTYPE ...] [--only NAME ...]
-                             [--allocators NAME ...] [--rounds N] [--seconds S] [--out FOLDER] [--again]
-    python -m benchmarks.cpu --break-even    # small arrays: from which size on the native kernels are faster than XLA
-
 Contestants take turns: every round times each of them once, in random order. A cell is the median over the rounds of
-the time over that of a copy of x in the same round. For each case that copy is the fastest of NumPy's with one thread,
-NumPy's with a thread for each core, and torch's. The JAX libraries share a process. torch has one whose idle threads
-sleep, and one whose idle threads spin, which is faster if the cores are free. One process works at a time.
+the time over that of a copy of x in the same round: the fastest of NumPy's with one thread and with all, and torch's.
+The JAX libraries share a process. torch has one whose idle threads sleep, and one whose idle threads spin, which is
+faster if the cores are free. One process works at a time.
 
 "forward" is a jitted call that returns y. "forward+backward" returns y and, for a random cotangent, the gradients of x,
-scale and bias. Parameters are float32, y has x's dtype, and each contestant is compared with float64 before it is
-timed. Images are NHWC: channels_last for torch, and NCHW for equinox, which has no other layout. Arrays of more than
-2 MiB alternate from call to call, so that they come from memory and not from the last cache.
+scale and bias. Each contestant is compared with float64 before it is timed. Images are NHWC: channels_last for torch,
+and NCHW for equinox, which has no other layout.
 
-The allocator matters: if fresh outputs mean fresh pages, page faults hide the kernels. "warm" runs the processes with a
-malloc that keeps its pages, "thresholds" with one that keeps those of the main thread, "default" with malloc as it is.
+If fresh outputs mean fresh pages, page faults hide the kernels; `harness/timing.py` has the allocators that differ.
 """
 
 from __future__ import annotations
@@ -27,7 +21,7 @@ from collections.abc import Iterator
 from benchmarks.harness import records, table
 from benchmarks.harness.case import Case, least
 from benchmarks.harness.contest import Crew, measured
-from benchmarks.harness.timing import ALLOCATORS, Worker, one_cpu_device
+from benchmarks.harness.timing import ALLOCATORS, Worker, cpu_devices
 from benchmarks.peers import TORCH
 
 ROWS = ((8192, 1024), (65536, 256), (2048, 4096), (16384, 768), (256, 1024), (64, 256))
@@ -64,7 +58,7 @@ def measure(cases: list[Case], names: tuple[str, ...], allocators: list[str], ro
             worker: type = Worker) -> Iterator[list[dict]]:  # fmt: skip
     """The setting, then the records of one case after another under each allocator."""
     if worker is Worker:
-        one_cpu_device()
+        cpu_devices()
     for run, allocator in enumerate(allocators):
         crews = crews_of(names, allocator, worker)
         about = {"versions": {}, "missing": {}} | crews[0].about
@@ -112,13 +106,10 @@ def summary(of_allocator: list[dict]) -> str:
     return table.table(heads, rows)
 
 
-# --- small arrays -----------------------------------------------------------------------------------------------------
-
-
 def measure_small(cases: list[Case], rounds: int, worker: type = Worker) -> Iterator[list[dict]]:
     """For each case XLA's time over that of the native kernels, and which of them is the default."""
     names = ("jaxnorm", "jaxnorm-native", "jaxnorm-xla")
-    one_cpu_device()
+    cpu_devices()
     (crew,) = crews = crews_of(names, "default", worker)
     yield [records.setting("cpu", **crew.about)]
     for case in cases:
@@ -144,9 +135,6 @@ def page_small(found: list[dict]) -> str:
         text = table.table(["followed by", "shape", "dtype", "ratio"], fused)
         parts.append(table.section("Batch norm at inference, which XLA fuses with the operation that follows", text))
     return "\n".join(parts)
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def cases_of(shapes: dict, norms: list[str], dtypes: list[str], given: list[tuple[int, ...]] | None) -> list[Case]:

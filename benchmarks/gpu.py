@@ -1,11 +1,8 @@
 """What a norm costs on a GPU: jaxnorm's backends beside other libraries, in percent of the bandwidth of a copy.
 
-    python -m benchmarks.gpu [--minutes M] [--cases CASE ...] [--only NAME ...] [--out FOLDER] [--platform cpu]
-
 First every backend of jaxnorm is compared with float64. Then cases are timed, the important ones first, until the time
 is up; gpu.jsonl and gpu.md in FOLDER (benchmarks/results) are written after each. It needs jax, NumPy and an NVIDIA
-GPU, and no network. Libraries that are missing are named and left out. `--platform cpu` runs all of it on tiny arrays,
-to try the script.
+GPU, and no network. `--platform cpu` runs all of it on tiny arrays, to try the script.
 
 "forward" is the forward pass in training, which writes y and the residuals; "backward" is the rest; "forward+backward"
 is one program with both. Percent: the bytes that a pass must move (x read and y written: 2 of x; backward 3; batch norm
@@ -33,9 +30,9 @@ from benchmarks.peers import TORCH
 
 #: By platform, the backends that may run there, if this build has them.
 BACKENDS = {"gpu": ("xla", "mosaic_gpu"), "cpu": ("xla", "native")}
-COMPOSED, OTHERS = "jaxnorm-composed", ("flax.linen", "tokamax", "torch", "torch.compile", "liger", "quack")
 OURS = ("jaxnorm-xla", "jaxnorm-mosaic_gpu", "jaxnorm-native")
-NAMES = (*OURS, COMPOSED, *OTHERS)
+OTHERS = ("flax.linen", "tokamax", "torch", "torch.compile", "liger", "quack")
+NAMES = (*OURS, "jaxnorm-composed", *OTHERS)
 #: Seconds: for one answer of a process; after the end, for the case under way; and in which a case is timed.
 PATIENCE, GRACE, CASE_SECONDS = 100.0, 45.0, {"gpu": 4.0, "cpu": 0.0}
 ROUNDS = 21  # samples of each contestant in a case, at most
@@ -64,29 +61,17 @@ CASES = {
         Case("batch", (32, 56, 56, 256), "float32"),
     ),
     "cpu": (
-        Case("rms", (64, 128), "bfloat16"),
-        Case("layer", (64, 128), "float32"),
-        Case("batch", (4, 4, 4, 32), "bfloat16"),
-        Case("group", (4, 4, 4, 64), "bfloat16"),
-        Case("add_rms", (64, 128), "bfloat16"),
-        Case("gated_rms", (64, 128), "bfloat16"),
+        *(Case(norm, (64, 128), "bfloat16") for norm in ("rms", "layer", "add_rms", "gated_rms")),
+        *(Case(norm, (4, 4, 4, 64), "float32") for norm in ("batch", "group")),
     ),
 }
 #: What every backend is compared with the truth on.
+CHECKED = {("layer", "rms"): [(512, 1024), (7, 8192), (33, 1000)], ("batch", "group", "instance"): [(4, 7, 7, 96)],
+           ("add_rms", "gated_rms"): [(256, 2048)]}  # fmt: skip
 CHECKS = tuple(
     Case(norm, shape, dtype)
-    for dtype in ("bfloat16", "float32")
-    for norm, shapes in {
-        "layer": [(512, 1024), (7, 8192), (33, 1000)],
-        "rms": [(512, 1024), (7, 8192), (33, 1000)],
-        "batch": [(4, 7, 7, 96)],
-        "group": [(4, 7, 7, 96)],
-        "instance": [(4, 7, 7, 96)],
-        "add_rms": [(256, 2048)],
-        "gated_rms": [(256, 2048)],
-    }.items()
-    for shape in shapes
-)
+    for dtype in ("bfloat16", "float32") for norms, shapes in CHECKED.items() for norm in norms for shape in shapes
+)  # fmt: skip
 
 
 def crews_of(platform: str, names: tuple[str, ...], until: float, worker: type) -> list[Crew]:
@@ -98,14 +83,11 @@ def crews_of(platform: str, names: tuple[str, ...], until: float, worker: type) 
         mode = "gpu" if platform == "gpu" else "trial"
         return Crew(kind, mode, of, patience=PATIENCE, until=until, worker=worker)
 
-    together = tuple(n for n in names if n in ("jaxnorm-xla", COMPOSED, "flax.linen", "tokamax"))
+    together = tuple(n for n in names if n in ("jaxnorm-xla", "jaxnorm-composed", "flax.linen", "tokamax"))
     crews = [crew(JaxContest, together)]
-    if "error" in crews[0].about:
-        raise SystemExit(
-            f"There is no GPU that JAX can use: {crews[0].about['error']}\n"
-            "Run this on a machine with an NVIDIA GPU and jax[cuda13]. To try the script without one: "
-            "python -m benchmarks.gpu --platform cpu"
-        )
+    if why := crews[0].about.get("error"):
+        more = "To try the script without one: python -m benchmarks.gpu --platform cpu"
+        raise SystemExit(f"There is no GPU that JAX can use: {why}\n{more}")
     there = [f"jaxnorm-{b}" for b in BACKENDS[platform] if b in crews[0].about["backends"]]
     crews += [crew(KernelContest, (name,)) for name in there if name in names and name not in together]
     torch = tuple(n for n in names if n in TORCH)
@@ -160,9 +142,6 @@ def gpu() -> dict:
         name, driver = found.split("\n")[0].split(", ")
         return {"device": name, "driver": driver}
     return {}
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
 
 
 def page(found: list[dict]) -> str:

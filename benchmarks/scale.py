@@ -1,7 +1,5 @@
 """Norms on 8 to 1024 chips: collectives counted in compiled programs, and a model of their time.
 
-    python -m benchmarks.scale [--targets NAME ...] [--out FOLDER] [--again]
-
 The counts are read from what XLA's TPU compiler makes; nothing is run. It takes some twelve minutes on two cores.
 `tests/helpers/compiled/scaling.py` has the programs: a batch norm alone, for each width of a ResNet-50; a step of two
 residual blocks with six batch norms and of a transformer block with two norms, less the same without norms; and norms

@@ -1,8 +1,5 @@
 """A whole training step with the norms of flax.linen, and with those of jaxnorm: one import is swapped.
 
-    python -m benchmarks.training [--models NAME ...] [--dtypes NAME ...] [--rounds N] [--allocator NAME] [--tiny]
-                                  [--out FOLDER] [--again]
-
 A step is forward, backward and optimizer update, jitted, its state donated: a decoder transformer under AdamW, and a
 ResNet under SGD with momentum. A third variant has no norms, which shows their share of a step. The variants take
 turns, one step each in a round, and every ratio is taken within a round. CPU only.
@@ -20,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import flax.linen as nn
@@ -33,7 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jaxnorm.linen
 from benchmarks.harness import records
 from benchmarks.harness.table import table
-from benchmarks.harness.timing import ALLOCATORS, Timed, Worker, in_turn, one_cpu_device, quartiles
+from benchmarks.harness.timing import ALLOCATORS, Timed, Worker, cpu_devices, in_turn, quartiles
 
 
 @dataclass(frozen=True)
@@ -74,19 +71,27 @@ class Model(nn.Module):
     sizes: Sizes
 
     @nn.nowrap
-    def layers(self) -> tuple[Callable, Callable, Callable]:
-        """Constructors of a norm, a dense layer and a 3x3 convolution that compute in `dtype`."""
+    def layers(self) -> tuple[Callable, Callable]:
+        """Constructors of a norm and a dense layer that compute in `dtype`."""
         norm = partial(getattr(self.norms, self.norm), dtype=self.dtype, **OPTIONS.get(self.norm, {}))
-        conv = partial(nn.Conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
-        return norm, partial(nn.Dense, dtype=self.dtype), conv
+        return norm, partial(nn.Dense, dtype=self.dtype)
 
 
 class Transformer(Model):
     """Decoder only, a norm before each sublayer: tokens (batch, sequence) -> logits (batch, sequence, vocabulary)."""
 
+    optimizer: ClassVar = optax.adamw(1e-4)
+
+    @staticmethod
+    def batch(sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+        """Random tokens, and for each the next one."""
+        batch, length = sizes.tokens
+        tokens = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(batch, length + 1)), jnp.int32)
+        return tokens[:, :-1], tokens[:, 1:]
+
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        sizes, (norm, dense, _) = self.sizes, self.layers()
+        sizes, (norm, dense) = self.sizes, self.layers()
         embed = partial(nn.Embed, features=sizes.width, dtype=self.dtype)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = embed(VOCABULARY)(tokens) + embed(tokens.shape[1])(positions)
@@ -100,9 +105,19 @@ class Transformer(Model):
 class ResNet(Model):
     """Residual blocks of two convolutions; each stage halves the image: (batch, h, w, 3) -> logits (batch, classes)."""
 
+    optimizer: ClassVar = optax.sgd(1e-3, momentum=0.9)
+
+    @staticmethod
+    def batch(sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+        """Noise, and a class for each image."""
+        rng = np.random.default_rng(0)
+        labels = rng.integers(CLASSES, size=sizes.images[0])
+        return jnp.asarray(rng.normal(size=sizes.images), jnp.float32), jnp.asarray(labels, jnp.int32)
+
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        sizes, (norm, dense, conv) = self.sizes, self.layers()
+        sizes, (norm, dense) = self.sizes, self.layers()
+        conv = partial(nn.Conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
         x = nn.relu(norm()(conv(sizes.stages[0])(images)))
         for stage, width in enumerate(sizes.stages):
             for block in range(sizes.blocks):
@@ -115,36 +130,12 @@ class ResNet(Model):
         return dense(CLASSES)(x.mean((1, 2)))
 
 
-def text(sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """Random tokens, and for each the next one."""
-    batch, length = sizes.tokens
-    tokens = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(batch, length + 1)), jnp.int32)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def pictures(sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-    """Noise, and a class for each image."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(CLASSES, size=sizes.images[0])
-    return jnp.asarray(rng.normal(size=sizes.images), jnp.float32), jnp.asarray(labels, jnp.int32)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A model, the name of its norm, an optimizer and data."""
-
-    model: type[Model]
-    norm: str
-    optimizer: optax.GradientTransformation
-    batch: Callable[[Sizes], tuple[jax.Array, jax.Array]]
-
-
-ADAMW, SGD = optax.adamw(1e-4), optax.sgd(1e-3, momentum=0.9)
+#: A model, and its norm.
 TASKS = {
-    "transformer-layer": Task(Transformer, "LayerNorm", ADAMW, text),
-    "transformer-rms": Task(Transformer, "RMSNorm", ADAMW, text),
-    "resnet-batch": Task(ResNet, "BatchNorm", SGD, pictures),
-    "resnet-group": Task(ResNet, "GroupNorm", SGD, pictures),
+    "transformer-layer": (Transformer, "LayerNorm"),
+    "transformer-rms": (Transformer, "RMSNorm"),
+    "resnet-batch": (ResNet, "BatchNorm"),
+    "resnet-group": (ResNet, "GroupNorm"),
 }
 
 
@@ -155,11 +146,11 @@ class Training(Timed):
 
     def __init__(self, name: str, dtype: str, sizes: Sizes):
         super().__init__()
-        task, self.losses = TASKS[name], {}
-        batch = task.batch(sizes)
-        models = {k: task.model(norms, task.norm, jnp.dtype(dtype), sizes) for k, norms in VARIANTS.items()}
+        (model, norm), self.losses = TASKS[name], {}
+        batch = model.batch(sizes)
+        models = {k: model(norms, norm, jnp.dtype(dtype), sizes) for k, norms in VARIANTS.items()}
         for variant, variables in variables_of(models, batch[0]).items():
-            step = compiled(models[variant], task.optimizer, variables, batch)
+            step = compiled(models[variant], variables, batch)
             self.losses[variant] = [float(step()) for _ in range(WARM_UP)]
             self.add((variant, "step"), partial(lambda step: step, step))
         want, got = self.losses["flax"], self.losses["jaxnorm"]
@@ -169,10 +160,10 @@ class Training(Timed):
         return self.losses
 
 
-def compiled(model: Model, optimizer: optax.GradientTransformation, variables: dict, batch: tuple) -> Callable:
+def compiled(model: Model, variables: dict, batch: tuple) -> Callable:
     """A call that takes one step and returns the loss before it."""
     stats, params = flax.core.pop(jax.tree.map(jnp.copy, variables), "params")
-    state = params, stats, optimizer.init(params)
+    state = params, stats, model.optimizer.init(params)
 
     def loss_of(params, stats, x, labels):
         logits, stats = model.apply({"params": params, **stats}, x, mutable=["batch_stats"])
@@ -182,7 +173,7 @@ def compiled(model: Model, optimizer: optax.GradientTransformation, variables: d
     def step(state, x, labels):
         params, stats, moments = state
         (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, stats, x, labels)
-        updates, moments = optimizer.update(gradients, moments, params)
+        updates, moments = model.optimizer.update(gradients, moments, params)
         return (optax.apply_updates(params, updates), stats, moments), loss
 
     program = jax.jit(step, donate_argnums=0).lower(state, *batch).compile()
@@ -205,11 +196,8 @@ def variables_of(models: dict[str, Model], x: jax.Array) -> dict[str, dict]:
     return {name: unflatten_dict({path: values[path] for path in layout}) for name, layout in layouts.items()}
 
 
-def measured(
-    name: str, dtype: str, sizes: Sizes, rounds: int, allocator: str = "default", worker: type = Worker
-) -> dict:
-    """One record: losses while warming up, quartiles of the seconds of a step and of the ratios within a round, and
-    page faults. A page fault is 4 KiB that the kernel zeroes for the process."""
+def measured(name: str, dtype: str, sizes: Sizes, rounds: int, allocator="default", worker: type = Worker) -> dict:
+    """One record. A page fault is 4 KiB that the kernel zeroes for the process."""
     runs = worker(Training, allocator, name, dtype, sizes)
     losses = runs.ask("present")
     taken = {variant: of for (variant, _), of in in_turn(dict.fromkeys(runs.ask("keys"), runs), rounds, 1e9).items()}
@@ -223,15 +211,13 @@ def measured(
 
 
 def page(found: list[dict]) -> str:
-    """Each ratio as its median and quartiles."""
     (setting,), of = records.settings(found), records.results(found)
     ratio = lambda low, median, high: f"{median:.2f} ({low:.2f} to {high:.2f})"
     rows = [[r["model"], r["dtype"], *(ratio(*r["ratios"][column]) for column in RATIOS)] for r in of]
     about = f"The time of one step over that of another: median (quartiles) of {setting['rounds']} rounds."
     about = f"\n{about} Allocator: {setting['allocator']}.\n"
-    return "\n".join(
-        ["# A training step\n", records.origin(found), about, table(["model", "compute", *RATIOS], rows), ""]
-    )
+    text = table(["model", "compute", *RATIOS], rows)
+    return "\n".join(["# A training step\n", records.origin(found), about, text, ""])
 
 
 def main() -> None:
@@ -246,7 +232,7 @@ def main() -> None:
     sizes = TINY if options.tiny else FULL
 
     def measure() -> Iterator[list[dict]]:
-        one_cpu_device()
+        cpu_devices()
         versions = {package: records.version(package) for package in ("flax", "optax")}
         versions["jaxnorm"] = jaxnorm.__version__
         more = dict(versions=versions, allocator=options.allocator, rounds=options.rounds, sizes=vars(sizes))

@@ -195,10 +195,9 @@ def measured(case: Case, crews: list[Crew], rounds: int, seconds: float) -> list
             "copies": quartiles(taken[:, 0] / copies[best][:, 0]),
             "page_faults": float(f"{np.median(taken[:, 1]):.4g}"),
         }
-    taken_of = {"rounds": len(copies[best])} if best is not None else {}
     return [
-        *({**case.record, "copy": name, **taken_of, "best": name == best, "seconds": quartiles(taken[:, 0])}
-          for name, taken in whole.items()),
+        *({**case.record, "copy": name, "rounds": len(copies[name]), "best": True, "seconds": quartiles(taken[:, 0])}
+          for name, taken in whole.items() if name == best),
         *({**case.record, "name": name, "errors": outcome[name], **of} for name, of in passes.items()
           if name not in failures),
         *({**case.record, "name": name, "failed": why} for name, why in failures.items()),

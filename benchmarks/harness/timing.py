@@ -81,29 +81,15 @@ class Timed:
         """Block until a result is there. Calls that block by themselves need nothing."""
 
 
-def one_cpu_device() -> None:
-    """Have the processes that this one starts see one CPU device with all cores."""
+def cpu_devices(count: int = 1) -> None:
+    """Have this process, if it has not used JAX yet, and those that it starts see so many CPU devices."""
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
+    flags += [f"--xla_force_host_platform_device_count={count}"] * (count > 1)
     os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(flags))
 
 
 def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-class Here:
-    """A `Timed` in this process, with the interface of `Worker`."""
-
-    def __init__(self, kind: type[Timed], allocator: str, *args):
-        self.timed = kind(*args)
-
-    def ask(self, method: str, *args, within: float | None = None):
-        return getattr(self.timed, method)(*args)
-
-    def close(self) -> None:
-        self.timed.clear()
-
-    kill = close
 
 
 class Worker:

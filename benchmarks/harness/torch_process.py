@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -22,43 +23,36 @@ class TorchContest(Contest):
     def __init__(self, mode: str, names: tuple[str, ...]):
         super().__init__(mode, names)
         self.device = "cuda" if mode == "gpu" else "cpu"
+        self.torch = sys.modules.get("torch")  # imported by the peers, if it is there
 
     def about(self) -> dict:
         if not self.peers:
             return {}
-        import torch
-
-        if self.device == "cuda" and not torch.cuda.is_available():
-            self.missing |= dict.fromkeys(self.peers, f"torch {torch.__version__} finds no GPU")
+        if self.device == "cuda" and not self.torch.cuda.is_available():
+            self.missing |= dict.fromkeys(self.peers, f"torch {self.torch.__version__} finds no GPU")
             self.peers.clear()
         if self.device == "cpu":
-            torch.set_num_threads(THREADS if self.mode == "cpu" else 1)
+            self.torch.set_num_threads(THREADS if self.mode == "cpu" else 1)
         with suppress(ImportError, AttributeError):  # a backward pass that runs again may not reuse its inputs' memory
             import torch._functorch.config
 
             torch._functorch.config.donated_buffer = False
-        return {"torch": torch.__version__}
+        return {"torch": self.torch.__version__}
 
     def usable(self) -> bool:
-        import torch
-
         try:
-            return float((torch.zeros(8, device=self.device) + 1).sum()) == 8
+            return float((self.torch.zeros(8, device=self.device) + 1).sum()) == 8
         except Exception:
             return False
 
     def clear(self) -> None:
         super().clear()
         if self.peers and self.device == "cuda":
-            import torch
-
-            torch.cuda.empty_cache()
+            self.torch.cuda.empty_cache()
 
     def wait(self, result) -> None:
         if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
+            self.torch.cuda.synchronize()
 
     def as_numpy(self, a) -> np.ndarray:
         a = a.detach()
@@ -67,12 +61,11 @@ class TorchContest(Contest):
     def arrays(self, case: Case, base: Data) -> Data:
         """Parameters are float32 on a CPU, and for batch norm; else they have x's dtype. Images are NCHW in
         channels_last, which is NHWC in memory."""
-        import torch
 
         def spread(a: np.ndarray):
             own = a.ndim > 1 or self.mode == "cpu" or case.norm == "batch"
-            dtype = getattr(torch, a.dtype.name if own else case.dtype)
-            a = torch.from_numpy(a.astype(np.float32)).to(self.device, dtype)
+            dtype = getattr(self.torch, a.dtype.name if own else case.dtype)
+            a = self.torch.from_numpy(a.astype(np.float32)).to(self.device, dtype)
             a = a.repeat(case.tiles, *[1] * (a.ndim - 1)) if a.ndim > 1 else a.clone()
             return a.permute(0, 3, 1, 2) if a.ndim == 4 else a
 
@@ -80,12 +73,10 @@ class TorchContest(Contest):
         return Data(cotangents, [a.requires_grad_() for a in args], consts)
 
     def copies(self, case: Case) -> None:
-        import torch
-
         if not self.peers:
             return
         batches = [[data.args[0].detach() for data in batch] for batch in self.batches]
-        batches = [[(torch.empty_like(x), x) for x in batch] for batch in batches]
+        batches = [[(self.torch.empty_like(x), x) for x in batch] for batch in batches]
         with self.stream():
             call = self.queued(lambda pairs: [to.copy_(x) for to, x in pairs], batches)
         name = "copy by torch" if self.mode != "cpu" else f"copy by {next(iter(self.peers))}"
@@ -93,23 +84,19 @@ class TorchContest(Contest):
 
     def stream(self):
         """CUDA graphs are captured on the stream where their autograd nodes were made, which is not the default one."""
-        import torch
-
         self.wait(None)  # until the arrays made on other streams are there
-        return torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else nullcontext()
+        return self.torch.cuda.stream(self.torch.cuda.Stream()) if self.device == "cuda" else nullcontext()
 
     def queued(self, run: Callable, batches: list) -> Callable:
         """Several small arrays become a CUDA graph, because Python would take longer than the device."""
-        import torch
-
         if self.device == "cpu" or len(batches[0]) == 1:
             return self.alternating(run, batches)
         (batch,) = batches
         for _ in range(3):
             run(batch)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        self.torch.cuda.synchronize()
+        graph = self.torch.cuda.CUDAGraph()
+        with self.torch.cuda.graph(graph, stream=self.torch.cuda.current_stream()):
             results = run(batch)
 
         def replay(reads=batch):  # keeps the inputs alive: the graph holds only their addresses
@@ -119,10 +106,8 @@ class TorchContest(Contest):
         return replay
 
     def programs(self, peer, case: Case) -> tuple[dict[str, Callable], list[Outcome]]:
-        import torch
-
         call = peer.call(case.norm)
-        gradients = lambda outs, data, **keep: torch.autograd.grad(outs, data.args, data.cotangents, **keep)
+        gradients = lambda outs, data, **keep: self.torch.autograd.grad(outs, data.args, data.cotangents, **keep)
         forward = lambda batch: [call(*data.args, *data.consts) for data in batch]
         again = partial(gradients, retain_graph=True)
 
@@ -141,7 +126,7 @@ class TorchContest(Contest):
         }
         if self.mode == "cpu":
             del calls["backward"]
-            calls["forward"] = lambda: self.queued(torch.no_grad()(forward), self.batches)
+            calls["forward"] = lambda: self.queued(self.torch.no_grad()(forward), self.batches)
         if self.mode == "cpu" or len(self.batches[0]) > 1:  # made once; the arrays are few or small
             with self.stream():
                 calls = {which: (lambda ready: lambda: ready)(begin()) for which, begin in calls.items()}

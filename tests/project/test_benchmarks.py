@@ -27,6 +27,21 @@ def _promotion():
         yield
 
 
+class Here:
+    """A `Timed` in this process, in place of `timing.Worker`."""
+
+    def __init__(self, kind: type[timing.Timed], allocator: str, *args):
+        self.timed = kind(*args)
+
+    def ask(self, method: str, *args, within: float | None = None):
+        return getattr(self.timed, method)(*args)
+
+    def close(self) -> None:
+        self.timed.clear()
+
+    kill = close
+
+
 def ordered(low, middle, high) -> bool:
     return 0 < low <= middle <= high
 
@@ -178,7 +193,7 @@ def test_accuracy_of_jaxnorm_keeps_the_laws():
 def test_cpu_records_each_pass_of_each_contestant(monkeypatch):
     monkeypatch.setattr(Contest, "seconds", 0.0)
     cases, names = [Case("rms", (8, 16), "bfloat16")], ("jaxnorm", "jax.nn.standardize")
-    found = [r for step in cpu.measure(cases, names, ["warm"], 4, 0.0, worker=timing.Here) for r in step]
+    found = [r for step in cpu.measure(cases, names, ["warm"], 4, 0.0, worker=Here) for r in step]
     setting, *of = found
     assert {"command", "date", "processor", "jax", "jaxlib", "backends", "versions", "missing"} <= setting.keys()
     by_name = {record["name"]: record for record in of if "name" in record}
@@ -197,7 +212,7 @@ def test_gpu_on_a_cpu_checks_and_measures_each_pass(monkeypatch):
     monkeypatch.setattr(gpu, "CHECKS", gpu.CHECKS[-2:] * 5)
     monkeypatch.setattr(gpu, "ROUNDS", 3)
     names = ("jaxnorm-xla", "jaxnorm-composed")
-    found = [r for step in gpu.measure("cpu", names, [Case("add_rms", (16, 128), "bfloat16")], 9.0, timing.Here)
+    found = [r for step in gpu.measure("cpu", names, [Case("add_rms", (16, 128), "bfloat16")], 9.0, Here)
              for r in step]  # fmt: skip
     setting, *of = found
     assert {"command", "date", "jax", "jaxlib", "device", "backends", "versions", "planned"} <= setting.keys()
@@ -219,21 +234,21 @@ def test_gpu_says_when_there_is_none(monkeypatch):
 
     monkeypatch.setattr(JaxContest, "about", lambda self: {"error": "no CUDA"})
     with pytest.raises(SystemExit, match=r"There is no GPU that JAX can use: no CUDA\n.*--platform cpu"):
-        next(gpu.measure("gpu", ("jaxnorm-xla",), [], 1.0, timing.Here))
+        next(gpu.measure("gpu", ("jaxnorm-xla",), [], 1.0, Here))
 
 
 def test_training_compares_the_same_training(monkeypatch):
     pytest.importorskip("optax")
     from benchmarks import training
 
-    found = training.measured("transformer-rms", "float32", training.TINY, 2, worker=timing.Here)
+    found = training.measured("transformer-rms", "float32", training.TINY, 2, worker=Here)
     assert list(found["losses"]) == list(found["seconds"]) == ["flax", "jaxnorm", "identity"]
     assert all(ordered(*of) for of in [*found["seconds"].values(), *found["ratios"].values()])
     assert list(found["ratios"]) == list(training.RATIOS)
     layer = lambda **options: lambda x: 2 * x
     monkeypatch.setitem(training.VARIANTS, "jaxnorm", type("Other", (), {"RMSNorm": staticmethod(layer)}))
     with pytest.raises(AssertionError, match="the variables differ"):
-        training.measured("transformer-rms", "float32", training.TINY, 1, worker=timing.Here)
+        training.measured("transformer-rms", "float32", training.TINY, 1, worker=Here)
 
 
 def test_every_library_is_in_the_table():
