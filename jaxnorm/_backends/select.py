@@ -35,8 +35,8 @@ def backends() -> dict[str, Backend]:
     return {
         "xla": Backend(
             True,
-            "plain XLA on every platform; defines what the other backends must compute. The bits of a row may depend on "
-            "the size of its batch",
+            "plain XLA on every platform; defines what the other backends must compute. The bits of a row may depend "
+            "on the size of its batch",
         ),
         "lax": Backend(False, "lax operations alone, for readers of jaxprs: only implementation='lax' runs them"),
         **{name: _reported(backend) for name, backend in registry.BACKENDS.items()},
