@@ -12,6 +12,7 @@ from .dtypes import are_static
 from .formulas import weighted_mean
 from .masks import lowest, max_or_zero, zero_for_lowest
 from .messages import shown
+from .over import Prefix
 from .types import AxisName, Reduction, Statistics
 
 Array = jax.Array
@@ -26,7 +27,8 @@ def combine(s: Statistics, reduction: Reduction) -> Statistics:
     A mean that many were merged into loses no bits to that of a few.
     """
     n, shift, offset, m2 = s
-    most = (n > 0) & (n == n.max(0, keepdims=True))
+    count = _counted(n, reduction, 1)
+    most = (count > 0) & (count == count.max(0, keepdims=True, initial=0.0))  # of no parts, too
     shift = lax.stop_gradient(max_or_zero(s.mean_hi, jnp.broadcast_to(most, s.mean_hi.shape), (0,)))
     gap = jnp.where(n > 0, (s.mean_hi - shift) + offset, 0.0)
     total = n.sum(0, keepdims=True)
@@ -54,7 +56,8 @@ def merge_over_devices(s: Statistics, axis_name: AxisName, groups, reduction: Re
             here = jnp.reshape(group == group[index], (size,) + (1,) * s.count.ndim)
             slots = slots._replace(count=jnp.where(here, slots.count, 0.0))
         return combine(slots, reduction)
-    shift = lax.stop_gradient(_pmax_grouped(s.mean_hi, s.count > 0, axis_name, groups))
+    keep = _counted(s.count, reduction, 0) > 0
+    shift = lax.stop_gradient(_pmax_grouped(s.mean_hi, keep, axis_name, groups))
     gap = jnp.where(s.count > 0, (s.mean_hi - shift) + s.mean_lo, 0.0)
     parts = [s.count, s.count.astype(gap.dtype) * gap]
     if reduction.large_prescale is None:
@@ -69,6 +72,12 @@ def merge_over_devices(s: Statistics, axis_name: AxisName, groups, reduction: Re
         return Statistics(n, shift, offset, jnp.maximum(second[0] - corrections(reduction.prescale), 0.0))
     m2, prescale = pick_in_range(reduction, *second)
     return Statistics(n, shift, offset, jnp.sqrt(jnp.maximum(m2 - corrections(prescale), 0.0)) / prescale)
+
+
+def _counted(n: Array, reduction: Reduction, leading: int) -> Array:
+    """The count that decides whose shift is taken. The places of a prefix, after some leading axes, share theirs."""
+    over = reduction.over
+    return n.max(over.axis + leading, keepdims=True, initial=0.0) if isinstance(over, Prefix) else n
 
 
 def psum_grouped(parts: list, axis_name: AxisName, groups) -> list:
