@@ -66,6 +66,7 @@ def failures(records: list[dict]) -> str:
 def draw(records: list[dict], path: Path) -> None:
     """Bars of forward+backward in copies of x, for the first case of each norm."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     which = "forward+backward"
     cases: dict = {}
@@ -74,17 +75,28 @@ def draw(records: list[dict], path: Path) -> None:
             cases.setdefault(norm, (f"{norm} norm, {shape} {dtype}", bars))
     if not cases:
         return
-    lines = math.ceil(len(cases) / 2)
-    figure = Figure(figsize=(10.4, 0.4 + 3.1 * lines), dpi=160, facecolor="white", layout="constrained")
+    columns = min(2, len(cases))
+    lines = math.ceil(len(cases) / columns)
+    figure = Figure(figsize=(5.2 * columns, 0.4 + 3.1 * lines), dpi=160, facecolor="white", layout="constrained")
     for i, (norm, (title, bars)) in enumerate(cases.items()):
-        axes = figure.add_subplot(lines, 2, i + 1, xscale="log", xlabel=f"{which}, in copies of x")
-        for (low, middle, high), name in sorted(bars, reverse=True, key=lambda bar: bar[0][1]):
-            color = "#0072B2" if name.startswith("jaxnorm") else "#b8bcc4"
-            axes.barh(name, middle, color=color, xerr=[[middle - low], [high - middle]], ecolor="#6b7280")
-            axes.text(high, name, f"  {middle:.3g}", va="center")
+        axes = figure.add_subplot(lines, columns, i + 1)
+        bars = sorted(bars, key=lambda bar: -bar[0][1])
+        low, middle, high = zip(*(copies for copies, _ in bars), strict=True)
+        error = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+        axes.barh([name for _, name in bars], middle,
+                  color=["#0072B2" if name.startswith("jaxnorm") else "#b8bcc4" for _, name in bars])  # fmt: skip
+        axes.errorbar(middle, range(len(bars)), xerr=error, fmt="none", ecolor="#6b7280")
+        for y, copies in enumerate(middle):
+            axes.text(high[y], y, f"  {copies:.3g}", va="center")
         limit = least(norm, which)
-        axes.axvline(limit, color="#D55E00", label=f"limit {limit:g}")
-        axes.legend(loc="upper right")
-        axes.set_xlim(left=limit / 1.5, right=1.8 * max(high for (*_, high), _ in bars))
-        axes.set_title(title, loc="left", weight="bold")
+        axes.axvline(limit, color="#D55E00", linewidth=1.5)
+        axes.text(limit, len(bars) - 0.35, f"limit {limit:g}", color="#D55E00", ha="center", va="bottom", fontsize=9)
+        axes.set_xscale("log")
+        axes.set_xlim(min(limit, *middle) / 1.5, max(limit, *high) * 1.8)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(high) < 100 else (1,)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, pad=18, loc="left", weight="bold")
+        axes.set_xlabel(f"{which}, in copies of x")
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
