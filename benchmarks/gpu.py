@@ -128,7 +128,7 @@ def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: f
         if begun + longest > deadline:
             break
         print(f"{i} of {len(cases)}: {case}", file=sys.stderr)
-        yield measured(case, crews, ROUNDS, CASE_SECONDS[platform])
+        yield measured(case, crews, ROUNDS, CASE_SECONDS[platform], at_once=len(crews))
         longest = max(longest, time.monotonic() - begun)
     for crew in crews:
         crew.close()

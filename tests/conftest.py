@@ -3,6 +3,7 @@
 The arrays of the catalogue are small, and the default leaves such to XLA. So that the laws are tested on the kernels,
 `--backend native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
 `--backend auto` leaves the default as users have it, and `--backend absent` is an installation without the extension.
+On a machine with a GPU, `JAX_PLATFORMS=cuda,cpu` and `--backend auto` run the laws and the kernels' tests on it.
 `--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others; `--versions`
 runs the tests marked `versions`, on one row for each norm. `-m "not slow"` leaves out layouts, backends, and whatever
 starts processes: CONTRIBUTING has the tiers.
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np

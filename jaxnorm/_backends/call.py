@@ -42,6 +42,11 @@ class Call:
         there = dict(zip(self.operand_names, operands, strict=True))
         return [there.get(name) for name in order]
 
+    def normalized(self, operands: Sequence) -> Any:
+        """What is normalized, or an array of its shape and dtype: the stream, if x is added to one."""
+        residual = self.of("residual", operands)
+        return operands[0] if residual is None else residual
+
     def is_parameter(self, i: int) -> bool:
         return self.operand_names[i] in _PARAMETERS
 

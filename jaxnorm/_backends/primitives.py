@@ -111,7 +111,7 @@ class Fused:
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
         mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(formula, multiple_results=True)))
         if kernel is not None:
-            register(primitive, kernel, formula, self._collectives)
+            register(primitive, kernel, formula, self._add, self._collectives)
         return primitive
 
     def _tangent_jvp(self, primals, tangents, *, call: Call):

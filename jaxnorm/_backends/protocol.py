@@ -78,11 +78,15 @@ class KernelBackend(Protocol):
 
     @property
     def fuses_add(self) -> bool:
-        """Whether its kernels add x to a residual stream; else they get the sum."""
+        """Whether its kernels add x to a residual stream; else XLA adds, and they get the sum."""
         ...
 
     def available(self) -> Support:
-        """Whether this machine and this JAX have what it needs."""
+        """Whether this installation has it: then `implementation=` may name it."""
+        ...
+
+    def active(self) -> Support:
+        """Whether it may be a default here: it is available, and was measured to win on a device such as this one."""
         ...
 
     def supports(self, request: Request) -> Support:

@@ -10,7 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from .._core.vma import without_sharding, without_vma
-from .call import Call
+from .call import BACKWARD, BACKWARD_OF_SUM, FORWARD, FORWARD_OF_SUM, Call, packed
 from .cpu.adapter import Native
 from .pallas.adapter import Mosaic
 from .partition import Collectives, can_partition, partitioned
@@ -24,7 +24,8 @@ BACKENDS: dict[str, KernelBackend] = {
         Mosaic("mosaic_tpu", "tpu", partitions=False),
     )
 }
-DEFAULTS = {"cpu": "native"}  # platform: the backend of implementation=None, where it has been measured to win
+#: Platform: the backend of implementation=None, where it was measured to win.
+DEFAULTS = {"cpu": "native", "cuda": "mosaic_gpu"}
 
 
 def supports(name: str | None, request: Request) -> Support:
@@ -41,16 +42,51 @@ def is_default(backend: KernelBackend) -> bool:
     return DEFAULTS.get(backend.platform) == backend.name
 
 
+def is_active(backend: KernelBackend) -> bool:
+    """Whether `implementation=None` may choose it on this machine."""
+    return is_default(backend) and backend.active().ok
+
+
 def fuses_add(name: str | None) -> bool:
-    return name in BACKENDS and BACKENDS[name].fuses_add
+    """Whether the named backend, or one that is the default of a platform, adds x to a residual stream."""
+    names = DEFAULTS.values() if name is None else (name,)
+    return any([name in BACKENDS and BACKENDS[name].fuses_add for name in names])
 
 
-def register(primitive: Primitive, kernel: str, formula: Callable, collectives: Collectives) -> None:
+def register(primitive: Primitive, kernel: str, formula: Callable, add: Callable, collectives: Collectives) -> None:
     """Lower `primitive` to the `kernel` ("forward" or "backward") of a backend that supports it, else to `formula`."""
     for name, backend in BACKENDS.items():
         if backend.platform != "cpu" or backend.available().ok:
-            rule = _lowering(backend, f"{name} {kernel}", getattr(backend, kernel), formula, collectives)
+            run = getattr(backend, kernel) if backend.fuses_add else _ADDING[kernel](getattr(backend, kernel), add)
+            rule = _lowering(backend, f"{name} {kernel}", run, formula, collectives)
             mlir.register_lowering(primitive, rule, platform=backend.platform)
+
+
+def _forward_adding(forward: Callable, add: Callable) -> Callable:
+    """The kernel for a backend that knows of no residual stream: XLA adds."""
+
+    def run(call: Call, names, collectives, *operands) -> tuple:
+        x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
+        if residual is None:
+            return forward(call, names, collectives, *operands)
+        new = add(x, residual)
+        named, given = packed(FORWARD, (new, scale, bias))
+        return *forward(replace(call, operand_names=named), names, collectives, *given), new
+
+    return run
+
+
+def _backward_adding(backward: Callable, add: Callable) -> Callable:
+    def run(call: Call, names, collectives, *operands) -> tuple:
+        *known, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
+        named, given = packed(BACKWARD, known)
+        dx, *gradients = backward(replace(call, operand_names=named), names, collectives, *given)
+        return dx if g_stream is None else dx + g_stream, *gradients
+
+    return run
+
+
+_ADDING = {"forward": _forward_adding, "backward": _backward_adding}
 
 
 def _lowering(
@@ -81,7 +117,7 @@ def _lowering(
             and not (manual and set(manual) != set(where.mesh.axis_names))
             and possible
             and call.plan.backend is None
-            and is_default(backend)
+            and is_active(backend)
         )
         kinds = [without_vma(kind) for kind in context.avals_in]
         if not backend.runs(call, kinds, by_default):

@@ -45,9 +45,10 @@ def backends() -> dict[str, Backend]:
 
 def _reported(backend: KernelBackend) -> Backend:
     ok, reason = backend.available()
-    if not ok or registry.is_default(backend):
+    why = backend.active().reason if registry.is_default(backend) else "not a default"
+    if not ok or registry.is_active(backend):
         return Backend(ok, reason)
-    return Backend(False, f"{reason}: only implementation={backend.name!r} runs them")
+    return Backend(False, f"{reason}. Only implementation={backend.name!r} runs them here: {why}")
 
 
 def check_implementation(norm: str, implementation: str | None) -> None:

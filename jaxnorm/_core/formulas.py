@@ -180,33 +180,31 @@ def mean_of(total: Array, n: Array) -> Array:
 def welford(x, keep, weights, n, reduction: Reduction) -> tuple[Array, Array, Array]:
     """One read of x: a reduction over (count, mean, m2) by the pairwise update, about the first element of each row."""
     first = first_along(x, reduction.axes).astype(accumulator(x))
-    # Scaled here, not in `combine`, where XLA would square before it scales.
-    z = [difference(x, keep, first, prescale) for prescale in reduction.prescales]
+    z = difference(x, keep, first)
     w = jnp.broadcast_to(weight_of(weights, n), x.shape)
+    zero = np.zeros((), n.dtype)
+
+    def square(gap, prescale):
+        """|prescale * gap|**2. Without the maximum XLA would square before it scales."""
+        return abs_squared(gap * prescale if jnp.iscomplexobj(gap) else lax.max(lax.abs(gap * prescale), zero))
 
     def combine(a, b):
-        (n_a, *a), (n_b, *b) = a, b
+        (n_a, mean_a, *m2_a), (n_b, mean_b, *m2_b) = a, b
         total = n_a + n_b
         # No jnp.where in here: it is lowered to a call, and an unused reduction with calls crashes XLA's GPU compiler.
         part = n_b / lax.select(total == 0, jnp.ones_like(total), total)
-        out = [total]
-        for mean_a, m2_a, mean_b, m2_b in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):  # in each prescale
-            gap = mean_b - mean_a
-            out += [mean_a + gap * part.astype(gap.dtype), m2_a + m2_b + abs_squared(gap) * (n_a * part)]
-        return tuple(out)
+        gap = mean_b - mean_a
+        m2 = [a + b + square(gap, p) * (n_a * part) for p, a, b in zip(reduction.prescales, m2_a, m2_b, strict=True)]
+        return total, mean_a + gap * part.astype(gap.dtype), *m2
 
-    zero = np.zeros((), n.dtype)
-    operands, start = [w], [zero]
-    for a in z:
-        operands += [a, jnp.zeros_like(w)]
-        start += [np.zeros((), a.dtype), zero]
-    _, *sums = lax.reduce(tuple(operands), tuple(start), combine, reduction.axes)
-    offset, m2, *of_large = (lax.expand_dims(a, reduction.axes) for a in sums)
+    operands = w, z, *[jnp.zeros_like(w)] * len(reduction.prescales)
+    start = zero, np.zeros((), z.dtype), *[zero] * len(reduction.prescales)
+    _, *sums = lax.reduce(operands, start, combine, reduction.axes)
+    offset, *m2 = (lax.expand_dims(a, reduction.axes) for a in sums)
     if reduction.large_prescale is None:
-        return first, offset / reduction.prescale, m2
-    offset = jnp.where(m2 <= FULL, offset, of_large[0])
-    m2, prescale = pick_in_range(reduction, m2, of_large[1])
-    return first, offset / prescale.astype(offset.dtype), jnp.sqrt(m2) / prescale
+        return first, offset, m2[0]
+    root, prescale = pick_in_range(reduction, *m2)
+    return first, offset, jnp.sqrt(root) / prescale
 
 
 def first_along(x: Array, axes: tuple[int, ...]) -> Array:

@@ -75,8 +75,8 @@ def normalize_stream(
     plan = make_plan(viewed, names or (), epsilon, scale_offset, out, reduction, implementation, **more)
     lax_alone = plan.reduction.plain
     if residual is not None:
-        if can_fuse_add(plan, x, residual, scale, bias, mask):
-            return add_and_standardize(norm, plan, x, residual, scale, bias)
+        if can_fuse_add(norm, plan, x, residual, scale, bias, mask):
+            return add_and_standardize(plan, x, residual, scale, bias)
         x = add_rounded(lax_alone, x, residual)
     stream = x
     x, mask = align_boolean_mask(norm, x, mask)

@@ -50,21 +50,20 @@ def standardize(
     return standardize_by_formula(plan, x, scale, bias, mask, weights, ids)
 
 
-def add_and_standardize(norm: str, plan: Plan, x, residual, scale, bias) -> tuple[Array, Array]:
-    """`standardize` of x + residual, and that sum, in one fused kernel."""
+def can_fuse_add(norm: str, plan: Plan, x, residual, scale, bias, mask) -> bool:
+    """Whether `add_and_standardize` is for this norm: a kernel backend takes it, of x and of the sum."""
+    if mask is not None or plan.activation is not None or not registry.fuses_add(plan.backend):
+        return False
+    of_parameters = frozenset().union(*(varying(p) for p in (scale, bias) if p is not None))
+    if not of_parameters <= varying(x) | varying(residual):
+        return False  # the sum would inherit the varying axes of the parameters: one primitive returns both
     stream = jax.ShapeDtypeStruct(x.shape, residual.dtype)
-    for seen in (x, stream):  # raises if the named backend cannot run it
-        backend_supports(norm, plan, seen, scale, bias, None, None)
-    plan, scale, bias = prepare_for_kernel(plan, stream, scale, bias)
+    return all([backend_supports(norm, plan, seen, scale, bias, None, None) for seen in (x, stream)])
+
+
+def add_and_standardize(plan: Plan, x, residual, scale, bias) -> tuple[Array, Array]:
+    """`standardize` of x + residual, and that sum, in one kernel where a backend adds."""
+    plan, scale, bias = prepare_for_kernel(plan, jax.ShapeDtypeStruct(x.shape, residual.dtype), scale, bias)
     y, _, new = standardize_by_kernel(plan, x, scale, bias, residual)
     assert new is not None
     return y, new
-
-
-def can_fuse_add(plan: Plan, x, residual, scale, bias, mask) -> bool:
-    """Whether `add_and_standardize` is there for this norm."""
-    if mask is not None or plan.activation is not None:
-        return False
-    of_parameters = frozenset().union(*(varying(p) for p in (scale, bias) if p is not None))
-    # Otherwise the sum would inherit the varying axes of the parameters: one primitive returns both.
-    return registry.fuses_add(plan.backend) and of_parameters <= varying(x) | varying(residual)

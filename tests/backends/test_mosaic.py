@@ -20,6 +20,7 @@ import jaxnorm as jn
 from jaxnorm._backends import cpu, registry
 from jaxnorm._backends.pallas import gpu as mosaic_gpu
 from jaxnorm._backends.pallas import tpu as mosaic_tpu
+from jaxnorm._backends.pallas.adapter import Mosaic
 from jaxnorm._backends.pallas.rows import Job, rows_of
 from jaxnorm._backends.protocol import Support
 from jaxnorm._core.arithmetic import prescales
@@ -27,15 +28,25 @@ from jaxnorm._core.arithmetic import prescales
 UNIT = 2.0**-40
 
 
+ON_GPU = jax.default_backend() == "gpu"
+AS_COMPILED = SimpleNamespace(forward=mosaic_gpu.forward, backward=mosaic_gpu.backward, races=lambda: False)
+INTERPRETED = SimpleNamespace(
+    forward=functools.partial(mosaic_tpu.forward, interpret=True),
+    backward=functools.partial(mosaic_tpu.backward, interpret=True),
+    races=lambda: False,
+)
+
+
 @pytest.fixture(params=["tpu", "gpu"])
 def kernels(request, monkeypatch):
-    """The forward and backward kernels of a chip, interpreted; the GPU's with a watch for races of its threads."""
+    """The forward and backward kernels of a chip, interpreted; the GPU's with a watch for races of its threads.
+
+    On a machine with a GPU they run on it.
+    """
     if request.param == "tpu":
-        return SimpleNamespace(
-            forward=functools.partial(mosaic_tpu.forward, interpret=True),
-            backward=functools.partial(mosaic_tpu.backward, interpret=True),
-            races=lambda: False,
-        )
+        return INTERPRETED
+    if ON_GPU:
+        return AS_COMPILED
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     states = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
     whole = mosaic_gpu._plan
@@ -86,11 +97,7 @@ def test_kernels_match_the_oracle(kernels, rows, columns, dtype, centered, affin
 @pytest.mark.parametrize("seed", range(6))
 def test_kernels_match_the_oracle_over_random_shapes(seed):
     rng = np.random.default_rng(seed)
-    kernels = SimpleNamespace(
-        forward=functools.partial(mosaic_tpu.forward, interpret=True),
-        backward=functools.partial(mosaic_tpu.backward, interpret=True),
-        races=lambda: False,
-    )
+    kernels = AS_COMPILED if ON_GPU else INTERPRETED
     rows, columns = int(rng.integers(1, 500)), 128 * int(rng.integers(1, 13))
     dtype = (jnp.float32, jnp.bfloat16)[rng.integers(2)]
     mean = 10.0 ** rng.integers(-2, 3)
@@ -185,6 +192,7 @@ def test_a_norm_runs_one_kernel_each_way(backend, platform, target, norm):
 def test_each_platform_has_a_default_of_its_own(backend, platform, target, monkeypatch):
     """A program for several platforms runs on each by that platform's default, and by XLA where that refuses."""
     monkeypatch.setitem(registry.DEFAULTS, platform, backend)
+    monkeypatch.setattr(Mosaic, "active", Mosaic.available)  # as on a machine with that chip
     assert jn.backends()[backend].active
     x, odd = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16), jax.ShapeDtypeStruct((64, 200), jnp.bfloat16)
     lower = lambda x, *platforms: jax.jit(lambda x: jn.layer_norm(x)).trace(x).lower(lowering_platforms=platforms)

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from catalogue import draw
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -18,7 +19,14 @@ MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 SHAPE = (32, 5, 6)
 
 
+def needs(count):
+    """Skip the test where there are fewer devices, as on a machine with one GPU."""
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices")
+
+
 def mesh_of(kind, shape=(8,), names=("data",)):
+    needs(math.prod(shape))
     return jax.make_mesh(shape, names, axis_types=(MESHES[kind],) * len(shape))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import draw
-from helpers.devices import close, mesh_of
+from helpers.devices import close, mesh_of, needs
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
@@ -165,6 +165,7 @@ def on_devices(f, *args, where):
     if where == "shard_map":
         one = lambda *args: f(*jax.tree.map(lambda a: a[0], args))
         return jax.jit(jax.shard_map(one, mesh=mesh_of("auto"), in_specs=P("data"), out_specs=P()))(*args)
+    needs(8 if where == "pmap" else 1)
     out = dict(pmap=jax.pmap, vmap=jax.vmap)[where](f, axis_name="data")(*args)
     jax.tree.map(lambda a: np.testing.assert_array_equal(a, np.broadcast_to(a[:1], a.shape)), out)
     return jax.tree.map(lambda a: a[0], out)

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
+from helpers.devices import mesh_of
 
 import jaxnorm as jn
 from jaxnorm._core import collectives
@@ -118,7 +119,7 @@ def test_devices_merge_statistics_of_any_magnitude(how, rng, monkeypatch):
         each = jax.vmap(run, axis_name="d")
         run = lambda x: each(x.reshape(8, 4, 5)).reshape(x.shape)
     run = jax.jit(run)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of("auto", names=("d",))
     spec = jax.sharding.PartitionSpec("d" if how == "jit" else None)
     for magnitudes in ([1e-30] * 8, [1e30] * 8, [1.0] * 8, [1e-30, 1e-5, 1e30, 1e20] * 2, [1e-30] * 7 + [1e-20]):
         x = (draw(rng, (8, 4, 5), 1.0) * np.array(magnitudes)[:, None, None]).astype(np.float32).reshape(32, 5)
@@ -215,7 +216,7 @@ def test_long_columns_keep_their_accuracy(implementation, rng):
     y, vjp = jax.vjp(jax.jit(lambda p, x: norm.apply(p, state, x, train=True)[0]), params, x)
     true = x.astype(np.float64) - x.mean(0, dtype=np.float64)
     true /= np.sqrt(np.square(true).mean(0) + norm.epsilon)
-    assert np.abs(y - true).max() <= 1.3e-6
+    assert np.abs(y - true).max() <= 1.5e-6
     (dscale, dbias), _ = vjp(jnp.asarray(g))
     np.testing.assert_allclose(dbias, g.sum(0, dtype=np.float64), rtol=2e-7 if kernels_run(implementation) else 1e-6)
     np.testing.assert_allclose(dscale, (g * true).sum(0), rtol=1e-5, atol=2e-7 * len(x))
@@ -278,6 +279,11 @@ def test_the_formulas_of_each_platform_agree(formula, mean, rng):
             got, true.mean(axes, keepdims=True), rtol=1e-13, atol=5e-6
         )  # one chain on CPU; a tree on GPU
         np.testing.assert_allclose(m2 / n, true.var(axes, keepdims=True), rtol=4e-6)
+        unit = 2.0**-40  # times 1e-30 that is no normal float, and the mean keeps its digits
+        how = Reduction(Axes(axes), prescale=unit)
+        shift, offset, _ = jax.jit(formula, static_argnums=4)(x * np.float32(1e-30), None, None, n, how)
+        got = np.float64(shift) + np.float64(offset)
+        np.testing.assert_allclose(got, 1e-30 * true.mean(axes, keepdims=True), rtol=1e-5, atol=5e-36)
 
 
 def in_kernel(x, keep, weights, n, how):

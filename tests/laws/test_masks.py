@@ -78,7 +78,8 @@ def test_poison_in_the_padding_reaches_no_output_and_no_gradient(row, rng):
     clean, clean_gradients, _ = of(0.0)
     for poison in (np.nan, np.inf, -np.inf, 3e38):
         y, gradients, tangent = of(poison)
-        np.testing.assert_array_equal(y[full], clean[full])
+        atol = 1e-6 if "segments" in row.name and jax.default_backend() == "gpu" else 0.0  # by atomics, in any order
+        np.testing.assert_allclose(y[full], clean[full], rtol=0, atol=atol)
         assert np.all(np.isfinite(y))
         for got, want in zip(jax.tree.leaves(gradients), jax.tree.leaves(clean_gradients), strict=True):
             assert np.all(np.isfinite(got))

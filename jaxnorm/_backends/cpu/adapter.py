@@ -23,6 +23,9 @@ class Native:
     def available(self) -> Support:
         return Support(*cpu.library()[:2])
 
+    def active(self) -> Support:
+        return self.available()
+
     def supports(self, request: Request) -> Support:
         """Whether there are kernels from x's dtype to the output's, and a view of x."""
         if not (library := self.available()).ok:
@@ -34,11 +37,12 @@ class Native:
 
     def runs(self, call: Call, operands, by_default: bool) -> bool:
         """Any call with a view if this backend is named, otherwise those that profit."""
-        x = operands[0]
-        view = cpu.view_of(x.shape, call.plan.reduction.axes, call.varying(operands))
-        return view is not None and (
-            call.plan.backend == self.name or (by_default and cpu.is_profitable(view, x.dtype))
-        )
+        x, plan, varying = call.normalized(operands), call.plan, call.varying(operands)
+        if cpu.unsupported_reason(x, plan.reduction, plan.dtype, varying) is not None:
+            return False
+        view = cpu.view_of(x.shape, plan.reduction.axes, varying)
+        assert view is not None  # or it would not be supported
+        return plan.backend == self.name or (by_default and cpu.is_profitable(view, x.dtype))
 
     def forward(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
         """y, and the statistics over all devices."""

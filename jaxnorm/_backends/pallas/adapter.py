@@ -61,8 +61,14 @@ class Mosaic:
             return Support.no(kernels)
         return Support.yes(
             "Pallas kernels for layer and RMS norm of rows, and of a residual stream that they add to, compiled for "
-            f"{self.platform.upper()} and not yet timed there"
+            f"{self.platform.upper()}"
         )
+
+    def active(self) -> Support:
+        library = self.available()
+        if not library.ok:
+            return library
+        return _kernels(self.name).measured_here() if self.platform == "cuda" else Support.no("not yet timed on a TPU")
 
     def supports(self, request: Request) -> Support:
         if not (library := self.available()).ok:
@@ -79,11 +85,11 @@ class Mosaic:
         return Support.yes() if reason is None else Support.no(reason)
 
     def runs(self, call: Call, operands, by_default: bool) -> bool:
-        x, reduction = operands[0], call.plan.reduction
-        if not (by_default or call.plan.backend == self.name) or isinstance(_loaded(self.name), str):
+        x, plan = operands[0], call.plan
+        if not (by_default or plan.backend == self.name) or isinstance(_loaded(self.name), str):
             return False
-        shape = rows_of(x.shape, reduction.axes, call.varying(operands))
-        dtypes = (a.dtype for a in operands if a.shape == x.shape)
+        shape = rows_of(x.shape, plan.reduction.axes, call.varying(operands))
+        dtypes = (plan.dtype, *(a.dtype for a in operands if a.shape == x.shape))
         return shape is not None and _kernels(self.name).unsupported_reason(shape, *dtypes) is None
 
     def forward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:

@@ -12,16 +12,20 @@ Legend: x is (R, D); a row lies as (4, D / 4), a quarter for each warp; statisti
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..._core.vma import result_without_vma
+from ..protocol import Support
 from .rows import Job, finalize, rsqrt, xhat_of
 
 Array = jax.Array
@@ -29,7 +33,7 @@ Array = jax.Array
 WIDEST = 8192  # columns: beyond, the sums for scale and bias need more registers than a thread has
 _WARPS = 4
 _THREADS = 32 * _WARPS  # of a team
-_BLOCKS = 132  # the multiprocessors of an H100 or H200: one block on each
+_BLOCKS = 132  # one block on each multiprocessor of an H100 or H200
 _IN_FLIGHT = 64 * 1024  # bytes on their way to a multiprocessor, which hide the latency of its memory
 _BARRIERS = 32  # that Mosaic has for one array
 _SHARED = 224 * 1024  # bytes of shared memory that a block may have for rows; 3 KiB are for what is small
@@ -57,7 +61,42 @@ def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0) -> _Plan
     while teams > 1 and teams * stages(teams) * bytes_of_a_row + fixed > _SHARED:
         teams //= 2
     vector = next(v for v in (4, 2, 1) if columns % (_THREADS * v) == 0)  # of 16 bytes at most in float32
-    return _Plan(min(_BLOCKS, -(-rows // teams)), teams, stages(teams), vector)
+    return _Plan(min(_blocks(), -(-rows // teams)), teams, stages(teams), vector)
+
+
+def _device() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cuda")[0]
+    except RuntimeError:  # there is none
+        return None
+
+
+@functools.cache
+def _blocks() -> int:
+    """The multiprocessors of this machine's GPU; without one, of the GPU that a program is likely compiled for."""
+    return getattr(_device(), "core_count", _BLOCKS)
+
+
+@functools.cache
+def measured_here() -> Support:
+    """Whether this machine's GPU is one that the kernels were measured on, and they compile and run on it."""
+    if (device := _device()) is None:
+        return Support.no("JAX has no NVIDIA GPU on this machine")
+    if (capability := getattr(device, "compute_capability", "unknown")) != "9.0":
+        return Support.no(f"measured on Hopper, compute capability 9.0, and this GPU has {capability}")
+
+    def tried() -> Support:
+        job = Job(_THREADS, 1e-6, centered=True, cast_before_scale=False, prescale=1.0)
+        x = jax.device_put(np.arange(_THREADS, dtype=np.float32)[None], device)
+        try:
+            y = np.asarray(jax.jit(lambda x: forward(job, jnp.float32, x, None, None)[0])(x))
+        except Exception as error:  # of the compiler, of the driver, of a JAX with another Pallas
+            return Support.no(f"on this machine they fail: {type(error).__name__}: {error}")
+        x = np.arange(_THREADS) - (_THREADS - 1) / 2
+        return Support(bool(np.allclose(y[0], x / x.std(), atol=1e-5)), "on this machine they compute something else")
+
+    with ThreadPoolExecutor(1) as thread:  # which has none of the meshes and settings that the caller may be under
+        return thread.submit(tried).result()
 
 
 def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
@@ -67,6 +106,12 @@ def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
         return f"a row is a multiple of {_THREADS} columns, up to {WIDEST}, and there is one at least: got {shape}"
     wrong = [str(jnp.dtype(t)) for t in dtypes if jnp.dtype(t) not in (jnp.float32, jnp.bfloat16, jnp.float16)]
     return f"arrays are float32, bfloat16 or float16: got {', '.join(wrong)}" if wrong else None
+
+
+def _load(ref, index, **how) -> Array:
+    """`plgpu.load`, whose index is part of the reference since jax 0.11."""
+    takes_none = inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty
+    return plgpu.load(ref.at[index], **how) if takes_none else plgpu.load(ref, index, **how)
 
 
 class _Team:
@@ -122,11 +167,11 @@ class _Team:
 
     def shared(self, ref, chunk: slice):
         index = (slice(None), chunk)
-        return ref[index] if self.interpret else plgpu.load(ref, index, layout=self._layout)
+        return ref[index] if self.interpret else _load(ref, index, layout=self._layout)
 
     def of_memory(self, ref, chunk: slice):
         index = (slice(None), chunk)
-        return ref[index] if self.interpret else plgpu.load(ref, index, layout=self._layout, optimized=False)
+        return ref[index] if self.interpret else _load(ref, index, layout=self._layout, optimized=False)
 
     def zeros(self):
         zeros = jnp.zeros((_WARPS, self.plan.columns), jnp.float32)
