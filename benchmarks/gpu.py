@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from benchmarks.harness import records, table
@@ -48,15 +49,18 @@ def rows(norm: str, columns: int, nbytes: int, dtype: str) -> Case:
 CASES = {
     "gpu": (
         *(rows(norm, 4096, GIB, "bfloat16") for norm in ("rms", "layer")),
-        *(rows(norm, n, GIB, "bfloat16") for n in (8192, 1024) for norm in ("rms", "layer")),
-        Case("batch", (32, 56, 56, 256), "bfloat16"),
         rows("add_rms", 4096, GIB // 2, "bfloat16"),
-        *(rows(norm, 2048, GIB, "bfloat16") for norm in ("rms", "layer")),
-        rows("gated_rms", 4096, GIB // 2, "bfloat16"),
-        *(rows(norm, 4096, GIB, "float32") for norm in ("rms", "layer")),
+        *(rows(norm, 512, GIB, "bfloat16") for norm in ("rms", "layer")),
+        Case("batch", (32, 56, 56, 256), "bfloat16"),
         Case("group", (32, 56, 56, 256), "bfloat16"),
+        *(rows(norm, n, GIB, "bfloat16") for n in (1024, 8192) for norm in ("rms", "layer")),
+        rows("rms", 128, GIB // 2, "bfloat16"),
+        rows("layer", 768, 3 * GIB // 4, "bfloat16"),
+        *(rows(norm, 4096, GIB, "float32") for norm in ("rms", "layer")),
         Case("rms", (8192, 1024), "bfloat16"),
         Case("layer", (256, 1024), "bfloat16"),
+        rows("gated_rms", 4096, GIB // 2, "bfloat16"),
+        *(rows(norm, 2048, GIB, "bfloat16") for norm in ("rms", "layer")),
         *(rows(norm, n, GIB, "float32") for n in (8192, 1024, 2048) for norm in ("rms", "layer")),
         Case("batch", (32, 56, 56, 256), "float32"),
     ),
@@ -94,17 +98,18 @@ def crews_of(platform: str, names: tuple[str, ...], until: float, worker: type) 
     return crews + ([crew(TorchContest, torch)] if torch else [])
 
 
-def checked(crews: list[Crew], cases: tuple[Case, ...]) -> Iterator[dict]:
+def checked(crew: Crew, cases: tuple[Case, ...]) -> list[dict]:
     """A record for each backend and case: its errors, or "failed", and why."""
-    for crew in crews:
-        for name in [name for name in crew.versions if name in OURS]:
-            try:
-                found = crew.ask("check", name, list(cases))
-            except Lost as lost:
-                found = [str(lost)] * len(cases)
-            for case, result in zip(cases, found, strict=True):
-                key = "failed" if isinstance(result, str) else "errors"
-                yield {"check": str(case), "name": name, key: result}
+    records = []
+    for name in [name for name in crew.versions if name in OURS]:
+        try:
+            found = crew.ask("check", name, list(cases))
+        except Lost as lost:
+            found = [str(lost)] * len(cases)
+        for case, result in zip(cases, found, strict=True):
+            key = "failed" if isinstance(result, str) else "errors"
+            records.append({"check": str(case), "name": name, key: result})
+    return records
 
 
 def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: float,
@@ -121,7 +126,9 @@ def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: f
     more = {"platform": platform, **about, "versions": versions, "missing": missing, "planned": planned}
     yield [records.setting("gpu", **more)]
     crews = [crew for crew in crews if crew.versions]
-    yield list(checked(crews, CHECKS if platform == "gpu" else CHECKS[::5]))
+    with ThreadPoolExecutor(len(crews)) as pool:
+        of = pool.map(lambda crew: checked(crew, CHECKS if platform == "gpu" else CHECKS[::5]), crews)
+        yield [record for found in of for record in found]
     longest = 0.0
     for i, case in enumerate(cases, 1):
         begun = time.monotonic()

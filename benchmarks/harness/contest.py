@@ -175,7 +175,8 @@ def measured(case: Case, crews: list[Crew], rounds: int, seconds: float, at_once
     """A record for each contestant: errors and, by pass, seconds and copies (the time over that of a copy of x in the
     same round) as quartiles; or "failed", and why. Crews enter `at_once`, because most of that time is compilers'."""
     with ThreadPoolExecutor(at_once) as pool:
-        entered = list(pool.map(lambda crew: crew.enter(case, list(crew.versions)), crews))
+        each = pool.map if at_once > 1 else map
+        entered = list(each(lambda crew: crew.enter(case, list(crew.versions)), crews))
     outcome = {name: found for of_crew in entered for name, found in of_crew.items()}
     failures = {name: why for name, why in outcome.items() if isinstance(why, str)}
     keys: dict = {}

@@ -41,10 +41,9 @@ def one_pass_by_parts(x, keep, weights, n, reduction: Reduction) -> tuple[Array,
     """`one_pass` for a GPU, where sums over `split_axes` first keep x - shift out of memory."""
 
     def by_parts(a: Array) -> Array:
-        apart = split_axes(a, reduction.axes)
-        if not apart:
-            return total_over(a, reduction.axes)
-        return total_over(lax.optimization_barrier(total_over(a, reduction.axes[len(apart) :])), apart)
+        if apart := split_axes(a, reduction.axes):
+            a = lax.optimization_barrier(total_over(a, reduction.axes[len(apart) :]))
+        return reduction.over.sum(a, None)
 
     return one_pass(x, keep, weights, n, reduction, by_parts)
 

@@ -31,13 +31,16 @@ from .rows import Job, finalize, rsqrt, xhat_of
 Array = jax.Array
 
 WIDEST = 8192  # columns: beyond, the sums for scale and bias need more registers than a thread has
+NARROWEST = 512  # columns from which they are a default: below, XLA is faster, as `python -m benchmarks.gpu` measures
 _WARPS = 4
 _THREADS = 32 * _WARPS  # of a team
 _BLOCKS = 132  # one block on each multiprocessor of an H100 or H200
 _IN_FLIGHT = 64 * 1024  # bytes on their way to a multiprocessor, which hide the latency of its memory
 _BARRIERS = 32  # that Mosaic has for one array
 _SHARED = 224 * 1024  # bytes of shared memory that a block may have for rows; 3 KiB are for what is small
-_PARAMS = plgpu.CompilerParams(reduction_scratch_bytes=0)  # the compiler's own: sums are of a warp, which needs none
+# Layouts are given where they matter; to infer them took jax 0.11 two seconds a kernel. Sums are of a warp, which needs
+# no scratch memory of the compiler's.
+_PARAMS = plgpu.CompilerParams(reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 class _Plan(NamedTuple):

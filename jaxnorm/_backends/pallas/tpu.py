@@ -53,6 +53,9 @@ def _vmem() -> int:
         return _SMALLEST_VMEM
 
 
+NARROWEST = 1  # columns from which they may be a default
+
+
 def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
     """Why there is no kernel for rows of this shape and these dtypes, or None if there is."""
     rows, columns = shape
