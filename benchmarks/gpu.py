@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from benchmarks import peers
 from benchmarks.harness import records, table
 from benchmarks.harness.case import PASSES, Case, least
 from benchmarks.harness.contest import Contest, Crew, Lost, measured
@@ -98,10 +99,11 @@ def crews_of(platform: str, names: tuple[str, ...], until: float, worker: type) 
     return crews + ([crew(TorchContest, torch)] if torch else [])
 
 
-def checked(crew: Crew, cases: tuple[Case, ...]) -> list[dict]:
+def checked(crew: Crew, every: tuple[Case, ...]) -> list[dict]:
     """A record for each backend and case: its errors, or "failed", and why."""
     records = []
     for name in [name for name in crew.versions if name in OURS]:
+        cases = tuple(case for case in every if peers.make(name).takes(case.norm))
         try:
             found = crew.ask("check", name, list(cases))
         except Lost as lost:

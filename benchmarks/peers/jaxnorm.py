@@ -20,7 +20,9 @@ class Jaxnorm(Peer):
         return jn.__version__
 
     def takes(self, norm: str) -> bool:
-        return super().takes(norm) and (self.fused or (norm.endswith("_rms") and norm != "rms"))
+        rows = norm == "layer" or norm.endswith("rms")
+        here = rows or "mosaic" not in (self.options["implementation"] or "")
+        return here and super().takes(norm) and (self.fused or (norm.endswith("_rms") and norm != "rms"))
 
     def norm(self, which, x, *params):
         if which == "batch":

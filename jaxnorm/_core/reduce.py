@@ -83,7 +83,7 @@ def local_statistics(
 
 
 def _of_groups(x, mask, weights, n: Array, reduction: Reduction, over: Groups) -> Statistics:
-    """On CPU and GPU by sums of channels; elsewhere by the formula for x with its channels in groups."""
+    """On a CPU by sums of channels; elsewhere by the formula for x with its channels in groups."""
     viewed = replace(reduction, over=Axes((*over.axes, x.ndim)))
     split: Any = lambda a: None if a is None else over.split(a)
 
@@ -95,13 +95,7 @@ def _of_groups(x, mask, weights, n: Array, reduction: Reduction, over: Groups) -
     def elsewhere(x, mask, weights, n):
         return tuple(a[..., 0] for a in local_statistics(split(x), split(mask), split(weights), viewed)[1:])
 
-    def on_gpu(x, mask, weights, n):
-        keep = valid_mask(mask, weights)
-        formula = one_pass_by_parts if keep is None else two_pass
-        return formula(x, keep, weights, n, reduction)
-
-    on_gpus: dict[str, Any] = dict(cuda=on_gpu, rocm=on_gpu)
-    return Statistics(n, *by_platform(reduction, x, mask, weights, n, cpu=on_cpu, default=elsewhere, **on_gpus))
+    return Statistics(n, *by_platform(reduction, x, mask, weights, n, cpu=on_cpu, default=elsewhere))
 
 
 def is_row(x: Array, reduction: Reduction) -> bool:

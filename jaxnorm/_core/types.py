@@ -59,6 +59,7 @@ class Plan:
         False  # the statistics are kept for a backward pass, and y may as well be made of the same ones
     )
     gate: str | None = None  # f(gate) multiplies "before" or "after" the norm; None: f is of the output
+    within: bool = False  # this is the norm inside of an activation or a gate
 
 
 class Statistics(NamedTuple):

@@ -23,7 +23,7 @@ Array = jax.Array
 
 def inner_plan(plan: Plan, x, scale, bias, gate) -> Plan:
     """The norm within. What it gives is rounded where the output is, or where it is asked to be by name."""
-    plain = replace(plan, activation=None, gate=None)
+    plain = replace(plan, activation=None, gate=None, within=True)
     if plan.gate == "before" or plan.cast_before_scale:
         return plain
     return replace(plain, dtype=_activation.widened_to(x, scale, bias))

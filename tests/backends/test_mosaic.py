@@ -94,6 +94,19 @@ def test_kernels_match_the_oracle(kernels, rows, columns, dtype, centered, affin
     check(kernels, rng, rows, columns, dtype, centered, affine, stream, lambda shape: rng.normal(1, 2, shape))
 
 
+def test_a_row_has_the_same_bits_in_every_batch(kernels, rng):
+    how = Job(512, 1e-6, centered=True, cast_before_scale=False, prescale=UNIT)
+    x, g = (jnp.asarray(rng.normal(size=(5, 512)), jnp.bfloat16) for _ in range(2))
+    scale = jnp.asarray(rng.normal(size=512), jnp.float32)
+
+    def of(rows):
+        y, *stats = kernels.forward(how, x.dtype, x[rows], scale, None)
+        return y, kernels.backward(how, (True, False), x[rows], *stats, scale, g[rows])[0]
+
+    for whole, one in zip(of(slice(0, 5)), of(slice(3, 4)), strict=True):
+        np.testing.assert_array_equal(whole[3:4], one)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_kernels_match_the_oracle_over_random_shapes(seed):
     rng = np.random.default_rng(seed)
@@ -194,13 +207,41 @@ def test_each_platform_has_a_default_of_its_own(backend, platform, target, monke
     monkeypatch.setitem(registry.DEFAULTS, platform, backend)
     monkeypatch.setattr(Mosaic, "active", Mosaic.available)  # as on a machine with that chip
     assert jn.backends()[backend].active
-    x, odd = jax.ShapeDtypeStruct((64, 256), jnp.bfloat16), jax.ShapeDtypeStruct((64, 200), jnp.bfloat16)
+    x, odd = jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((64, 1000), jnp.bfloat16)
     lower = lambda x, *platforms: jax.jit(lambda x: jn.layer_norm(x)).trace(x).lower(lowering_platforms=platforms)
     assert lower(x, platform).as_text().count(target) == 1
     assert target not in lower(odd, platform).as_text()
     assert target not in lower(x, "cpu").as_text()
     if cpu.library().loaded:
         assert "jaxnorm_forward" in lower(x, "cpu").as_text()
+
+
+def test_the_default_on_a_gpu_is_what_was_measured_to_win(monkeypatch):
+    """Rows long enough, with no activation or gate; a residual stream is added in the kernel, and on a CPU by XLA."""
+    monkeypatch.setattr(Mosaic, "active", Mosaic.available)
+
+    def kernels_of(norm, columns, platform="cuda"):
+        x = jax.ShapeDtypeStruct((8, columns), jnp.bfloat16)
+        text = jax.jit(both_passes(norm, None)).trace(x, jax.ShapeDtypeStruct((columns,), jnp.float32), x)
+        return text.lower(lowering_platforms=(platform,)).as_text().count("mosaic_gpu_v2")
+
+    assert [kernels_of(jn.rms_norm, n) for n in (384, 512, 640)] == [0, 2, 2]
+    assert [kernels_of(jn.layer_norm, n) for n in (384, 512, 640)] == [0, 0, 2]
+    added = lambda x, scale, **how: jn.add_rms_norm(x, 2 * x, scale, **how)
+    assert [kernels_of(added, 1024, platform) for platform in ("cuda", "cpu", "tpu")] == [2, 0, 0]
+    assert kernels_of(lambda x, scale, **how: jn.gated_rms_norm(x, x, scale, **how), 1024) == 0
+    assert kernels_of(lambda x, scale, **how: jn.rms_norm(x, scale, activation="silu", **how), 1024) == 0
+
+
+@pytest.mark.parametrize(("device", "reason"), [
+    (None, "no NVIDIA GPU"), (SimpleNamespace(compute_capability="8.0"), "measured on Hopper.*has 8.0"),
+    (SimpleNamespace(compute_capability="9.0"), "on this machine they fail: "),  # for it is none
+])  # fmt: skip
+def test_a_machine_without_that_gpu_says_so(device, reason, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_device", lambda: device)
+    ok, why = mosaic_gpu.measured_here.__wrapped__()
+    assert not ok
+    assert re.search(reason, why)
 
 
 def test_a_refusal_has_a_reason():

@@ -89,7 +89,7 @@ class Mosaic:
         if not (by_default or named) or isinstance(_loaded(self.name), str):
             return False
         shape, kernels = rows_of(x.shape, plan.reduction.axes, call.varying(operands)), _kernels(self.name)
-        if shape is None or not (named or shape[1] >= kernels.NARROWEST):
+        if shape is None or not (named or kernels.is_profitable(shape[1], plan)):
             return False
         return kernels.unsupported_reason(shape, plan.dtype, *(a.dtype for a in operands if a.shape == x.shape)) is None
 

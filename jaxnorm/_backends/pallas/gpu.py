@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..._core.types import Plan
 from ..._core.vma import result_without_vma
 from ..protocol import Support
 from .rows import Job, finalize, rsqrt, xhat_of
@@ -31,7 +32,6 @@ from .rows import Job, finalize, rsqrt, xhat_of
 Array = jax.Array
 
 WIDEST = 8192  # columns: beyond, the sums for scale and bias need more registers than a thread has
-NARROWEST = 512  # columns from which they are a default: below, XLA is faster, as `python -m benchmarks.gpu` measures
 _WARPS = 4
 _THREADS = 32 * _WARPS  # of a team
 _BLOCKS = 132  # one block on each multiprocessor of an H100 or H200
@@ -67,7 +67,8 @@ def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0) -> _Plan
     return _Plan(min(_blocks(), -(-rows // teams)), teams, stages(teams), vector)
 
 
-def _device() -> jax.Device | None:
+def _device() -> Any:
+    """This machine's first GPU, or None."""
     try:
         return jax.local_devices(backend="cuda")[0]
     except RuntimeError:  # there is none
@@ -90,8 +91,8 @@ def measured_here() -> Support:
 
     def tried() -> Support:
         job = Job(_THREADS, 1e-6, centered=True, cast_before_scale=False, prescale=1.0)
-        x = jax.device_put(np.arange(_THREADS, dtype=np.float32)[None], device)
         try:
+            x = jax.device_put(np.arange(_THREADS, dtype=np.float32)[None], device)
             y = np.asarray(jax.jit(lambda x: forward(job, jnp.float32, x, None, None)[0])(x))
         except Exception as error:  # of the compiler, of the driver, of a JAX with another Pallas
             return Support.no(f"on this machine they fail: {type(error).__name__}: {error}")
@@ -115,6 +116,14 @@ def _load(ref, index, **how) -> Array:
     """`plgpu.load`, whose index is part of the reference since jax 0.11."""
     takes_none = inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty
     return plgpu.load(ref.at[index], **how) if takes_none else plgpu.load(ref, index, **how)
+
+
+def is_profitable(columns: int, plan: Plan) -> bool:
+    """Whether they beat XLA for rows of that length, as `python -m benchmarks.gpu` measures: the rule of the default.
+
+    A team is slow with a few elements for each thread. XLA puts an activation or a gate into its own kernel.
+    """
+    return columns >= (640 if plan.reduction.centered else 512) and not plan.within
 
 
 class _Team:
