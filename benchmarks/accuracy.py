@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
 from benchmarks.harness import records  # noqa: E402
-from benchmarks.harness.case import EPSILON, labels  # noqa: E402
+from benchmarks.harness.case import EPSILON, GROUPS  # noqa: E402
 from benchmarks.harness.table import names_of, table  # noqa: E402
 from benchmarks.peers import Peer  # noqa: E402
 
@@ -40,7 +40,7 @@ ROWS, FEATURES = 1024, 512
 
 def truth(which: str, x, scale=None, bias=None) -> np.ndarray:
     params = (None if p is None else np.asarray(p)[None] for p in (scale, bias))
-    return oracle.normalize(x, labels(which, x.shape), *params, epsilon=EPSILON).y
+    return oracle.normalize(x, oracle.labels(which, x.shape, GROUPS), *params, epsilon=EPSILON).y
 
 
 def unit_params() -> tuple[jax.Array, jax.Array]:
@@ -64,7 +64,7 @@ def synchronized_error(peer: Peer, statistic: str) -> float:
     mesh = jax.make_mesh((DEVICES,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     call = jax.shard_map(peer.synchronized, mesh=mesh, in_specs=P("devices"), out_specs=P())
     got = jax.jit(call)(x, mask)[("mean", "var").index(statistic)]
-    want = oracle.normalize(x, labels("batch", x.shape), None, None, epsilon=EPSILON, mask=mask[:, None])
+    want = oracle.normalize(x, oracle.labels("batch", x.shape, GROUPS), None, None, epsilon=EPSILON, mask=mask[:, None])
     return float(np.abs(oracle.wide(got) / getattr(want, statistic)[0] - 1.0).max())
 
 
@@ -88,6 +88,14 @@ def half_precision_error(peer: Peer) -> float:
     want = truth("layer", np.asarray(x), scale, bias)
     unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(want), 1.0))) - 7)
     return float((np.abs(oracle.wide(y) - want) / unit).max())
+
+
+def batches_with_other_bits(peer: Peer) -> float:
+    """Of the batch sizes 2, 4, ..., 1024, how many give the first row of a jitted layer norm other bits than 1 does."""
+    x = jnp.asarray(np.random.default_rng(6).normal(1.0, 1.0, (ROWS, FEATURES)), jnp.float32)
+    norm = jax.jit(lambda x: peer.norm("layer", x, *unit_params())[0])
+    alone, *others = (np.asarray(norm(x[: 1 << k])) for k in range(11))
+    return float(sum(not np.array_equal(alone, row) for row in others))
 
 
 def nan_reaches_gradient(peer: Peer, which: str) -> bool:
@@ -123,6 +131,8 @@ TABLE = (
       for of, name in (("mean", "mean"), ("var", "variance"))),
     Row("residuals", "layer norm, bfloat16: bytes kept per element", always, residual_bytes, decimal),
     Row("bfloat16", "layer norm, bfloat16: max error in ulp", always, half_precision_error, decimal),
+    Row("batch_bits", "layer norm, float32: batch sizes, of 10, that change a row's bits", always,
+        batches_with_other_bits, "{:.0f}".format),
     *(Row(f"{which}_norm_nan", f"{which} norm: masked NaN reaches the gradient", masks(which),
           lambda peer, which=which: nan_reaches_gradient(peer, which), yes_or_no)
       for which in ("layer", "batch")),

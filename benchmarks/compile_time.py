@@ -9,141 +9,23 @@ that the compiler's threads count. Lines are those of the lowered program, for c
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import flax.linen
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from helpers.models import MODELS, PLATFORMS, lines
 
-import jaxnorm.linen
-import jaxnorm.nnx
+import jaxnorm
 from benchmarks.harness import records
 from benchmarks.harness.table import section, table
 from benchmarks.harness.timing import Timed, Worker, cpu_devices, in_turn, quartiles
 
-DEPTH, WIDTH = 100, 64
-NORMS = {"LayerNorm": {}, "RMSNorm": {}, "GroupNorm": {"num_groups": 8}, "InstanceNorm": {}, "BatchNorm": {}}
 STEPS = ("trace", "lower", "compile")
-PLATFORMS = ("cpu", "cuda", "tpu")
 NOTES = """Seconds: medians, over those of Flax in the same round in brackets. Lines: of StableHLO, without the kernels,
 which are for a CPU alone, beside those of Flax."""
-
-
-def variants(flax_norms: Any, ours: Any) -> dict[str, Any]:
-    """Modules of norms by name. "native" is the default of the CPU."""
-    plain = {name: functools.partial(getattr(ours, name), implementation="xla") for name in NORMS}
-    return {"flax": flax_norms, "native": ours, "xla": types.SimpleNamespace(**plain)}
-
-
-class MLP(flax.linen.Module):
-    """Residual layers of 64 features, with a norm before each."""
-
-    norms: Any
-
-    @flax.linen.compact
-    def __call__(self, x, train: bool):
-        for _ in range(DEPTH):
-            x = x + flax.linen.relu(flax.linen.Dense(WIDTH)(self.norms.LayerNorm()(x)))
-        return x
-
-
-class ResNet50(flax.linen.Module):
-    """Of images of 64 x 64, with a batch norm after each of 53 convolutions."""
-
-    norms: Any
-
-    @flax.linen.compact
-    def __call__(self, x, train: bool):
-        conv = functools.partial(flax.linen.Conv, use_bias=False)
-        norm = functools.partial(self.norms.BatchNorm, use_running_average=not train)
-        x = flax.linen.relu(norm()(conv(64, (7, 7), 2)(x)))
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            for block in range(blocks):
-                width, strides, old = 64 * 2**stage, 2 if stage and not block else 1, x
-                y = flax.linen.relu(norm()(conv(width, (1, 1))(x)))
-                y = flax.linen.relu(norm()(conv(width, (3, 3), strides)(y)))
-                y = norm()(conv(4 * width, (1, 1))(y))
-                if old.shape != y.shape:
-                    old = norm()(conv(4 * width, (1, 1), strides)(x))
-                x = flax.linen.relu(old + y)
-        return x
-
-
-class One(flax.linen.Module):
-    """One norm."""
-
-    norms: Any
-    name_of_norm: str
-
-    @flax.linen.compact
-    def __call__(self, x, train: bool):
-        more = {"use_running_average": not train} if self.name_of_norm == "BatchNorm" else {}
-        return getattr(self.norms, self.name_of_norm)(**NORMS[self.name_of_norm], **more)(x)
-
-
-def of_linen(module: Callable, shape: tuple[int, ...], train: bool, gradient: bool) -> dict[str, tuple]:
-    """For each variant a function and the shapes of its arguments."""
-    x, made = jax.ShapeDtypeStruct(shape, jnp.float32), {}
-    run = lambda model, v, x: model.apply(v, x, train, mutable=["batch_stats"])
-    loss = lambda model, p, rest, x: jnp.sum(jnp.square(run(model, {"params": p, **rest}, x)[0]))
-    for name, norms in variants(flax.linen, jaxnorm.linen).items():
-        model = module(norms)
-        v = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
-        rest = {kind: value for kind, value in v.items() if kind != "params"}
-        f = jax.grad(functools.partial(loss, model)) if gradient else functools.partial(run, model)
-        made[name] = f, (v["params"], rest, x) if gradient else (v, x)
-    return made
-
-
-def of_nnx(gradient: bool) -> dict[str, tuple]:
-    """The same residual layers in nnx."""
-    x, made = jax.ShapeDtypeStruct((32, WIDTH), jnp.float32), {}
-
-    class Layers(nnx.Module):
-        def __init__(self, norms):
-            rngs = nnx.Rngs(0)
-            self.norms = nnx.List([norms.LayerNorm(WIDTH, rngs=rngs) for _ in range(DEPTH)])
-            self.dense = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(DEPTH)])
-
-        def __call__(self, x):
-            for norm, dense in zip(self.norms, self.dense, strict=True):
-                x = x + nnx.relu(dense(norm(x)))
-            return x
-
-    run = lambda graph, state, x: nnx.merge(graph, state)(x)
-    loss = lambda graph, state, x: jnp.sum(jnp.square(run(graph, state, x)))
-    for name, norms in variants(nnx, jaxnorm.nnx).items():
-        graph, state = nnx.split(nnx.eval_shape(functools.partial(Layers, norms)))
-        made[name] = functools.partial(jax.grad(loss, 1) if gradient else run, graph), (state, x)
-    return made
-
-
-IMAGES = (8, 64, 64, 3)
-MODELS: dict[str, Callable[[], dict[str, tuple]]] = {
-    f"{DEPTH} layer norms, linen, gradient": lambda: of_linen(MLP, (32, WIDTH), True, True),
-    f"{DEPTH} layer norms, linen, forward": lambda: of_linen(MLP, (32, WIDTH), True, False),
-    f"{DEPTH} layer norms, nnx, gradient": lambda: of_nnx(True),
-    "ResNet-50, linen, gradient": lambda: of_linen(ResNet50, IMAGES, True, True),
-    "ResNet-50, linen, inference": lambda: of_linen(ResNet50, IMAGES, False, False),
-}
-for _norm in NORMS:
-    for _which in ("gradient", "forward", "inference")[: 3 if _norm == "BatchNorm" else 2]:
-        _one = functools.partial(One, name_of_norm=_norm)
-        _how = _which != "inference", _which == "gradient"
-        MODELS[f"{_norm} alone, {_which}"] = functools.partial(of_linen, _one, (8, 16, 16, WIDTH), *_how)
-
-
-def lines(f: Callable, args: tuple, platform: str) -> int:
-    """Of the program that f is lowered to."""
-    return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text().count("\n")
 
 
 class Compiling(Timed):

@@ -76,7 +76,7 @@ def measure(cases: list[Case], names: tuple[str, ...], allocators: list[str], ro
 
 def page(found: list[dict]) -> str:
     parts = ["# Norms on a CPU\n", records.origin(found), f"\n{NOTES}\n"]
-    cases = [record for record in records.results(found) if "follow" not in record]
+    cases = records.results(found)
     for (allocator,), of_allocator in records.grouped(cases, "allocator").items():
         for (norm,), of in records.grouped(of_allocator, "norm").items():
             text = table.contestants(of, PASSES, lambda norm, which, copies: f"{copies:.3g}")
@@ -106,37 +106,6 @@ def summary(of_allocator: list[dict]) -> str:
     return table.table(heads, rows)
 
 
-def measure_small(cases: list[Case], rounds: int, worker: type = Worker) -> Iterator[list[dict]]:
-    """For each case XLA's time over that of the native kernels, and which of them is the default."""
-    names = ("jaxnorm", "jaxnorm-native", "jaxnorm-xla")
-    cpu_devices()
-    (crew,) = crews = crews_of(names, "default", worker)
-    yield [records.setting("cpu", **crew.about)]
-    for case in cases:
-        of = measured(case, crews, rounds, 1.0)
-        if reasons := table.failures(of):
-            raise SystemExit(f"There is nothing to compare.\n{reasons}")
-        by_name = {record["name"]: record for record in of if "name" in record}
-        native, xla = (by_name[name] for name in names[1:])
-        ratios = {which: float(f"{xla[which]['seconds'][1] / native[which]['seconds'][1]:.4g}") for which in PASSES}
-        yield [{**case.record, "elements": math.prod(case.shape), **ratios, "default": crew.ask("picks", case)}]
-    crew.close()
-
-
-def page_small(found: list[dict]) -> str:
-    of = records.results(found)
-    heads = ["norm", "shape", "dtype", "elements", *PASSES, "default"]
-    small = [[r[h] if not isinstance(r[h], float) else f"{r[h]:.2f}" for h in heads] for r in of if "norm" in r]
-    fused = [[r["follow"], r["shape"], r["dtype"], f"{r['ratio']:.2f}"] for r in of if "follow" in r]
-    about = "XLA's time over that of the native kernels, medians: above 1 the kernels are faster."
-    parts = ["# From which size on the native CPU kernels are faster than XLA\n", records.origin(found), f"\n{about}\n"]
-    parts.append(table.table(heads, small) + "\n")
-    if fused:
-        text = table.table(["followed by", "shape", "dtype", "ratio"], fused)
-        parts.append(table.section("Batch norm at inference, which XLA fuses with the operation that follows", text))
-    return "\n".join(parts)
-
-
 def cases_of(shapes: dict, norms: list[str], dtypes: list[str], given: list[tuple[int, ...]] | None) -> list[Case]:
     """Those of the table, or the given shapes for each norm that takes arrays of their rank."""
     fitting = {norm: [s for s in given or shapes[norm] if len(s) == len(shapes[norm][0])] for norm in norms}
@@ -150,21 +119,19 @@ def main() -> None:
     add("--norms", **records.choice(SHAPES, None))
     add("--shapes", nargs="+", type=shape, metavar="SHAPE", help="such as 8192x1024, or 32x56x56x64 of an image norm")
     add("--dtypes", **records.choice(DTYPES))
-    add("--only", **records.choice(NAMES))
+    add("--only", **records.choice((*NAMES, "jaxnorm-native"), None))
     add("--allocators", **records.choice(ALLOCATORS, ["warm", "default"]))
     add("--rounds", type=int, default=30, help="samples of each contestant in each case, at most")
     add("--seconds", type=float, default=20.0, help="no further round of a case begins after this")
-    add("--break-even", action="store_true", help="small arrays, jaxnorm's two backends only")
+    add("--small", action="store_true", help="small arrays, about the size from which the kernels beat XLA")
     options = parser.parse_args()
-    shapes = SMALL if options.break_even else SHAPES
+    shapes = SMALL if options.small else SHAPES
     cases = cases_of(shapes, options.norms or list(shapes), options.dtypes, options.shapes)
     if not cases:
         parser.error(f"none of {options.norms} takes arrays of the rank of these shapes")
-    if options.break_even:
-        records.publish("break_even", options, lambda: measure_small(cases, options.rounds), page_small)
-    else:
-        given = tuple(options.only), options.allocators, options.rounds, options.seconds
-        records.publish("cpu", options, lambda: measure(cases, *given), page, table.draw)
+    names = options.only or ("jaxnorm-native", "jaxnorm-xla", "flax.linen") if options.small else options.only or NAMES
+    given = tuple(names), options.allocators, options.rounds, options.seconds
+    records.publish("small" if options.small else "cpu", options, lambda: measure(cases, *given), page, table.draw)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from benchmarks.peers import TORCH
 #: By platform, the backends that may run there, if this build has them.
 BACKENDS = {"gpu": ("xla", "mosaic_gpu"), "cpu": ("xla", "native")}
 OURS = ("jaxnorm-xla", "jaxnorm-mosaic_gpu", "jaxnorm-native")
-OTHERS = ("flax.linen", "tokamax", "torch", "torch.compile", "liger", "quack")
+OTHERS = ("flax.linen", "tokamax", "torch", "torch.compile", "liger")
 NAMES = (*OURS, "jaxnorm-composed", *OTHERS)
 #: Seconds: for one answer of a process; after the end, for the case under way; and in which a case is timed.
 PATIENCE, GRACE, CASE_SECONDS = 100.0, 45.0, {"gpu": 4.0, "cpu": 0.0}

@@ -3,7 +3,7 @@
 The counts are read from what XLA's TPU compiler makes; nothing is run. It takes some twelve minutes on two cores.
 `tests/helpers/compiled/scaling.py` has the programs: a batch norm alone, for each width of a ResNet-50; a step of two
 residual blocks with six batch norms and of a transformer block with two norms, less the same without norms; and norms
-whose features are sharded over 8 chips. The times are those of the model in `harness/torus.py`.
+whose features are sharded over 8 chips. The times are those of the model in `tests/helpers/compiled/torus.py`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from helpers.compiled import cases, missing, scaling
+from helpers.compiled import cases, missing, scaling, torus
+from helpers.compiled.torus import GROUPS, IMAGES, chip_of, choices, chosen, waits
 
-from benchmarks.harness import records, torus
+from benchmarks.harness import records
 from benchmarks.harness.table import section, table
 
 SIZES = ("v5ex8", "v5ex64", "v5ex256", "v5px8", "v5px64", "v5px256", "v5px1024")
 FORMS = ("jit", "shard_map")
 ROW_NORMS = ("LayerNorm", "RMSNorm")
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
-GROUPS = "groups of 8"
-IMAGES = (4, 8, 16, 32, 64, 128)  # on a chip
 
 
 def programs(targets) -> Iterator[tuple[dict, Callable[[], dict]]]:
@@ -70,14 +69,6 @@ def _merged(rows: Iterator[tuple], targets: int) -> str:
     for first, *others in rest:
         same.setdefault(tuple(others), []).append(first)
     return table(head, [("all" if len(names) == targets else ", ".join(names), *o) for o, names in same.items()])
-
-
-def chosen(found: list[dict], of: str) -> list[dict]:
-    return [it for it in records.results(found) if it["of"] == of]
-
-
-def _chip(target: str) -> torus.Chip:
-    return torus.CHIPS[target[:3]]
 
 
 _ALONE = """Forward the statistics, backward two sums: one all-reduce each. So that the first is one, every chip has a
@@ -140,52 +131,26 @@ def _spread(found):
     for it in chosen(found, "spread"):
         kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(c["kind"] for c in it["collectives"]).items())
         size = sum(c["bytes"] for c in it["collectives"]) / 1024
-        time = torus.total(_chip(it["target"]), it["collectives"])
+        time = torus.total(chip_of(it["target"]), it["collectives"])
         yield it["target"], it["norm"], it["form"], kinds, f"{size:.0f}", f"{time * 1e6:.0f}"
 
 
 _MODEL = """Milliseconds that a step waits for the all-reduces of its 53 batch norms, as counted for their widths, one
-after the other, by the model of `benchmarks/harness/torus.py`: a microsecond for each hop, and the rate of the links.
+after the other, by the model of `tests/helpers/compiled/torus.py`: a microsecond for each hop, and the rate of links.
 "local" waits 0. Beside it the least time of a step: the norms' 8 passes over memory, and all products at the peak."""
-
-
-def waits(found: list[dict]) -> dict[str, dict[str, float]]:
-    """For each target, by "statistics, form", the seconds that a step of a ResNet-50 waits for its batch norms."""
-    times: dict[str, dict[str, dict]] = {}
-    for it in chosen(found, "norm"):
-        by_width = times.setdefault(it["target"], {}).setdefault(f"{it['sync']}, {it['form']}", {})
-        by_width[it["channels"]] = torus.total(_chip(it["target"]), it["collectives"])
-    norms = torus.resnet50()
-    local = lambda way: way.startswith("local")
-    return {
-        target: {w: 0.0 if local(w) else sum(by_width[c] for c, _ in norms) for w, by_width in ways.items()}
-        for target, ways in times.items()
-    }
 
 
 def _modelled(found):
     ways = [f"{sync}, {form}" for sync in ("global", GROUPS) for form in ("jit", "shard_map")]
     yield "target", *ways, *(f"a step, {n} images a chip" for n in (4, 16, 64))
     for target, by in waits(found).items():
-        steps = (torus.step_seconds(_chip(target), n) for n in (4, 16, 64))
+        steps = (torus.step_seconds(chip_of(target), n) for n in (4, 16, 64))
         yield target, *(f"{1e3 * time:.2f}" for time in (*(by[w] for w in ways), *steps))
 
 
 _CHOICE = f"""Under jit, by images on a chip. All chips while that adds at most {torus.LITTLE:.0%} to the least time of
 a step (what a choice adds stands beside it); beyond that as few chips as have {torus.ENOUGH} images between them, here
 one or 8."""
-
-
-def choices(found: list[dict]) -> dict[str, dict[int, tuple[str, float]]]:
-    """For each target and number of images on a chip: what to choose, and the share of a step that it adds."""
-    made: dict[str, dict] = {}
-    for target, by in waits(found).items():
-        ways = {"global": by["global, jit"], "groups": by[f"{GROUPS}, jit"], "local": 0.0}
-        for images in IMAGES:
-            step = torus.step_seconds(_chip(target), images)
-            choice = torus.choose(images, ways, step, 8)
-            made.setdefault(target, {})[images] = choice, ways[choice] / step
-    return made
 
 
 def _choices(found):

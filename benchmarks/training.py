@@ -13,130 +13,28 @@ from __future__ import annotations
 
 import itertools
 import sys
-import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers.models import FULL, TASKS, TINY, VARIANTS, Model, Sizes
 
-import jaxnorm.linen
+import jaxnorm
 from benchmarks.harness import records
 from benchmarks.harness.table import table
 from benchmarks.harness.timing import ALLOCATORS, Timed, Worker, cpu_devices, in_turn, quartiles
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of the models and their batches."""
-
-    layers: int = 4
-    width: int = 512
-    heads: int = 8
-    tokens: tuple[int, int] = (4, 256)  # sequences, length
-    stages: tuple[int, ...] = (32, 64, 128)  # channels
-    blocks: int = 2  # in a stage
-    images: tuple[int, int, int, int] = (64, 32, 32, 3)
-
-
-FULL = Sizes()
-TINY = Sizes(layers=1, width=16, heads=2, tokens=(2, 8), stages=(8, 16), blocks=1, images=(4, 8, 8, 3))
-VOCABULARY, CLASSES = 1000, 10
 ROUNDS, WARM_UP = 15, 3
 #: The largest relative difference between the losses of the warm-up steps.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-OPTIONS = {"BatchNorm": dict(use_running_average=False, momentum=0.9), "GroupNorm": dict(num_groups=8)}
-NORMS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm")
-#: Stands in for a module of norms: layers that return their input.
-IDENTITY = types.SimpleNamespace(**dict.fromkeys(NORMS, lambda **options: lambda x: x))
-VARIANTS = {"flax": nn, "jaxnorm": jaxnorm.linen, "identity": IDENTITY}
 #: The columns of the table: step time of the first over that of the second.
 RATIOS = {"flax / no norms": ("flax", "identity"), "jaxnorm / no norms": ("jaxnorm", "identity"),
           "speed-up: flax / jaxnorm": ("flax", "jaxnorm")}  # fmt: skip
-
-
-class Model(nn.Module):
-    """A model with the norms of a module: `norms` is flax.linen, jaxnorm.linen, or IDENTITY."""
-
-    norms: Any
-    norm: str
-    dtype: Any
-    sizes: Sizes
-
-    @nn.nowrap
-    def layers(self) -> tuple[Callable, Callable]:
-        """Constructors of a norm and a dense layer that compute in `dtype`."""
-        norm = partial(getattr(self.norms, self.norm), dtype=self.dtype, **OPTIONS.get(self.norm, {}))
-        return norm, partial(nn.Dense, dtype=self.dtype)
-
-
-class Transformer(Model):
-    """Decoder only, a norm before each sublayer: tokens (batch, sequence) -> logits (batch, sequence, vocabulary)."""
-
-    optimizer: ClassVar = optax.adamw(1e-4)
-
-    @staticmethod
-    def batch(sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-        """Random tokens, and for each the next one."""
-        batch, length = sizes.tokens
-        tokens = jnp.asarray(np.random.default_rng(0).integers(VOCABULARY, size=(batch, length + 1)), jnp.int32)
-        return tokens[:, :-1], tokens[:, 1:]
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        sizes, (norm, dense) = self.sizes, self.layers()
-        embed = partial(nn.Embed, features=sizes.width, dtype=self.dtype)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = embed(VOCABULARY)(tokens) + embed(tokens.shape[1])(positions)
-        causal = nn.make_causal_mask(tokens)
-        for _ in range(sizes.layers):
-            x += nn.MultiHeadDotProductAttention(sizes.heads, dtype=self.dtype)(norm()(x), mask=causal)
-            x += dense(sizes.width)(nn.gelu(dense(4 * sizes.width)(norm()(x))))
-        return dense(VOCABULARY)(norm()(x))
-
-
-class ResNet(Model):
-    """Residual blocks of two convolutions; each stage halves the image: (batch, h, w, 3) -> logits (batch, classes)."""
-
-    optimizer: ClassVar = optax.sgd(1e-3, momentum=0.9)
-
-    @staticmethod
-    def batch(sizes: Sizes) -> tuple[jax.Array, jax.Array]:
-        """Noise, and a class for each image."""
-        rng = np.random.default_rng(0)
-        labels = rng.integers(CLASSES, size=sizes.images[0])
-        return jnp.asarray(rng.normal(size=sizes.images), jnp.float32), jnp.asarray(labels, jnp.int32)
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        sizes, (norm, dense) = self.sizes, self.layers()
-        conv = partial(nn.Conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
-        x = nn.relu(norm()(conv(sizes.stages[0])(images)))
-        for stage, width in enumerate(sizes.stages):
-            for block in range(sizes.blocks):
-                strides = 2 if stage and not block else 1
-                y = nn.relu(norm()(conv(width, strides=strides)(x)))
-                y = norm()(conv(width)(y))
-                if y.shape != x.shape:
-                    x = norm()(conv(width, kernel_size=(1, 1), strides=strides)(x))
-                x = nn.relu(x + y)
-        return dense(CLASSES)(x.mean((1, 2)))
-
-
-#: A model, and its norm.
-TASKS = {
-    "transformer-layer": (Transformer, "LayerNorm"),
-    "transformer-rms": (Transformer, "RMSNorm"),
-    "resnet-batch": (ResNet, "BatchNorm"),
-    "resnet-group": (ResNet, "GroupNorm"),
-}
 
 
 class Training(Timed):

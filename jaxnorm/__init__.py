@@ -10,6 +10,9 @@ from ._core.types import Moments as Moments
 from ._core.types import RunningStats as RunningStats
 from ._norms import *
 from ._norms.base import Norm as Norm
+from ._norms.make import as_dict as as_dict
+from ._norms.make import catalogue as catalogue
+from ._norms.make import make as make
 from ._ops.moments import merge as merge
 from ._ops.moments import merge_across as merge_across
 from ._ops.moments import moments as moments

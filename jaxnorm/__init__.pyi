@@ -74,6 +74,7 @@ def add_rms_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> tuple[Array, Array]: ...
+def as_dict(norm: Norm) -> dict[str, Any]: ...
 def batch_norm(
     x: ArrayLike,
     params: Params,
@@ -102,6 +103,7 @@ def batch_norm(
     weights: ArrayLike | None = ...,
     update_stats: bool = ...,
 ) -> tuple[Array, S]: ...
+def catalogue() -> dict[str, Any]: ...
 def dynamic_erf(
     x: ArrayLike,
     alpha: ArrayLike,
@@ -212,6 +214,7 @@ def layer_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def make(norm: str, **options: Any) -> Any: ...
 def rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,

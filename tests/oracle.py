@@ -213,3 +213,14 @@ def reduced_to(a, like):
     if like is None:
         return None
     return a.sum(tuple(i for i, n in enumerate(np.shape(like)) if n == 1), keepdims=True)
+
+
+def labels(norm: str, shape: tuple[int, ...], groups: int) -> np.ndarray:
+    """For each element, the number of the statistic that it belongs to: a norm of channels-last arrays."""
+    example, channel = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)), np.arange(shape[-1])
+    of = {
+        "batch": lambda: channel,
+        "instance": lambda: example * shape[-1] + channel,
+        "group": lambda: example * groups + channel // (shape[-1] // groups),
+    }.get(norm, lambda: np.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1))
+    return np.broadcast_to(of(), shape)

@@ -98,7 +98,7 @@ class Case:
             x = (x.astype(np.float32) + consts[0].astype(np.float32)).astype(x.dtype)
         value, slope = (f(oracle.wide(gate[0])) if gate else 1.0 for f in oracle.ACTIVATIONS["silu"])
         params = [p.reshape(*[1] * (x.ndim - 1), -1) for p in params]
-        args = x, labels(self.norm, x.shape), *params, *[None] * (2 - len(params))
+        args = x, oracle.labels(self.norm, x.shape, GROUPS), *params, *[None] * (2 - len(params))
         options = dict(epsilon=EPSILON, centered=not self.norm.endswith("rms"))
         y = oracle.normalize(*args, **options).y
         dx, *dparams = oracle.gradients(*args, oracle.wide(g) * value, **options)
@@ -122,17 +122,6 @@ class Case:
         if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):
             raise ValueError(f"relative errors of {', '.join(f'{e:.1e}' for e in errors)} (limits: {limits})")
         return errors
-
-
-def labels(norm: str, shape: tuple[int, ...]) -> np.ndarray:
-    """For each element, the number of the statistic that it belongs to: the oracle's description of a norm."""
-    example, channel = np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1)), np.arange(shape[-1])
-    of = {
-        "batch": lambda: channel,
-        "instance": lambda: example * shape[-1] + channel,
-        "group": lambda: example * GROUPS + channel // (shape[-1] // GROUPS),
-    }.get(norm, lambda: np.arange(math.prod(shape[:-1])).reshape(*shape[:-1], 1))
-    return np.broadcast_to(of(), shape)
 
 
 def turns(nbytes: int) -> int:

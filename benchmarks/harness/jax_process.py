@@ -68,12 +68,6 @@ class JaxContest(Contest):
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(one, cases))
 
-    def picks(self, case: Case) -> str:
-        """The backend that jaxnorm takes by default, as its compiled program shows."""
-        args = [jnp.array(a) for a in case.data().args]
-        text = jax.jit(self.peers["jaxnorm"].call(case.norm)).lower(*args).compile().as_text()
-        return "native" if "jaxnorm_" in text else "xla"
-
     def copies(self, case: Case) -> None:
         if self.mode == "cpu":
             for name, call in numpy_copies([np.asarray(batch[0].args[0]) for batch in self.batches]).items():

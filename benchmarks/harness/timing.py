@@ -17,8 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 THREADS = len(os.sched_getaffinity(0))
-#: Settings of glibc's malloc, read when a process starts. "warm" never returns pages to the system. "thresholds" is
-#: what is often advised; it holds for the main thread only, so that XLA's own threads still map large blocks anew.
+#: Settings of glibc's malloc, read when a process starts. "warm" never returns pages to the system.
 ALLOCATORS = {
     "warm": {
         "MALLOC_ARENA_MAX": "1",
@@ -26,7 +25,6 @@ ALLOCATORS = {
         "MALLOC_TRIM_THRESHOLD_": "34359738368",
         "MALLOC_TOP_PAD_": "268435456",
     },
-    "thresholds": {"MALLOC_MMAP_THRESHOLD_": "34359738368", "MALLOC_TRIM_THRESHOLD_": "34359738368"},
     "default": {},
 }
 Key = tuple[str, str]  # contestant, pass

@@ -29,9 +29,8 @@ PEERS = {
     "torch-spin": ("torch:Torch", {}),
     "torch.compile": ("torch:Torch", {"compiled": True}),
     "liger": ("torch:Liger", {}),
-    "quack": ("torch:Quack", {}),
 }
-TORCH = ("torch", "torch-spin", "torch.compile", "liger", "quack")
+TORCH = ("torch", "torch-spin", "torch.compile", "liger")
 
 
 def make(name: str) -> Peer:

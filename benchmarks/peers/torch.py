@@ -45,16 +45,3 @@ class Liger(Torch):
         if which == "rms":  # not in place: its backward pass would overwrite the cotangent
             return self.library.liger_rms_norm(x, scale, EPSILON, 0.0, "llama", False)
         return self.library.liger_layer_norm(x, scale, bias, EPSILON)
-
-
-class Quack(Torch):
-    """It also has a layer norm, but without a backward pass."""
-
-    package = "quack"
-    norms = ("rms",)
-
-    def norm(self, which, x, scale, bias=None):
-        return self.library.rmsnorm(x, scale, eps=EPSILON)
-
-    def add_rms(self, x, scale, residual):
-        return self.library.rmsnorm(x, scale, residual=residual, eps=EPSILON, prenorm=True)

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from catalogue import EACH, draw
-
-from benchmarks import compile_time
+from helpers.models import MODELS, PLATFORMS, lines
 
 
 @pytest.mark.parametrize(
@@ -22,9 +21,9 @@ from benchmarks import compile_time
 )
 def test_a_model_lowers_to_fewer_lines_than_with_flax(model, most):
     """On every platform. A norm is a function of the program, which its layers call."""
-    made = compile_time.MODELS[model]()
-    for platform in compile_time.PLATFORMS:
-        ours, flax = (compile_time.lines(*made[name], platform) for name in ("xla", "flax"))
+    made = MODELS[model]()
+    for platform in PLATFORMS:
+        ours, flax = (lines(*made[name], platform) for name in ("xla", "flax"))
         assert ours <= most * flax
 
 

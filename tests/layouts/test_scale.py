@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 from helpers.compiled import TARGETS, hlo, missing, scaling
+from helpers.compiled import torus as model
 
-from benchmarks import scale
 from benchmarks.harness import records
-from benchmarks.harness import torus as model
 
 V5E, V5P = model.CHIPS["v5e"], model.CHIPS["v5p"]
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -95,7 +94,7 @@ def found() -> list[dict]:
 
 
 def test_groups_wait_at_most_as_long_as_all_and_local_does_not_wait(found):
-    waits = scale.waits(found)
+    waits = model.waits(found)
     assert {TARGETS[t].devices for t in waits} == {8, 64, 256, 1024}
     for by in waits.values():
         for form in ("jit", "shard_map"):

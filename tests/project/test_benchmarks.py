@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from helpers.models import TINY, VARIANTS
 
 from benchmarks import accuracy, cpu, gpu, peers
 from benchmarks.harness import case, records, table, timing
@@ -17,7 +19,7 @@ from benchmarks.harness.contest import Contest, Crew, measured
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LAWS = {
     "layer_norm_1e2": 2e-6, "layer_norm_1e4": 2e-6, "batch_norm_1e2": 2e-6, "batch_norm_1e4": 2e-6, "sync_mean": 1e-6,
-    "sync_var": 2e-6, "residuals": 2.1, "bfloat16": 0.51,
+    "sync_var": 2e-6, "residuals": 2.1, "bfloat16": 0.51, "batch_bits": 0,
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def test_the_truth_of_a_tile_is_that_of_the_array(norm):
     with jax.enable_x64(True):
         whole = lambda a: jnp.asarray(np.concatenate([a] * 2) if a.ndim > 1 else a, jnp.float64)
         big = jax.tree.map(whole, data)
-        names = case.labels(norm, shape)
+        names = oracle.labels(norm, shape, case.GROUPS)
 
         def plain(x, scale, bias=0.0):
             size = int(names.max()) + 1
@@ -166,12 +168,11 @@ def test_tables_are_aligned():
     assert lines[1].endswith(":|") or lines[1].endswith(": |")
 
 
-@pytest.mark.parametrize("name", ["cpu", "break_even", "accuracy", "training", "compiled", "scale"])
+@pytest.mark.parametrize("name", ["cpu", "small", "gpu", "accuracy", "training", "compiled", "compile_time", "scale"])
 def test_committed_pages_are_made_of_committed_records(name):
     if name == "training":
         pytest.importorskip("optax")
-    module = __import__(f"benchmarks.{'cpu' if name == 'break_even' else name}", fromlist=["page"])
-    page = module.page_small if name == "break_even" else module.page
+    page = __import__(f"benchmarks.{'cpu' if name == 'small' else name}", fromlist=["page"]).page
     assert page(records.read(RESULTS / f"{name}.jsonl")) == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
@@ -241,14 +242,14 @@ def test_training_compares_the_same_training(monkeypatch):
     pytest.importorskip("optax")
     from benchmarks import training
 
-    found = training.measured("transformer-rms", "float32", training.TINY, 2, worker=Here)
+    found = training.measured("transformer-rms", "float32", TINY, 2, worker=Here)
     assert list(found["losses"]) == list(found["seconds"]) == ["flax", "jaxnorm", "identity"]
     assert all(ordered(*of) for of in [*found["seconds"].values(), *found["ratios"].values()])
     assert list(found["ratios"]) == list(training.RATIOS)
     layer = lambda **options: lambda x: 2 * x
-    monkeypatch.setitem(training.VARIANTS, "jaxnorm", type("Other", (), {"RMSNorm": staticmethod(layer)}))
+    monkeypatch.setitem(VARIANTS, "jaxnorm", type("Other", (), {"RMSNorm": staticmethod(layer)}))
     with pytest.raises(AssertionError, match="the variables differ"):
-        training.measured("transformer-rms", "float32", training.TINY, 1, worker=Here)
+        training.measured("transformer-rms", "float32", TINY, 1, worker=Here)
 
 
 def test_every_library_is_in_the_table():

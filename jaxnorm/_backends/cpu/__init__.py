@@ -41,7 +41,7 @@ def unsupported_reason(x: Array, reduction: Reduction, dtype, varying: frozenset
 
 
 # Elements of an example from which the kernels beat XLA where an example is a slab of lines, each of which costs some
-# bookkeeping, as `python -m benchmarks.cpu --break-even` measures. Rows are faster on the kernels however few they are.
+# bookkeeping, as `python -m benchmarks.cpu --small` measures. Rows are faster on the kernels however few they are.
 SMALLEST_SLAB = 1024
 
 

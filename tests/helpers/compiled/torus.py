@@ -100,3 +100,43 @@ def choose(images: int, waits: dict[str, float], step: float, group: int) -> str
     if images >= ENOUGH:
         return "local"
     return "groups" if images * group >= ENOUGH and waits["groups"] < waits["global"] else "global"
+
+
+# --- of what `benchmarks.scale` counted -------------------------------------------------------------------------------
+
+GROUPS = "groups of 8"
+IMAGES = (4, 8, 16, 32, 64, 128)  # on a chip
+
+
+def chosen(found: list[dict], of: str) -> list[dict]:
+    return [it for it in found if it.get("of") == of]
+
+
+def chip_of(target: str) -> Chip:
+    return CHIPS[target[:3]]
+
+
+def waits(found: list[dict]) -> dict[str, dict[str, float]]:
+    """For each target, by "statistics, form", the seconds that a step of a ResNet-50 waits for its batch norms."""
+    times: dict[str, dict[str, dict]] = {}
+    for it in chosen(found, "norm"):
+        by_width = times.setdefault(it["target"], {}).setdefault(f"{it['sync']}, {it['form']}", {})
+        by_width[it["channels"]] = total(chip_of(it["target"]), it["collectives"])
+    norms = resnet50()
+    local = lambda way: way.startswith("local")
+    return {
+        target: {w: 0.0 if local(w) else sum(by_width[c] for c, _ in norms) for w, by_width in ways.items()}
+        for target, ways in times.items()
+    }
+
+
+def choices(found: list[dict]) -> dict[str, dict[int, tuple[str, float]]]:
+    """For each target and number of images on a chip: what to choose, and the share of a step that it adds."""
+    made: dict[str, dict] = {}
+    for target, by in waits(found).items():
+        ways = {"global": by["global, jit"], "groups": by[f"{GROUPS}, jit"], "local": 0.0}
+        for images in IMAGES:
+            step = step_seconds(chip_of(target), images)
+            choice = choose(images, ways, step, 8)
+            made.setdefault(target, {})[images] = choice, ways[choice] / step
+    return made
