@@ -19,7 +19,9 @@ from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
 from ._norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from ._norms.gated import GatedRMSNorm as GatedRMSNorm
 from ._norms.group import GroupNorm as GroupNorm
+from ._norms.group_rms import GroupRMSNorm as GroupRMSNorm
 from ._norms.instance import InstanceNorm as InstanceNorm
+from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
 from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
@@ -184,6 +186,25 @@ def group_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def group_rms_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    num_groups: int | None = ...,
+    group_size: int | None = ...,
+    centered: bool = ...,
+    axis: int = ...,
+    epsilon: float = ...,
+    cast: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
 def instance_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,
@@ -191,6 +212,21 @@ def instance_norm(
     *,
     axis: int | Sequence[int] = ...,
     epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def l2_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    *,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    epsilon_mode: str = ...,
     scale_offset: float = ...,
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,

@@ -155,6 +155,7 @@ SEGMENTS = {
     NOT_NATIVE: "statistics of segments are XLA's",
 }
 rms = dict(oracle=oracle.root_mean_square, exempt=UNCENTERED)
+length = dict(oracle=oracle.unit_length, exempt=UNCENTERED)
 squash = dict(oracle=oracle.dynamic_tanh, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
 
 response = dict(oracle=oracle.filter_response, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
@@ -188,6 +189,12 @@ ROWS = [
     Row("rms-two-axes", jn.RMSNorm(axis=(1, 2)), _tokens, (1, 6, 40), lambda n, t, c: (n,), (6, 40), **rms),
     Row("rms-before-scale", jn.RMSNorm(cast="before_scale"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **rms),
     Row("rms-silu", jn.RMSNorm(activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **rms),
+    Row("group-rms", jn.GroupRMSNorm(num_groups=3), (4, 6, 12), (1, 1, 12), lambda n, t, c: (n, t, c // 4), (12,), **rms),
+    Row("group-rms-nchw-centered", jn.GroupRMSNorm(group_size=4, centered=True, axis=1, use_bias=True, scale_offset=1.0), _planes,
+        (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4, h, w), (12,), exempt={NOT_NATIVE: "without transposing"}),
+    Row("l2", jn.L2Norm(use_scale=True), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **length),
+    Row("l2-max", jn.L2Norm(epsilon_mode="max", epsilon=1e-12), _tokens, (1, 1, 40), lambda n, t, c: (n, t),
+        **length | dict(exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})),
     Row("dynamic-tanh", jn.DynamicTanh(), _tokens, (1, 1, 40), None, (40,), **squash),
     Row("dynamic-tanh-nchw", jn.DynamicTanh(axis=1, use_bias=False, scale_offset=1.0, activation="silu"), _planes,
         (1, 12, 1, 1), None, (12,), **squash),

@@ -116,6 +116,19 @@ def root_mean_square(x, params, groups, spec, **_):
     return _normalize(x, groups, *params, spec.epsilon, centered=False).y
 
 
+def unit_length(x, params, groups, spec, **_):
+    xp, epsilon = groups.xp, spec.epsilon
+    square = groups.mean(x * x) * groups.count
+    if spec.epsilon_mode == "max":
+        short = (square.real <= epsilon**2) | (groups.count == 0)
+        over = xp.where(short, epsilon or 1.0, xp.sqrt(xp.where(short, 1.0, square)))
+        nothing = groups.count == 0
+    else:
+        nothing = (groups.count == 0) | (square + epsilon == 0)
+        over = xp.sqrt(xp.where(nothing, 1.0, square + epsilon))
+    return affine(xp.where(nothing, 0.0, x / over), params.scale, None)
+
+
 def dynamic_erf(x, params, groups, spec, **_):
     from jax.scipy.special import erf as of_jax
     from scipy.special import erf as of_scipy

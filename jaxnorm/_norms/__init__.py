@@ -10,7 +10,9 @@ from .dynamic_tanh import DynamicTanh, dynamic_tanh
 from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
 from .group import GroupNorm, group_norm
+from .group_rms import GroupRMSNorm, group_rms_norm
 from .instance import InstanceNorm, instance_norm
+from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
