@@ -95,16 +95,16 @@ def test_kernels_match_the_oracle(kernels, rows, columns, dtype, centered, affin
 
 
 def test_a_row_has_the_same_bits_in_every_batch(kernels, rng):
-    how = Job(512, 1e-6, centered=True, cast_before_scale=False, prescale=UNIT)
-    x, g = (jnp.asarray(rng.normal(size=(5, 512)), jnp.bfloat16) for _ in range(2))
-    scale = jnp.asarray(rng.normal(size=512), jnp.float32)
+    how = Job(128, 1e-6, centered=True, cast_before_scale=False, prescale=UNIT)
+    x, g = (jnp.asarray(rng.normal(size=(3, 128)), jnp.bfloat16) for _ in range(2))
+    scale = jnp.asarray(rng.normal(size=128), jnp.float32)
 
     def of(rows):
         y, *stats = kernels.forward(how, x.dtype, x[rows], scale, None)
         return y, kernels.backward(how, (True, False), x[rows], *stats, scale, g[rows])[0]
 
-    for whole, one in zip(of(slice(0, 5)), of(slice(3, 4)), strict=True):
-        np.testing.assert_array_equal(whole[3:4], one)
+    for whole, one in zip(of(slice(0, 3)), of(slice(2, 3)), strict=True):
+        np.testing.assert_array_equal(whole[2:], one)
 
 
 @pytest.mark.parametrize("seed", range(6))
