@@ -43,12 +43,15 @@ def combine(s: Statistics, reduction: Reduction) -> Statistics:
     return Statistics(total[0], shift[0], offset[0], m2)
 
 
-def merge_over_devices(s: Statistics, axis_name: AxisName, groups, reduction: Reduction) -> Statistics:
-    """Merge over the devices of axis_name, in their groups."""
+def merge_over_devices(
+    s: Statistics, axis_name: AxisName, groups, reduction: Reduction, slot_bytes: int | None = None
+) -> Statistics:
+    """Merge over the devices of axis_name, in their groups. `slot_bytes` is in place of `SLOT_BYTES`."""
+    most = SLOT_BYTES if slot_bytes is None else slot_bytes
     size = lax.axis_size(axis_name)
     index = lax.axis_index(axis_name)
     s = Statistics(*jnp.broadcast_arrays(s.count, s.mean_hi, s.mean_lo, s.m2))
-    if are_static(*s.mean_hi.shape) and size * sum(a.nbytes for a in s) <= SLOT_BYTES:
+    if are_static(*s.mean_hi.shape) and size * sum(a.nbytes for a in s) <= most:
         mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
         slots = Statistics(*psum_grouped([mine(a) for a in s], axis_name, None))
         if groups is not None:

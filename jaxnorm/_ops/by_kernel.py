@@ -44,6 +44,9 @@ def prepare_for_kernel(plan: Plan, x, scale, bias) -> tuple[Plan, Array | None, 
     return replace(plan, scale_offset=0.0), scale, None if bias is None else bias.astype(acc)
 
 
+# Devices of a CPU share memory: from here on two all-reduces of what is merged are faster than one of all slots.
+_SLOT_BYTES = 1 << 15
+
 primitives = Fused(
     output=lambda plan, x, scale, bias: standardize_by_formula(plan, x, scale, bias, None, None),
     tangent=lambda plan, x, stats, scale, tangents: output_tangent(
@@ -51,7 +54,7 @@ primitives = Fused(
     ),
     add=functools.partial(add_rounded, False),
     collectives=Collectives(
-        merged=lambda stats, names, reduction: merge_over_devices(stats, names, None, reduction),
+        merged=lambda stats, names, reduction: merge_over_devices(stats, names, None, reduction, _SLOT_BYTES),
         summed=lambda parts, names: psum_grouped(parts, names, None),
     ),
 )
