@@ -20,7 +20,7 @@ from benchmarks.harness.table import section, table
 
 SINGLE, SHARDED = ("h200", "v5e", "v5p", "v6e"), ("h200x8", "v5ex8", "v5px8", "v6ex8", "v5ex256")
 BACKENDS = {"jaxnorm-xla": ("cuda", "tpu"), "jaxnorm-mosaic_gpu": ("cuda",), "jaxnorm-mosaic_tpu": ("tpu",)}
-OTHERS = ("flax.linen", "haiku", "equinox", "keras", "tokamax")
+OTHERS = ("flax.linen", "haiku", "equinox", "keras")
 PASSES = ("inference", "forward", "backward", "forward+backward")
 NOTES = """"traffic (kernels)" of each pass: bytes from and to main memory, over those of x in bfloat16. The least
 is 2 forward and 3 backward for rows, 3 and 5 for batch norm beyond the caches, 4 and 4 for add and norm of rows.
@@ -127,7 +127,6 @@ def main() -> None:
     parser.add_argument("--norms", **records.choice(cases.NORMS))
     parser.add_argument("--parts", **records.choice(PARTS))
     options = parser.parse_args()
-    del sys.argv[1:]  # tokamax would parse them
 
     def measure() -> Iterator[list[dict]]:
         absent = {p: reason for p in ("cuda", "tpu") if (reason := missing(p))}

@@ -27,13 +27,15 @@ from benchmarks.peers import TORCH
 ROWS = ((8192, 1024), (65536, 256), (2048, 4096), (16384, 768), (256, 1024), (64, 256))
 IMAGES = ((32, 56, 56, 64), (64, 28, 28, 128), (16, 14, 14, 1024))
 SHAPES = {"layer": ROWS, "rms": ROWS, "batch": IMAGES, "group": IMAGES, "instance": IMAGES}
-SMALL_ROWS = ((1, 16), (2, 32), (4, 64), (4, 128), (8, 128), (16, 256), (64, 256), (256, 1024), (4096, 8))
-SMALL_IMAGES = ((2, 4, 4, 32), (4, 4, 4, 32), (8, 4, 4, 32), (8, 8, 8, 32), (16, 16, 16, 32))
+SMALL_ROWS = ((1, 16), (2, 32), (4, 64), (4, 128), (8, 128), (16, 256), (64, 256), (256, 1024), (4096, 8),
+              (64, 1024), (512, 1024), (1024, 1000), (2048, 1024), (4096, 1024), (16384, 1024))  # fmt: skip
+SMALL_IMAGES = ((2, 4, 4, 32), (4, 4, 4, 32), (8, 4, 4, 32), (8, 8, 8, 32), (16, 16, 16, 32), (8, 16, 16, 128),
+                (16, 32, 32, 64))  # fmt: skip
 SMALL = {"layer": SMALL_ROWS, "batch": SMALL_IMAGES, "group": SMALL_IMAGES}
 DTYPES = ("float32", "bfloat16")
 PASSES = ("forward", "forward+backward")
 FLAX_AND_OTHERS = ("flax.linen", "flax.nnx", "haiku", "equinox", "keras")
-NAMES = ("jaxnorm", "jaxnorm-xla", *FLAX_AND_OTHERS, "jax.nn.standardize", "tokamax", "torch", "torch-spin")
+NAMES = ("jaxnorm", "jaxnorm-xla", *FLAX_AND_OTHERS, "jax.nn.standardize", "torch", "torch-spin")
 RATIOS = {
     "best of others / jaxnorm": FLAX_AND_OTHERS,
     "torch / jaxnorm": ("torch", "torch-spin"),
@@ -123,7 +125,7 @@ def main() -> None:
     add("--allocators", **records.choice(ALLOCATORS, ["warm", "default"]))
     add("--rounds", type=int, default=30, help="samples of each contestant in each case, at most")
     add("--seconds", type=float, default=20.0, help="no further round of a case begins after this")
-    add("--small", action="store_true", help="small arrays, about the size from which the kernels beat XLA")
+    add("--small", action="store_true", help="arrays of 16 elements to 64 MiB: kernels and XLA beside flax")
     options = parser.parse_args()
     shapes = SMALL if options.small else SHAPES
     cases = cases_of(shapes, options.norms or list(shapes), options.dtypes, options.shapes)

@@ -33,42 +33,25 @@ from benchmarks.peers import TORCH
 #: By platform, the backends that may run there, if this build has them.
 BACKENDS = {"gpu": ("xla", "mosaic_gpu"), "cpu": ("xla", "native")}
 OURS = ("jaxnorm-xla", "jaxnorm-mosaic_gpu", "jaxnorm-native")
-OTHERS = ("flax.linen", "tokamax", "torch", "torch.compile", "liger")
+OTHERS = ("flax.linen", "torch", "torch.compile", "liger")
 NAMES = (*OURS, "jaxnorm-composed", *OTHERS)
 #: Seconds: for one answer of a process; after the end, for the case under way; and in which a case is timed.
 PATIENCE, GRACE, CASE_SECONDS = 100.0, 45.0, {"gpu": 4.0, "cpu": 0.0}
 ROUNDS = 21  # samples of each contestant in a case, at most
-GIB = 1 << 30
 NOTES = """Cells: percent of the bandwidth of a device-to-device copy, median of the rounds. "copy" is the time of one,
 and "limit" the least time of the pass, in copies. "-": no such norm. "failed": see below."""
 
 
-def rows(norm: str, columns: int, nbytes: int, dtype: str) -> Case:
-    return Case(norm, (nbytes // columns // (4 if dtype == "float32" else 2), columns), dtype)
-
-
 CASES = {
-    "gpu": (
-        *(rows(norm, 4096, GIB, "bfloat16") for norm in ("rms", "layer")),
-        rows("add_rms", 4096, GIB // 2, "bfloat16"),
-        *(rows(norm, 512, GIB, "bfloat16") for norm in ("rms", "layer")),
-        Case("batch", (32, 56, 56, 256), "bfloat16"),
-        Case("group", (32, 56, 56, 256), "bfloat16"),
-        *(rows(norm, n, GIB, "bfloat16") for n in (1024, 8192) for norm in ("rms", "layer")),
-        rows("rms", 128, GIB // 2, "bfloat16"),
-        rows("layer", 768, 3 * GIB // 4, "bfloat16"),
-        *(rows(norm, 4096, GIB, "float32") for norm in ("rms", "layer")),
-        Case("rms", (8192, 1024), "bfloat16"),
-        Case("layer", (256, 1024), "bfloat16"),
-        rows("gated_rms", 4096, GIB // 2, "bfloat16"),
-        *(rows(norm, 2048, GIB, "bfloat16") for norm in ("rms", "layer")),
-        *(rows(norm, n, GIB, "float32") for n in (8192, 1024, 2048) for norm in ("rms", "layer")),
-        Case("batch", (32, 56, 56, 256), "float32"),
-    ),
-    "cpu": (
-        *(Case(norm, (64, 128), "bfloat16") for norm in ("rms", "layer", "add_rms", "gated_rms")),
-        *(Case(norm, (4, 4, 4, 64), "float32") for norm in ("batch", "group")),
-    ),
+    "gpu": """rms:131072x4096:bfloat16 layer:131072x4096:bfloat16 add_rms:65536x4096:bfloat16
+        rms:1048576x512:bfloat16 layer:1048576x512:bfloat16 batch:32x56x56x256:bfloat16 group:32x56x56x256:bfloat16
+        rms:524288x1024:bfloat16 layer:524288x1024:bfloat16 rms:65536x8192:bfloat16 layer:65536x8192:bfloat16
+        rms:2097152x128:bfloat16 layer:524288x768:bfloat16 rms:65536x4096:float32 layer:65536x4096:float32
+        rms:8192x1024:bfloat16 layer:256x1024:bfloat16 gated_rms:65536x4096:bfloat16 rms:262144x2048:bfloat16
+        layer:262144x2048:bfloat16 rms:32768x8192:float32 layer:32768x8192:float32 rms:262144x1024:float32
+        layer:262144x1024:float32 rms:131072x2048:float32 layer:131072x2048:float32 batch:32x56x56x256:float32""",
+    "cpu": """rms:64x128:bfloat16 layer:64x128:bfloat16 add_rms:64x128:bfloat16 gated_rms:64x128:bfloat16
+        batch:4x4x4x64:float32 group:4x4x4x64:float32""",
 }
 #: What every backend is compared with the truth on.
 CHECKED = {("layer", "rms"): [(512, 1024), (7, 8192), (33, 1000)], ("batch", "group", "instance"): [(4, 7, 7, 96)],
@@ -88,7 +71,7 @@ def crews_of(platform: str, names: tuple[str, ...], until: float, worker: type) 
         mode = "gpu" if platform == "gpu" else "trial"
         return Crew(kind, mode, of, patience=PATIENCE, until=until, worker=worker)
 
-    together = tuple(n for n in names if n in ("jaxnorm-xla", "jaxnorm-composed", "flax.linen", "tokamax"))
+    together = tuple(n for n in names if n in ("jaxnorm-xla", "jaxnorm-composed", "flax.linen"))
     crews = [crew(JaxContest, together)]
     if why := crews[0].about.get("error"):
         more = "To try the script without one: python -m benchmarks.gpu --platform cpu"
@@ -179,7 +162,7 @@ def main() -> None:
     add("--only", **records.choice(NAMES))
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda", "cpu": "cpu"}[options.platform]  # no fallback to another one
-    cases = options.cases or list(CASES[options.platform])
+    cases = options.cases or list(map(Case.parse, CASES[options.platform].split()))
     default = records.RESULTS if options.platform == "gpu" else records.SCRATCH
     steps = lambda: measure(options.platform, tuple(options.only), cases, options.minutes)
     records.publish("gpu", options, steps, page, table.draw, default)

@@ -20,14 +20,13 @@ from pathlib import Path
 from benchmarks.harness.timing import THREADS
 
 RESULTS = Path(__file__).parents[1] / "results"
-ARGUMENTS = tuple(sys.argv[1:])  # of the command, before a library parses them
 SCRATCH = Path(tempfile.gettempdir()) / "jaxnorm-benchmarks"
 
 
 def setting(name: str, **more) -> dict:
     """How a run is measured: the first of its records."""
     return {
-        "command": " ".join([f"python -m benchmarks.{name}", *ARGUMENTS]),
+        "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processor": processor(),
         "threads": THREADS,

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -123,7 +122,6 @@ class Worker:
 
 
 def _serve(pipe, kind: type[Timed], args: tuple) -> None:
-    sys.argv[1:] = []  # tokamax would parse them
     warnings.simplefilter("ignore")
     gc.disable()
     timed = kind(*args)

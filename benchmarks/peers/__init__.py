@@ -24,7 +24,6 @@ PEERS = {
     "equinox": ("others:Equinox", {}),
     "keras": ("others:Keras", {}),
     "jax.nn.standardize": ("others:Standardize", {}),
-    "tokamax": ("others:Tokamax", {}),
     "torch": ("torch:Torch", {}),
     "torch-spin": ("torch:Torch", {}),
     "torch.compile": ("torch:Torch", {"compiled": True}),

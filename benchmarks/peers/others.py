@@ -96,11 +96,3 @@ class Standardize(Peer):
     def masked(self, which, x, mask):
         axis, mask = (0, mask[:, None]) if which == "batch" else (-1, mask)
         return jax.nn.standardize(x, axis=axis, epsilon=EPSILON, where=mask)
-
-
-class Tokamax(Peer):
-    package = "tokamax"
-    norms = ("layer", "rms")
-
-    def norm(self, which, x, scale, bias=None):
-        return self.library.layer_norm(x, scale, bias, epsilon=EPSILON, subtract_mean=which == "layer")
