@@ -77,11 +77,6 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if kept(item)]
 
 
-def pytest_xdist_auto_num_workers(config) -> int:
-    """One more than there are cores: tests of processes wait, for a heartbeat that does not come."""
-    return 1 + len(os.sched_getaffinity(0))
-
-
 def share_compiled_programs(config) -> None:
     """One folder of compiled programs for all workers and processes of this run; JAX_COMPILATION_CACHE_DIR is another.
 
