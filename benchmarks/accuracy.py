@@ -36,6 +36,7 @@ NOTES = f"""Epsilon is {EPSILON:g}; everything else is each library's default. E
 Devices: a batch norm with masks and axis_name="devices" inside shard_map, on 8 devices, against all data on one.
 Bytes kept: all arrays that jax.vjp holds for the backward pass. Ulp: 0.5 is correct rounding."""
 ROWS, FEATURES = 1024, 512
+UNIT = np.ones(FEATURES, np.float32), np.zeros(FEATURES, np.float32)  # scale and bias
 
 
 def truth(which: str, x, scale=None, bias=None) -> np.ndarray:
@@ -43,15 +44,11 @@ def truth(which: str, x, scale=None, bias=None) -> np.ndarray:
     return oracle.normalize(x, oracle.labels(which, x.shape, GROUPS), *params, epsilon=EPSILON).y
 
 
-def unit_params() -> tuple[jax.Array, jax.Array]:
-    return jnp.ones(FEATURES), jnp.zeros(FEATURES)
-
-
 def offset_error(peer: Peer, which: str, mean: float) -> float:
     """Largest absolute error of a float32 norm, without parameters, of N(mean, 1)."""
     rng = np.random.default_rng(0 if which == "layer" else 1)
     x = jnp.asarray(rng.normal(mean, 1.0, (ROWS, FEATURES)), jnp.float32)
-    return float(np.abs(oracle.wide(peer.norm(which, x, *unit_params())) - truth(which, np.asarray(x))).max())
+    return float(np.abs(oracle.wide(peer.norm(which, x, *UNIT)) - truth(which, np.asarray(x))).max())
 
 
 def synchronized_error(peer: Peer, statistic: str) -> float:
@@ -71,7 +68,7 @@ def synchronized_error(peer: Peer, statistic: str) -> float:
 def residual_bytes(peer: Peer) -> float:
     """Bytes that jax.vjp of a bfloat16 layer norm holds for the backward pass, per element. Each array counts once."""
     x = jnp.asarray(np.random.default_rng(3).normal(0.0, 1.0, (ROWS, FEATURES)), jnp.bfloat16)
-    _, backward = jax.vjp(lambda *args: peer.norm("layer", *args), x, *unit_params())
+    _, backward = jax.vjp(lambda *args: peer.norm("layer", *args), x, *UNIT)
     held = {id(a): a.nbytes for a in jax.tree.leaves(backward) if isinstance(a, jax.Array)}
     return sum(held.values()) / x.size
 
@@ -93,7 +90,7 @@ def half_precision_error(peer: Peer) -> float:
 def batches_with_other_bits(peer: Peer) -> float:
     """Of the batch sizes 2, 4, ..., 1024, how many give the first row of a jitted layer norm other bits than 1 does."""
     x = jnp.asarray(np.random.default_rng(6).normal(1.0, 1.0, (ROWS, FEATURES)), jnp.float32)
-    norm = jax.jit(lambda x: peer.norm("layer", x, *unit_params())[0])
+    norm = jax.jit(lambda x: peer.norm("layer", x, *UNIT)[0])
     alone, *others = (np.asarray(norm(x[: 1 << k])) for k in range(11))
     return float(sum(not np.array_equal(alone, row) for row in others))
 

@@ -1,7 +1,5 @@
 """What norms cost before a program runs: seconds of trace, lower and compile, and lines of StableHLO.
 
-    python -m benchmarks.compile_time [--models NAME ...] [--rounds N] [--out FOLDER] [--again]
-
 A model is compiled with the norms of Flax, with those of jaxnorm on the native kernels, and with jaxnorm's XLA path.
 The variants take turns in one process, whose caches are emptied before each. Seconds are those of the processor, so
 that the compiler's threads count. Lines are those of the lowered program, for cpu, cuda and tpu. Nothing is run.

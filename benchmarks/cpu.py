@@ -8,8 +8,6 @@ faster if the cores are free. One process works at a time.
 "forward" is a jitted call that returns y. "forward+backward" returns y and, for a random cotangent, the gradients of x,
 scale and bias. Each contestant is compared with float64 before it is timed. Images are NHWC: channels_last for torch,
 and NCHW for equinox, which has no other layout.
-
-If fresh outputs mean fresh pages, page faults hide the kernels; `harness/timing.py` has the allocators that differ.
 """
 
 from __future__ import annotations

@@ -16,12 +16,10 @@ has a process of its own: only that process can be harmed by what it breaks.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 from benchmarks import peers
 from benchmarks.harness import records, table
@@ -106,9 +104,8 @@ def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: f
     missing = {name: why for crew in crews for name, why in crew.missing.items()}
     ours = {f"jaxnorm-{backend}" for backend in BACKENDS[platform]}.intersection(names)
     missing |= dict.fromkeys(sorted(ours.difference(versions, missing)), "not a backend of this build")
-    about = crews[0].about | (gpu() if platform == "gpu" else {})
     planned = [str(case) for case in cases]
-    more = {"platform": platform, **about, "versions": versions, "missing": missing, "planned": planned}
+    more = {"platform": platform, **crews[0].about, "versions": versions, "missing": missing, "planned": planned}
     yield [records.setting("gpu", **more)]
     crews = [crew for crew in crews if crew.versions]
     with ThreadPoolExecutor(len(crews)) as pool:
@@ -124,16 +121,6 @@ def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: f
         longest = max(longest, time.monotonic() - begun)
     for crew in crews:
         crew.close()
-
-
-def gpu() -> dict:
-    """The name of the GPU and the version of its driver, if nvidia-smi says."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    with suppress(OSError, subprocess.SubprocessError, ValueError):
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-        name, driver = found.split("\n")[0].split(", ")
-        return {"device": name, "driver": driver}
-    return {}
 
 
 def page(found: list[dict]) -> str:

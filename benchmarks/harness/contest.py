@@ -126,6 +126,9 @@ class Crew:
             self.about, self.versions, self.missing = {"error": str(lost)}, {}, dict.fromkeys(names, str(lost))
 
     def ask(self, method: str, *args) -> Any:
+        """What a method of the contest returns. A contestant whose process is lost has no times."""
+        if method == "sample" and self.worker is None:
+            return math.nan, 0.0
         within = max(1.0, min(self.patience, self.until - time.monotonic()))
         try:
             if self.worker is None:
@@ -135,6 +138,8 @@ class Crew:
         except (EOFError, OSError, TimeoutError) as raised:
             self.worker.kill()
             self.worker = None
+            if method == "sample":
+                return math.nan, 0.0
             why = f"took more than {within:.0f} s" if isinstance(raised, TimeoutError) else "its process ended"
             raise Lost(why) from None
 
@@ -158,19 +163,6 @@ class Crew:
             self.worker.close()
 
 
-class Sampler:
-    """A crew as `in_turn` asks it. A contestant whose process is lost has no times."""
-
-    def __init__(self, crew: Crew):
-        self.crew = crew
-
-    def ask(self, *args) -> tuple[float, float]:
-        if self.crew.worker is not None:
-            with suppress(Lost):
-                return self.crew.ask(*args)
-        return math.nan, 0.0
-
-
 def measured(case: Case, crews: list[Crew], rounds: int, seconds: float, at_once: int = 1) -> list[dict]:
     """A record for each contestant: errors and, by pass, seconds and copies (the time over that of a copy of x in the
     same round) as quartiles; or "failed", and why. Crews enter `at_once`, because most of that time is compilers'."""
@@ -182,7 +174,7 @@ def measured(case: Case, crews: list[Crew], rounds: int, seconds: float, at_once
     keys: dict = {}
     for crew in crews:
         with suppress(Lost):
-            keys |= dict.fromkeys((key for key in crew.ask("keys") if key[0] not in failures), Sampler(crew))
+            keys |= dict.fromkeys((key for key in crew.ask("keys") if key[0] not in failures), crew)
     samples = in_turn(keys, rounds, seconds)
     copies = {name: taken for (name, which), taken in samples.items() if which == "copy"}
     whole = {name: taken for name, taken in copies.items() if np.isfinite(taken).all()}
