@@ -82,17 +82,17 @@ def crews_of(platform: str, names: tuple[str, ...], until: float, worker: type) 
 
 def checked(crew: Crew, every: tuple[Case, ...]) -> list[dict]:
     """A record for each backend and case: its errors, or "failed", and why."""
-    records = []
+    found_by_name = []
     for name in [name for name in crew.versions if name in OURS]:
-        cases = tuple(case for case in every if peers.make(name).takes(case.norm))
+        cases = list(filter(lambda case, peer=peers.make(name): peer.takes(case.norm), every))
         try:
-            found = crew.ask("check", name, list(cases))
+            found = crew.ask("check", name, cases)
         except Lost as lost:
             found = [str(lost)] * len(cases)
         for case, result in zip(cases, found, strict=True):
             key = "failed" if isinstance(result, str) else "errors"
-            records.append({"check": str(case), "name": name, key: result})
-    return records
+            found_by_name.append({"check": str(case), "name": name, key: result})
+    return found_by_name
 
 
 def measure(platform: str, names: tuple[str, ...], cases: list[Case], minutes: float,

@@ -57,7 +57,9 @@ def register(primitive: Primitive, kernel: str, formula: Callable, add: Callable
     """Lower `primitive` to the `kernel` ("forward" or "backward") of a backend that supports it, else to `formula`."""
     for name, backend in BACKENDS.items():
         if backend.platform != "cpu" or backend.available().ok:
-            run = getattr(backend, kernel) if backend.fuses_add else _ADDING[kernel](getattr(backend, kernel), add)
+            run = getattr(backend, kernel)
+            if not backend.fuses_add:
+                run = _forward_adding(run, add) if kernel == "forward" else _backward_adding(run)
             rule = _lowering(backend, f"{name} {kernel}", run, formula, collectives)
             mlir.register_lowering(primitive, rule, platform=backend.platform)
 
@@ -76,7 +78,9 @@ def _forward_adding(forward: Callable, add: Callable) -> Callable:
     return run
 
 
-def _backward_adding(backward: Callable, add: Callable) -> Callable:
+def _backward_adding(backward: Callable) -> Callable:
+    """The same of the backward pass, which gets the stream as x."""
+
     def run(call: Call, names, collectives, *operands) -> tuple:
         *known, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
         named, given = packed(BACKWARD, known)
@@ -84,9 +88,6 @@ def _backward_adding(backward: Callable, add: Callable) -> Callable:
         return dx if g_stream is None else dx + g_stream, *gradients
 
     return run
-
-
-_ADDING = {"forward": _forward_adding, "backward": _backward_adding}
 
 
 def _lowering(

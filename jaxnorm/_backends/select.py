@@ -45,9 +45,9 @@ def backends() -> dict[str, Backend]:
 
 def _reported(backend: KernelBackend) -> Backend:
     ok, reason = backend.available()
-    why = backend.active().reason if registry.is_default(backend) else "not a default"
     if not ok or registry.is_active(backend):
         return Backend(ok, reason)
+    why = backend.active().reason if registry.is_default(backend) else "not a default"
     return Backend(False, f"{reason}. Only implementation={backend.name!r} runs them here: {why}")
 
 

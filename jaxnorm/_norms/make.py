@@ -23,7 +23,11 @@ def catalogue() -> dict[str, Any]:
     >>> jn.catalogue()["rms"] is jn.RMSNorm
     True
     """
-    return {kind.function.__name__.removesuffix("_norm"): kind for kind in SPECS.values()}
+    return {_short(kind): kind for kind in SPECS.values()}
+
+
+def _short(kind: type[Spec]) -> str:
+    return kind.function.__name__.removesuffix("_norm")
 
 
 def make(norm: str, **options: Any) -> Any:
@@ -53,7 +57,7 @@ def make(norm: str, **options: Any) -> Any:
     if not isinstance(norm, str) or norm not in kinds:
         by_lower = {name.lower(): name for name in kinds}
         close = difflib.get_close_matches(norm.lower(), by_lower, 3, 0.5) if isinstance(norm, str) else []
-        near = list(dict.fromkeys(kinds[by_lower[name]].function.__name__.removesuffix("_norm") for name in close))
+        near = list(dict.fromkeys(_short(kinds[by_lower[name]]) for name in close))
         write = " or ".join(f'make("{name}")' for name in near or ["rms"])
         raise ValueError(f"make: there is no norm {shown(norm)}. Write {write}. jaxnorm.catalogue() has all names.")
     return kinds[norm](**{name: _made(value) for name, value in options.items()})
@@ -79,7 +83,7 @@ def as_dict(norm: Norm) -> dict[str, Any]:
     """
     if not isinstance(norm, Spec):
         raise TypeError(f"as_dict: norm must be a spec, got {shown(norm)}. Write as_dict(jaxnorm.RMSNorm()).")
-    return {"norm": type(norm).function.__name__.removesuffix("_norm"), **_changed(norm)}
+    return {"norm": _short(type(norm)), **_changed(norm)}
 
 
 def _changed(of: Any) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def test_long_columns_keep_their_accuracy(implementation, rng):
     y, vjp = jax.vjp(jax.jit(lambda p, x: norm.apply(p, state, x, train=True)[0]), params, x)
     true = x.astype(np.float64) - x.mean(0, dtype=np.float64)
     true /= np.sqrt(np.square(true).mean(0) + norm.epsilon)
-    assert np.abs(y - true).max() <= 1.5e-6
+    assert np.abs(y - true).max() <= (1.5e-6 if jax.default_backend() == "gpu" else 1.3e-6)
     (dscale, dbias), _ = vjp(jnp.asarray(g))
     np.testing.assert_allclose(dbias, g.sum(0, dtype=np.float64), rtol=2e-7 if kernels_run(implementation) else 1e-6)
     np.testing.assert_allclose(dscale, (g * true).sum(0), rtol=1e-5, atol=2e-7 * len(x))

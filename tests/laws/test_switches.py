@@ -29,6 +29,7 @@ OTHER = np.random.default_rng(3).normal(size=SHAPE).astype("f")
 NO_NANS = {"jax_debug_nans": True, "jax_debug_infs": True}
 CHECKS = {"jax_enable_checks": True, "jax_check_tracer_leaks": True}
 SWITCHES = [
+    ({"jax_disable_jit": True}, False),
     ({"jax_disable_jit": True, **NO_NANS}, False),
     (NO_NANS, False),
     ({**NO_NANS, **CHECKS}, True),

@@ -112,10 +112,11 @@ def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
     return f"arrays are float32, bfloat16 or float16: got {', '.join(wrong)}" if wrong else None
 
 
+_INDEX_OF_REF = inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty  # since jax 0.11
+
+
 def _load(ref, index, **how) -> Array:
-    """`plgpu.load`, whose index is part of the reference since jax 0.11."""
-    takes_none = inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty
-    return plgpu.load(ref.at[index], **how) if takes_none else plgpu.load(ref, index, **how)
+    return plgpu.load(ref.at[index], **how) if _INDEX_OF_REF else plgpu.load(ref, index, **how)
 
 
 def is_profitable(columns: int, plan: Plan) -> bool:

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..._core.types import Plan
 from ..._core.vma import result_without_vma
+from ..protocol import Support
 from .rows import Job, finalize, rsqrt, xhat_of
 
 Array = jax.Array
@@ -52,6 +53,11 @@ def _vmem() -> int:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except Exception:  # no TPU in sight: the interpreter, or a lowering without a mesh
         return _SMALLEST_VMEM
+
+
+def measured_here() -> Support:
+    """Whether this machine's TPU is one that the kernels were measured on."""
+    return Support.no("not yet timed on a TPU")
 
 
 def is_profitable(columns: int, plan: Plan) -> bool:
