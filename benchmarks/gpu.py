@@ -84,7 +84,7 @@ def checked(crew: Crew, every: tuple[Case, ...]) -> list[dict]:
     """A record for each backend and case: its errors, or "failed", and why."""
     found_by_name = []
     for name in [name for name in crew.versions if name in OURS]:
-        cases = list(filter(lambda case, peer=peers.make(name): peer.takes(case.norm), every))
+        cases = [case for peer in [peers.make(name)] for case in every if peer.takes(case.norm)]
         try:
             found = crew.ask("check", name, cases)
         except Lost as lost:
