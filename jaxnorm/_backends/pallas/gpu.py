@@ -112,11 +112,17 @@ def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
     return f"arrays are float32, bfloat16 or float16: got {', '.join(wrong)}" if wrong else None
 
 
-_INDEX_OF_REF = inspect.signature(plgpu.load).parameters["idx"].default is not inspect.Parameter.empty  # since jax 0.11
+def _takes_index() -> bool:
+    """Whether `plgpu.load` must be given an index: before jax 0.11 the reference could not be indexed itself."""
+    index = inspect.signature(plgpu.load).parameters.get("idx")  # gone since jax 0.12
+    return index is not None and index.default is inspect.Parameter.empty
+
+
+_TAKES_INDEX = _takes_index()
 
 
 def _load(ref, index, **how) -> Array:
-    return plgpu.load(ref.at[index], **how) if _INDEX_OF_REF else plgpu.load(ref, index, **how)
+    return plgpu.load(ref, index, **how) if _TAKES_INDEX else plgpu.load(ref.at[index], **how)
 
 
 def is_profitable(columns: int, plan: Plan) -> bool:
