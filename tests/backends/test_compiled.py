@@ -48,6 +48,24 @@ def test_training_moves_no_more_bytes_than_expected(which, target):
     assert found["forward"].temp < 0.1 > found["backward"].temp
 
 
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+@pytest.mark.parametrize("which", ["layer", "batch"])
+def test_what_the_statistics_are_taken_about_costs_no_read(which, target):
+    """Who counts every operand of a kernel as a whole finds one read more: the kernel that slices a sample of x."""
+    norm, x, params = norm_of(which)
+    training = lambda *args: jax.vjp(norm, *args)[0]
+    program = compiled.compiled(training, needs(target), *placed(target, (x, *params)))
+    entry, computations = hlo.parsed(program.as_text())
+    around, unit = computations[entry], 2 * x.size
+    fusions = [it for it in around.values() if it.opcode == "fusion"]
+    read = {it.name: hlo.fused_bytes(it, around, computations) / unit for it in fusions}
+    whole = {it.name: (it.bytes + sum(around[o].bytes for o in it.operands)) / unit for it in fusions}
+    apart = [name for name in read if whole[name] > read[name] + 1e-3]
+    assert len(apart) == 1
+    assert whole[apart[0]] == pytest.approx(1.0, abs=0.01)
+    assert read[apart[0]] < 2e-3
+
+
 @pytest.mark.parametrize("width", [300, 4096, 16384])
 @pytest.mark.parametrize("which", ["layer", "rms"])
 def test_rows_at_inference_are_one_kernel_on_a_gpu(which, width):

@@ -12,6 +12,7 @@ import pytest
 from catalogue import EACH, draw
 from flax import nnx
 from helpers.devices import collectives, mesh_of, placed
+from helpers.jit import jit_unoptimized
 from helpers.memory import kept_bytes
 from helpers.native import kernels_in
 from helpers.rounding import HALVES, ulp
@@ -30,7 +31,7 @@ def close(a, b, **tolerance):
     np.testing.assert_allclose(a, b, **{"rtol": 1e-5, "atol": 4e-6 * max(1, np.abs(b).max()), **tolerance})
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_unoptimized, static_argnums=0)
 def _passes(f, g, args, call):
     y, vjp = jax.vjp(lambda *args: f(*args, **call), *args)
     return y, *vjp(g)

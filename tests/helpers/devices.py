@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+from helpers.jit import jit_unoptimized
 
 MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 SHAPE = (32, 5, 6)
@@ -70,7 +71,7 @@ def step(norm, params, state, x, g, mask):
     return y, new, grads
 
 
-alone_step = jax.jit(step, static_argnums=0)  # compiled once for each norm and number of examples
+alone_step = jit_unoptimized(step, static_argnums=0)  # compiled once for each norm and number of examples
 
 
 def collectives(f, *args) -> list[str]:

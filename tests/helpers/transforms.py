@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from catalogue import ghosts
+from catalogue import EACH, MECHANISMS, ghosts
 from jax import lax
+
+from helpers.jit import jit_unoptimized
 
 
 def shrunk(row):
@@ -57,13 +59,22 @@ def modes(f, params, x, v, dp, g):
     }
 
 
-# Rows of one norm differ in axes and parameters, not in rules: a norm goes through all modes, each row through these.
+# Rows of one norm differ in axes and parameters, not in rules: a norm goes through all modes, a row with a mechanism of
+# its own through those that reach each rule, and any other row through the least that differentiates twice and batches.
 ESSENTIAL = ("value", "jvp", "vjp", "vmap", "vmap of params", "vmap of grad", "reverse over reverse", "hessian")
+FEWEST = ("vjp", "vmap of grad", "hessian")
+
+
+def modes_for(row) -> tuple[str, ...]:
+    """The names of the modes that a row of the catalogue goes through."""
+    if row.name in {each.name for each in EACH}:
+        return (*modes(None, *[None] * 5),)
+    return ESSENTIAL if row.name in MECHANISMS else FEWEST
 
 
 def compare(f, reference, names, *args, rtol, atol):
     # Arguments, not constants: jax 0.7.0 folds a constant scatter of the reference to a wrong value.
-    run = lambda f: jax.jit(lambda *args: {name: modes(f, *args)[name]() for name in names})(*args)
+    run = lambda f: jit_unoptimized(lambda *args: {name: modes(f, *args)[name]() for name in names})(*args)
     got, want = run(f), run(reference)
     for name in names:
         for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catalogue import EACH, ROWS
-from helpers.transforms import ESSENTIAL, arguments, compare, modes, shrunk
+from helpers.transforms import ESSENTIAL, arguments, compare, modes, modes_for, shrunk
 
 
 @pytest.mark.versions
@@ -16,8 +16,7 @@ def test_every_transformation_matches_the_reference(row, rng):
     with jax.enable_x64(True):
         params, x, v = arguments(row, rng, np.float64)
         dp, _, g = arguments(row, rng, np.float64)
-        names = ESSENTIAL if row.name not in {r.name for r in EACH} else modes(None, *[None] * 5)
-        compare(row.apply, row.reference, names, params, x, v, dp, g, rtol=1e-6, atol=1e-8)
+        compare(row.apply, row.reference, modes_for(row), params, x, v, dp, g, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("row", [shrunk(r) for r in EACH], ids=str)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from catalogue import BATCH_NORMS, EACH, ROWS, by_name, draw
+from helpers.jit import jit_unoptimized
 
 import jaxnorm as jn
 
@@ -25,7 +26,7 @@ def in_rank(mask, shape):
     return np.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_unoptimized, static_argnums=0)
 def outputs_and_gradients(row, params, x, masks, cotangents):
     """Of the norm under each of the masks, in one program."""
 
@@ -57,7 +58,7 @@ def test_masked_outputs_and_gradients_match_true_counts(row, rng):
                 np.testing.assert_allclose(got, true, rtol=1e-3, atol=1e-5 * np.abs(true).max(), err_msg=kind)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_unoptimized, static_argnums=0)
 def output_gradients_and_tangent(row, params, x, mask, g, v):
     apply = lambda params, x: row.apply(params, x, mask=mask)
     y, vjp = jax.vjp(apply, params, x)

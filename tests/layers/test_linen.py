@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from helpers.flax_rules import DTYPES, as_flax, assert_one_rounding, by_key, randn
+from helpers.jit import jit_unoptimized
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
@@ -31,13 +32,13 @@ def init(layer, x, **call):
     """The output while initializing, and the variables; compiled, which is quicker than op by op."""
     static = {name: value for name, value in call.items() if isinstance(value, bool)}
     call = {name: value for name, value in call.items() if name not in static}
-    return jax.jit(lambda x, call: layer.init_with_output(KEY, x, **call, **static))(x, call)
+    return jit_unoptimized(lambda x, call: layer.init_with_output(KEY, x, **call, **static))(x, call)
 
 
 def apply(layer, variables, x, **call):
     static = {name: value for name, value in call.items() if isinstance(value, bool)}
     call = {name: value for name, value in call.items() if name not in static}
-    return jax.jit(lambda v, x, call: layer.apply(v, x, mutable=STATS, **call, **static))(variables, x, call)
+    return jit_unoptimized(lambda v, x, call: layer.apply(v, x, mutable=STATS, **call, **static))(variables, x, call)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def both(case, x, **more):
 def gradients(layer, variables, x, g, **call):
     """The output, and the cotangents of x and params for that of y."""
 
-    @jax.jit
+    @jit_unoptimized
     def run(params, x, rest, g):
         y, vjp, new = jax.vjp(
             lambda params, x: layer.apply({**rest, "params": params}, x, mutable=STATS, **call), params, x, has_aux=True
@@ -178,7 +179,7 @@ def test_variables_are_those_of_flax(case):
 def test_initial_values_are_those_of_flax(case):
     """Keys are drawn in Flax's order."""
     x, call = case.data()
-    init = lambda lib: jax.jit(lambda x: case.layer(lib).init_with_output(KEY, x, **call))(x)
+    init = lambda lib: jit_unoptimized(lambda x: case.layer(lib).init_with_output(KEY, x, **call))(x)
     (y, ours), (z, theirs) = init(jnn), as_flax(init)(nn)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     np.testing.assert_allclose(y, z, rtol=2e-5, atol=2e-5)
@@ -206,7 +207,7 @@ def test_batch_stats_over_ten_steps(dtype):
     ours, theirs = jnn.BatchNorm(momentum=0.8), nn.BatchNorm(momentum=0.8, use_fast_variance=False)
     x = randn(10, 6, 5).astype(dtype) * jnp.asarray(3, dtype)
     a = b = init(ours, x[0], **TRAIN)[1]
-    step = jax.jit(lambda layer, v, x: layer.apply(v, x, mutable=STATS, **TRAIN)[1], static_argnums=0)
+    step = jit_unoptimized(lambda layer, v, x: layer.apply(v, x, mutable=STATS, **TRAIN)[1], static_argnums=0)
     for part in x:
         a = {**a, **step(ours, a, part)}
         b = {**b, **as_flax(step)(theirs, b, part)}
@@ -568,7 +569,7 @@ def test_traced_use_running_average():
     run = lambda use: jnn.BatchNorm().apply(variables, x, use_running_average=use, mutable=STATS)
     for use in (True, False):
         want = run(use)
-        for got in (jax.jit(run)(use), run(jnp.asarray(use)), run(np.bool_(use))):
+        for got in (jit_unoptimized(run)(use), run(jnp.asarray(use)), run(np.bool_(use))):
             assert jax.tree.structure(got) == jax.tree.structure(want)
             jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
@@ -624,7 +625,7 @@ def test_checkpoints_go_both_ways(model, kind, shape, tmp_path):
     rng = np.random.default_rng(4)
     saved = jax.tree.map(lambda a: jnp.asarray(rng.uniform(0.1, 0.6, a.shape), a.dtype), shapes[ours])
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jit_unoptimized, static_argnums=0)
     def step(m, variables):
         def loss(params):
             y, new = m.apply({**variables, "params": params}, x, train=True, mutable=STATS)
@@ -671,8 +672,8 @@ def test_lifted_transforms():
 
     x = randn(5, 4)
     variables = stack(jnn).init(KEY, x, None)
-    got = jax.jit(lambda v: stack(jnn).apply(v, x, None, mutable=STATS))(variables)
-    want = as_flax(jax.jit(lambda v: stack(nn).apply(v, x, None, mutable=STATS)))(variables)
+    got = jit_unoptimized(lambda v: stack(jnn).apply(v, x, None, mutable=STATS))(variables)
+    want = as_flax(jit_unoptimized(lambda v: stack(nn).apply(v, x, None, mutable=STATS)))(variables)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), got, want)
     assert got[1]["batch_stats"]["BatchNorm_0"]["mean"].shape == (3, 4)
     each = nn.vmap(jnn.LayerNorm, variable_axes=dict(params=0), split_rngs=dict(params=True), in_axes=0)()
@@ -707,7 +708,7 @@ def test_batch_norm_over_eight_devices_is_one_with_all_the_data(how):
             y, new = forward(variables, x, mask)
             return (y * g).sum(), (y, new)
 
-        (_, (y2, new2)), grads2 = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables, x, mask, g)
+        (_, (y2, new2)), grads2 = jit_unoptimized(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables, x, mask, g)
     else:
         each = lambda a: a.reshape(8, 2, *a.shape[1:])
 

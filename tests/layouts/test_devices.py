@@ -20,6 +20,7 @@ from helpers.devices import (
     step,
     uneven_mask,
 )
+from helpers.jit import jit_unoptimized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,10 +60,10 @@ def test_synchronized_batch_norm_matches_one_device(where, options, rng):
         )  # fmt: skip
         # check_vma is on: that out_specs P() is accepted proves that state and parameter gradients are replicated.
         args = placed(mesh, (params, P()), (state, P()), (x, data), (g, data), (mask, data))
-        close(jax.jit(run)(*args), want, atol=2e-5)
+        close(jit_unoptimized(run)(*args), want, atol=2e-5)
         return
     split = lambda a: None if a is None else a.reshape(8, 4, *a.shape[1:])
-    wrap = jax.pmap if where == "pmap" else lambda f, **how: jax.jit(jax.vmap(f, **how))
+    wrap = jax.pmap if where == "pmap" else lambda f, **how: jit_unoptimized(jax.vmap(f, **how))
     run = wrap(lambda *args: step(synced, params, state, *args), axis_name="data")
     y, new, (dparams, dx) = run(split(x), split(g), split(mask))
     for i in (0, 7):
@@ -81,14 +82,14 @@ def test_jit_over_a_sharded_batch_matches_one_device(row, masked, kind, kernels,
     params, x, g = row.params(rng), draw(rng, shape, 2.0), draw(rng, shape)
     mask = rng.random((16, *(1,) * (len(shape) - 1))) < 0.7 if masked else None
     state = row.state()
-    run = jax.jit(lambda p, x, g, m: step(row.spec, p, state, x, g, m))
+    run = jit_unoptimized(lambda p, x, g, m: step(row.spec, p, state, x, g, m))
     want = run(params, x, g, mask)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         args = placed(mesh, (params, P()), (x, P("data")), (g, P("data")), (mask, P("data")))
         got = run(*args)
         close(got, want, atol=2e-5)
-        forward = jax.jit(lambda p, x, m: row.spec.apply(p, state, x, train=True, mask=m))
+        forward = jit_unoptimized(lambda p, x, m: row.spec.apply(p, state, x, train=True, mask=m))
         ops = collectives(forward, args[0], args[1], args[3])
         backward = collectives(run, *args)
     assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), len(shape))
@@ -115,7 +116,7 @@ def test_jit_over_another_sharded_axis_matches_one_device(norm, axis, kind, rng)
     """What each device needs of the others are sums: nothing of x's size is ever gathered or moved."""
     x, g = draw(rng, (4, 16, 32), 3.0), draw(rng, (4, 16, 32))
     params, state = norm.init(32)
-    run = jax.jit(lambda p, s, x, g: step(norm, p, s, x, g, None))
+    run = jit_unoptimized(lambda p, s, x, g: step(norm, p, s, x, g, None))
     want = run(params, state, x, g)
     mesh, spec, feature = mesh_of(kind), P(*(None,) * axis, "data"), P("data" if axis == 2 else None)
     with jax.set_mesh(mesh):
@@ -139,7 +140,7 @@ def test_each_layer_takes_one_all_reduce_forward_and_one_backward(layers, masked
             x, _ = norm.apply(params, state, jnp.sin(x), train=train, mask=mask)
         return x
 
-    mapped = lambda f, specs, outs: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs))
+    mapped = lambda f, specs, outs: jit_unoptimized(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs))
     forward = mapped(lambda p, x, m: network(p, x, m, True), (P(), data, data), data)
     assert collectives(forward, params, x, mask) == ["all-reduce"] * layers
     inference = mapped(lambda p, x, m: network(p, x, m, False), (P(), data, data), data)
@@ -176,11 +177,11 @@ def test_axis_index_groups_share_statistics(where, groups, rng):
         mapped = jax.shard_map(
             body, mesh=mesh_of("auto"), in_specs=(P(), data, data, data), out_specs=(data, data, (P(None), data))
         )
-        y, new, (dparams, dx) = jax.jit(mapped)(params, split(x), split(g), split(mask))
+        y, new, (dparams, dx) = jit_unoptimized(mapped)(params, split(x), split(g), split(mask))
         dparams = jax.tree.map(lambda a: a[0], dparams)
     else:
         run = lambda x, g, m: step(norm, params, state, x, g, m)
-        wrap = jax.pmap if where == "pmap" else lambda f, **how: jax.jit(jax.vmap(f, **how))
+        wrap = jax.pmap if where == "pmap" else lambda f, **how: jit_unoptimized(jax.vmap(f, **how))
         y, new, (dparams, dx) = wrap(run, axis_name="data")(split(x), split(g), split(mask))
         dparams = jax.tree.map(lambda a: a.sum(0), dparams)
     total = jax.tree.map(jnp.zeros_like, params)
@@ -215,7 +216,7 @@ def test_two_axis_names_share_statistics(rng):
         lambda p, x, g: step(norm, p, state, x, g, None),
         mesh=mesh, in_specs=(P(), both, both), out_specs=(both, P(), (P(), both)),
     )  # fmt: skip
-    close(jax.jit(run)(params, x, g), want, atol=2e-5)
+    close(jit_unoptimized(run)(params, x, g), want, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["scale", "bias", "x", "weights"])
@@ -241,7 +242,7 @@ def test_a_single_tangent_in_shard_map_matches_one_device(name, rng):
         in_specs=(specs, specs),
         out_specs=(P("data"), P("data")),
     )
-    close(jax.jit(run)(at, v), jax.jit(along, static_argnums=0)(jn.BatchNorm(), at, v), atol=2e-5)
+    close(jit_unoptimized(run)(at, v), jit_unoptimized(along, static_argnums=0)(jn.BatchNorm(), at, v), atol=2e-5)
 
 
 @pytest.mark.versions
@@ -261,14 +262,14 @@ def test_axis_name_merges_the_statistics_of_sharded_rows(name, kind, rng):
         return y, vjp(g)
 
     mesh = mesh_of(kind, names=("model",))
-    run = jax.jit(
+    run = jit_unoptimized(
         jax.shard_map(
             lambda p, x, g: grads(synced, p, x, g),
             mesh=mesh, in_specs=(feature, data, data), out_specs=(data, (feature, data)),
         )
     )  # fmt: skip
     args = placed(mesh, (params, feature), (x, data), (g, data))
-    close(run(*args), jax.jit(grads, static_argnums=0)(row.spec, params, x, g), atol=2e-5)
+    close(run(*args), jit_unoptimized(grads, static_argnums=0)(row.spec, params, x, g), atol=2e-5)
     check_all_reduces(collectives(run, *args), 2)
 
 
@@ -281,18 +282,18 @@ def test_large_statistics_merge_in_two_rounds(rng, monkeypatch):
         lambda p, x, g, m: step(norm, p, state, x, g, m),
         mesh=mesh_of("auto"), in_specs=(P(), data, data, data), out_specs=(data, P(), (P(), data)),
     )  # fmt: skip
-    slots = jax.jit(run())(params, x, g, mask)
+    slots = jit_unoptimized(run())(params, x, g, mask)
     want = alone_step(dataclasses.replace(norm, axis_name=None), params, state, x, g, mask)
     close(slots, want, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(merging, "SLOT_BYTES", 0)
     jax.clear_caches()
-    mapped = jax.jit(run())
+    mapped = jit_unoptimized(run())
     close(mapped(params, x, g, mask), want, rtol=1e-4, atol=1e-4)
     assert collectives(mapped, params, x, g, mask) == ["all-reduce"] * 3
     norm = dataclasses.replace(norm, axis_index_groups=[[0, 1, 2, 3, 4, 5, 6, 7]])
     split = lambda a: a.reshape(8, 4, *a.shape[1:])
     each = jax.vmap(lambda x, g, m: step(norm, params, state, x, g, m), axis_name="data")
-    y, new, _ = jax.jit(each)(*map(split, (x, g, mask)))
+    y, new, _ = jit_unoptimized(each)(*map(split, (x, g, mask)))
     close((y.reshape(SHAPE), jax.tree.map(lambda a: a[0], new)), want[:2], rtol=1e-4, atol=1e-4)
     jax.clear_caches()
 
@@ -306,7 +307,7 @@ def test_merge_across_matches_the_moments_of_all_data(where, rng):
     if where == "shard_map":
         one = lambda x, m: merged(x[0], m[0])
         mesh = mesh_of("auto", names=("d",))
-        got = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P()))(x, mask)
+        got = jit_unoptimized(jax.shard_map(one, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P()))(x, mask)
     else:
         wrap = jax.pmap if where == "pmap" else jax.vmap
         got = jax.tree.map(lambda a: a[5], wrap(merged, axis_name="d")(x, mask))
@@ -323,7 +324,7 @@ def test_ghost_batches_stay_on_their_device_and_the_state_merges(rng):
     mapped = jax.shard_map(
         lambda x: norm.apply(params, state, x, train=True), mesh=mesh_of("auto"), in_specs=data, out_specs=(data, P())
     )
-    y, new = jax.jit(mapped)(x)
+    y, new = jit_unoptimized(mapped)(x)
     local = dataclasses.replace(norm, axis_name=None)
     for d in range(8):
         close(y[4 * d : 4 * d + 4], local.apply(params, state, x[4 * d : 4 * d + 4], train=True)[0])

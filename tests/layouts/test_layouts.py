@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from catalogue import MECHANISMS, Row, by_name, draw, no_operands
 from helpers.devices import close, mesh_of, moved, placed
+from helpers.jit import jit_unoptimized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -119,7 +120,7 @@ def train(norm, params, state, x, g):
     return y, new, vjp(g)
 
 
-on_one_device = jax.jit(train, static_argnums=0)  # compiled once for each row, whatever the layouts
+on_one_device = jit_unoptimized(train, static_argnums=0)  # compiled once for each row, whatever the layouts
 
 
 def statistics_of_one_device(case: Case) -> int:
@@ -155,7 +156,7 @@ def test_jit_matches_one_device_in_every_layout(row, layout, rng):
     params, state, x, g = case.arguments(rng)
     norm = case.row.spec
     want = on_one_device(norm, params, state, x, g)
-    run = jax.jit(lambda *args: train(norm, *args))
+    run = jit_unoptimized(lambda *args: train(norm, *args))
     mesh = case.mesh()
     with jax.set_mesh(mesh):
         args = placed(mesh, (params, case.param_spec()), (state, case.state_spec()), (x, case.spec), (g, case.spec))
@@ -177,7 +178,7 @@ def test_shard_map_matches_one_device_in_every_layout(row, layout, rng):
     norm, over = case.row.spec, case.over()
     want = on_one_device(norm, params, state, x, g)
     synced = dataclasses.replace(norm, axis_name=over) if over else norm
-    run = jax.jit(jax.shard_map(
+    run = jit_unoptimized(jax.shard_map(
         lambda *args: train(synced, *args), mesh=case.mesh(),
         in_specs=(case.param_spec(), case.state_spec(), case.spec, case.spec),
         out_specs=(case.spec, case.state_spec(), (case.param_spec(), case.spec)),
@@ -192,7 +193,7 @@ def test_shard_map_matches_one_device_in_every_layout(row, layout, rng):
         lambda p, s, x: synced.apply(p, s, x, train=True)[0], mesh=case.mesh(),
         in_specs=(case.param_spec(), case.state_spec(), case.spec), out_specs=case.spec,
     )  # fmt: skip
-    lowered = jax.jit(forward).lower(*args[:3])
+    lowered = jit_unoptimized(forward).lower(*args[:3])
     if not over:
         assert not re.search("stablehlo.(all|collective|reduce_scatter)", lowered.as_text())
         return
@@ -229,7 +230,7 @@ def test_fully_sharded_parameters_are_gathered_and_x_is_not(row, kind, rng):
     shard = P(*("data" if n != 1 else None for n in case.param))
     with jax.set_mesh(mesh):
         args = placed(mesh, (params, shard), (state, P()), (x, case.spec), (g, case.spec))
-        compiled = jax.jit(lambda *args: train(norm, *args)).lower(*args).compile()
+        compiled = jit_unoptimized(lambda *args: train(norm, *args)).lower(*args).compile()
         close(compiled(*args), want, rtol=5e-5, atol=5e-5)
     for name, size in moved(compiled.as_text()):
         if name != "all-reduce":
@@ -246,7 +247,7 @@ def test_channel_groups_may_span_devices_under_jit(groups, layout, kind, rng):
     norm = jn.GroupNorm(num_groups=groups)
     params, _, x, g = case.arguments(rng)
     want = on_one_device(norm, params, (), x, g)
-    run = jax.jit(lambda *args: train(norm, *args))
+    run = jit_unoptimized(lambda *args: train(norm, *args))
     with jax.set_mesh(case.mesh()):
         args = placed(case.mesh(), (params, case.param_spec()), ((), P()), (x, case.spec), (g, case.spec))
         compiled = run.lower(*args).compile()
@@ -269,6 +270,6 @@ def test_a_channel_group_may_span_devices_in_shard_map(kind, rng):
         mesh=mesh, in_specs=(shard, data, data), out_specs=(data, P(), (shard, data)),
     )  # fmt: skip
     args = placed(mesh, (params, shard), (x, data), (g, data))
-    compiled = jax.jit(run).lower(*args).compile()
+    compiled = jit_unoptimized(run).lower(*args).compile()
     close(compiled(*args), want, rtol=5e-5, atol=5e-5)
     assert [name for name, _ in moved(compiled.as_text())] == ["all-reduce"] * 2

@@ -14,6 +14,7 @@ import pytest
 from catalogue import draw
 from helpers.compiled import hlo
 from helpers.devices import SHAPE, alone_step, case, close, collectives, mesh_of, placed, step, uneven_mask
+from helpers.jit import jit_unoptimized
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
@@ -58,10 +59,10 @@ def on_devices(where, norm, params, state, x, g, mask):
                 run, mesh=mesh, in_specs=(P(), P(), data, data, data), out_specs=(data, P(), (P(), data))
             )
         with jax.set_mesh(mesh):
-            return jax.jit(run)(*args)
+            return jit_unoptimized(run)(*args)
     split = lambda a: None if a is None else a.reshape(8, 4, *a.shape[1:])
     each = lambda x, g, m: run(params, state, x, g, m)
-    mapped = jax.pmap(each, axis_name="data") if way == "pmap" else jax.jit(jax.vmap(each, axis_name="data"))
+    mapped = jax.pmap(each, axis_name="data") if way == "pmap" else jit_unoptimized(jax.vmap(each, axis_name="data"))
     y, new, (dp, dx) = mapped(*map(split, (x, g, mask)))
     for leaf in jax.tree.leaves(new):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
@@ -105,7 +106,7 @@ def test_groups_take_parameters_per_example(where, rng):
     if way == "shard_map":
         run = jax.shard_map(run, mesh=mesh, in_specs=(data, data, data), out_specs=(data, P(), (data, data)))
     with jax.set_mesh(mesh):
-        y, new, (dparams, dx) = jax.jit(run)(*placed(mesh, (params, data), (x, data), (g, data)))
+        y, new, (dparams, dx) = jit_unoptimized(run)(*placed(mesh, (params, data), (x, data), (g, data)))
     alone = jn.BatchNorm()
     y, params, dparams, dx = jax.tree.map(np.asarray, (y, params, dparams, dx))
     close(new, alone_step(alone, params, state, x, g, None)[1])
@@ -138,7 +139,7 @@ def test_groups_of_neighbours_follow_the_last_axis_first(sync, where, rng):
         run = jax.shard_map(run, mesh=mesh, in_specs=(P(), both, both, both), out_specs=(both, P(), (P(), both)))
     with jax.set_mesh(mesh):
         args = placed(mesh, (params, P()), (x, both), (g, both), (mask, both))
-        compiled = jax.jit(run).lower(*args).compile()
+        compiled = jit_unoptimized(run).lower(*args).compile()
         got, text = compiled(*args), compiled.as_text()
     close(got, by_groups(norm, groups, params, state, x, g, mask), atol=5e-5)
     assert not re.search("all-gather|all-to-all|collective-permute", text)
@@ -163,7 +164,7 @@ def test_local_sync_takes_one_all_reduce_for_the_running_statistics(where, maske
             f = jax.shard_map(f, mesh=mesh, in_specs=(P(), data, data, data), out_specs=outs)
         with jax.set_mesh(mesh):
             args = placed(mesh, (params, P()), (x, data), (g, data), (mask, data))
-            return collectives(jax.jit(f), *args)
+            return collectives(jit_unoptimized(f), *args)
 
     forward = lambda p, x, g, m: norm.apply(p, state, x, train=True, mask=m)
     still = lambda p, x, g, m: norm.apply(p, state, x, train=True, mask=m, update_stats=False)[0]
@@ -184,7 +185,7 @@ def test_groups_gather_nothing(where, sync, rng):
     if way == "shard_map":
         f = jax.shard_map(f, mesh=mesh, in_specs=(P(), data, data), out_specs=outs)
     with jax.set_mesh(mesh):
-        ops = collectives(jax.jit(f), *placed(mesh, (params, P()), (x, data), (g, data)))
+        ops = collectives(jit_unoptimized(f), *placed(mesh, (params, P()), (x, data), (g, data)))
     # The layer's forward and backward, the running statistics, and the parameters' gradients; some come combined.
     assert set(ops) == {"all-reduce"}
     assert len(ops) <= 4
@@ -208,7 +209,7 @@ def test_jit_ignores_the_name_of_an_automatic_mesh_axis(rng):
             params, state = spec.init(6)
             named = dataclasses.replace(spec, axis_name="data")
             apply = lambda spec, x, p=params, s=state: spec.apply(p, s, x, train=True)
-            close(jax.jit(apply, static_argnums=0)(named, x), apply(spec, x))
+            close(jit_unoptimized(apply, static_argnums=0)(named, x), apply(spec, x))
         with pytest.raises(NameError, match="axis_name='model' is not bound here"):
             jn.layer_norm(x, axis_name="model")
         with pytest.raises(NameError, match="axis_name='data' is not bound here"):
@@ -255,7 +256,7 @@ def test_flax_layers_pass_sync_on(sync, rng):
     x, data, mesh = draw(rng, (32, 6), 2.0), P("data"), mesh_of("auto")
     spec = jn.BatchNorm(axis_name="data", sync=sync)
     params, state = spec.init(6)
-    mapped = lambda f, *specs, outs: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs))
+    mapped = lambda f, *specs, outs: jit_unoptimized(jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs))
     y, new = mapped(lambda x: spec.apply(params, state, x, train=True), data, outs=(data, P()))(x)
 
     layer = jnn.BatchNorm(axis_name="data", sync=sync, use_running_average=False)
@@ -280,7 +281,7 @@ def test_flax_layers_refuse_statistics_that_differ_between_devices(rng):
     layer = jnn.BatchNorm(use_running_average=False)
     variables = layer.init(jax.random.key(0), x[:4])
     run = lambda v, x: layer.apply(v, x, mutable=["batch_stats"])
-    mapped = lambda f, *specs, outs=data, **how: jax.jit(
+    mapped = lambda f, *specs, outs=data, **how: jit_unoptimized(
         jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs, **how)
     )
     message = r"BatchNorm: the running statistics would differ .*Write axis_name='data'.*sync=\"local\".*sync_state"

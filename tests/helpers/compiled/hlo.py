@@ -204,12 +204,12 @@ def _of_instruction(it: Instruction, around: Computation, computations: dict[str
     if op == "custom-call" and (re.search(r'custom_call_target="([^"]*)"', it.rest) or [""] * 2)[1] in NO_WORK:
         return Cost()
     if op == "fusion":
-        inside = computations[it.attribute("calls")[0]]
+        inside = _inside(it, computations)
         within = Cost()
         for inner in inside.values():
             if inner.opcode.removesuffix("-start") in COLLECTIVES:
                 within += replace(_of_instruction(inner, inside, computations), bytes=0)
-        return within + Cost(1, _fused_bytes(it, inside, around))
+        return within + Cost(1, fused_bytes(it, around, computations))
     return Cost(1, _plain_bytes(it, around))
 
 
@@ -237,8 +237,13 @@ def _plain_bytes(it: Instruction, around: Computation) -> int:
     return sum(operands) + it.bytes
 
 
-def _fused_bytes(it: Instruction, inside: Computation, around: Computation) -> int:
+def _inside(fusion: Instruction, computations: dict[str, Computation]) -> Computation:
+    return computations[fusion.attribute("calls")[0]]
+
+
+def fused_bytes(it: Instruction, around: Computation, computations: dict[str, Computation]) -> int:
     """The bytes of a fusion: whole operands and results, or the slices if it slices them or updates them in place."""
+    inside = _inside(it, computations)
     users: dict[str, list[Instruction]] = {}
     for inner in inside.values():
         for operand in inner.operands:
