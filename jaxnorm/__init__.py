@@ -14,6 +14,7 @@ from ._norms.make import as_dict as as_dict
 from ._norms.make import catalogue as catalogue
 from ._norms.make import make as make
 from ._norms.presets import presets as presets
+from ._ops.modulate import modulation as modulation
 from ._ops.moments import merge as merge
 from ._ops.moments import merge_across as merge_across
 from ._ops.moments import moments as moments

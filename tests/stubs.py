@@ -118,7 +118,7 @@ def layer(name: str, cls: Any, of_flax: bool) -> str:
     base = f"_flax.{name}" if of_flax else "_flax.Module"
     init = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "parent"]
     call = list(inspect.signature(cls.__call__).parameters.values())
-    result = "Any" if name.startswith("Add") or name == "Norm" else "Array"
+    result = "Any" if name.startswith(("Add", "Ada")) or name == "Norm" else "Array"
     return (
         f"class {name}({base}):\n"
         f"    def __init__({arguments(init)}) -> None: ...\n"

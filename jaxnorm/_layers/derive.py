@@ -58,6 +58,7 @@ class Form:
         self.options = {f.name: (names or {}).get(f.name, f.name) for f in dataclasses.fields(spec)}
         self.features = features or self.options.get("axis")
         self.params: tuple[str, ...] = spec.Params._fields
+        self.whole: tuple[str, ...] = spec.whole  # of these, those that a layer hands on in their own shape
         self.state: tuple[str, ...] = getattr(spec.State, "_fields", ())
         self.operands, self.call = _arguments(spec)
         self.holder: str | None = None  # the layer's attribute that holds the options; None: the layer does
@@ -128,12 +129,12 @@ class Form:
         self.settle(options)
         return _spec(self.spec, options)
 
-    def initial(self, layer, name: str, own: Initializer | None) -> Initializer:
-        """The initializer of a parameter or a statistic: the layer's own, else the spec's first value."""
+    def initial(self, layer, name: str, own: Initializer | None, width: Shape) -> Initializer:
+        """The initializer of a parameter or a statistic: the layer's own, else the spec's first value for this width."""
         offset = getattr(self.source(layer), "scale_offset", 0.0)
         if own is not None and not (name == "scale" and offset and own is initializers.ones):
             return own
-        return functools.partial(_first_value, self.first(layer), name)
+        return functools.partial(_first_value, self.first(layer), name, width)
 
     def apply(
         self, layer, x: Array, params: dict[str, Array | None], state: Any, call: dict[str, Any], *, train, dtype,
@@ -227,7 +228,7 @@ def first_shapes(spec: Any, width: Shape) -> tuple[dict[str, Any], dict[str, Any
     return present(params._asdict()), present(state._asdict()) if state else {}
 
 
-def _first_value(spec: Any, name: str, key, width: Shape, dtype) -> Array:
-    """An initializer's signature, without its randomness. A scalar parameter has the shape (), whatever the width."""
+def _first_value(spec: Any, name: str, width: Shape, key, shape: Shape, dtype) -> Array:
+    """What follows the width is an initializer's signature. There is no randomness, and the shape is that of the spec."""
     made = spec.init_params(width) if name in spec.Params._fields else spec.init_state(width)
     return getattr(made, name).astype(dtype)

@@ -46,6 +46,7 @@ def document_call(form: Any, statistics: str) -> str:
     texts = {"x": "the input.", **_FIELDS, **described(form.spec.function)}
     what = "in place of a learned one: of the feature shape, or of a shape that broadcasts against x."
     texts |= {name: f"a {name}, {what}" for name in form.params}
+    texts |= {name: f"a {name}, in place of a learned one: of its shape." for name in form.whole}
     names = ["x", *form.operands, *["use_running_average"] * bool(form.state), *form.call, *form.params]
     head = f"The normalized x. Updates {statistics} in training." if form.state else "The normalized x."
     return joined({"": head, "Args": listed(names, texts)})

@@ -72,7 +72,7 @@ class Layer(nn.Module):
         x = as_array(x)
         axes, width = form.width(self, x.shape)
         shapes, kept = derive.first_shapes(form.first(self), width)
-        stored = {name: self._statistic(name, form, like) for name, like in kept.items()}
+        stored = {name: self._statistic(name, form, like, width) for name, like in kept.items()}
         state: Any = form.spec.State(**{name: v.value for name, v in stored.items()}) if stored else ()
         state = flax_rules.state_for(self, "batch_stats", state, x, axes) if stored else ()
         call = {name: value for name, value in given.items() if name not in form.params}
@@ -82,9 +82,11 @@ class Layer(nn.Module):
         for name, value in replaced.items():
             if name in shapes:
                 own_name = (layer.param_names or {}).get(name, name)
-                make = form.initial(self, name, getattr(self, f"{name}_init", None))
+                make = form.initial(self, name, getattr(self, f"{name}_init", None), width)
                 value = self.param(own_name, make, shapes[name].shape, shapes[name].dtype)
-            params[name] = flax_rules.broadcast_param(self, name, value, x.shape, axes, name in shapes)
+            if name not in form.whole:
+                value = flax_rules.broadcast_param(self, name, value, x.shape, axes, name in shapes)
+            params[name] = value
         dtype = flax_rules.output_dtype(source.dtype, self, x, *params.values())
         if "update_stats" in call:
             call["update_stats"] = call["update_stats"] and not initializing
@@ -96,13 +98,13 @@ class Layer(nn.Module):
         return y
 
     @nn.nowrap
-    def _statistic(self, name: str, form: Form, like) -> nn.Variable:
+    def _statistic(self, name: str, form: Form, like, width) -> nn.Variable:
         layer: Any = self
         dtype = like.dtype
         if name != "count" and not getattr(layer, "force_float32_reductions", True):
             dtype = layer.param_dtype
         own = getattr(layer, f"{name}_init", None)
-        make = form.initial(self, name, own)
+        make = form.initial(self, name, own, width)
         key = lambda: None if own is None else self.make_rng("params")
         return self.variable("batch_stats", name, lambda: make(key(), like.shape, dtype))
 

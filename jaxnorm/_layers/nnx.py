@@ -75,13 +75,13 @@ class Layer(nnx.Module):
         for name in form.params:
             variable = nnx.data(None)
             if name in params:
-                make, like = form.initial(self, name, inits.get(name)), params[name]
+                make, like = form.initial(self, name, inits.get(name), width), params[name]
                 variable = nnx.Param(make(rngs.params(), like.shape, like.dtype), **metadata.get(name, _NONE))
             setattr(self, self._name(name), variable)
         for name in form.state:
             variable = nnx.data(None)
             if name in state:
-                make, like = form.initial(self, name, inits.get(name)), state[name]
+                make, like = form.initial(self, name, inits.get(name), width), state[name]
                 key = None if inits.get(name) is None else rngs.params()
                 variable = nnx.BatchStat(make(key, like.shape, like.dtype))
             setattr(self, name, variable)
@@ -116,7 +116,9 @@ class Layer(nnx.Module):
             own, value = getattr(self, self._name(name)), given.pop(name, None)
             owned[name] = own is not None, value
             value = value if own is None else own[...]
-            params[name] = flax_rules.broadcast_param(self, name, value, x.shape, axes, own is not None)
+            if name not in form.whole:
+                value = flax_rules.broadcast_param(self, name, value, x.shape, axes, own is not None)
+            params[name] = value
         flax_rules.check_not_both(self, **owned)
         variables = {name: getattr(self, name) for name in form.state}
         stored = {name: variable for name, variable in variables.items() if variable is not None}

@@ -4,6 +4,10 @@
 `_ops`, and no other norm.
 """
 
+from .ada_group import AdaGroupNorm, ada_group_norm
+from .ada_layer import AdaLayerNorm, AdaLayerNormZero, ada_layer_norm, ada_layer_norm_zero
+from .ada_layer_single import AdaLayerNormSingle, ada_layer_norm_single
+from .ada_rms import AdaRMSNorm, ada_rms_norm
 from .batch import BatchNorm, batch_norm
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh

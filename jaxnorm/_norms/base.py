@@ -82,6 +82,7 @@ class Spec:
     Params: ClassVar[Any] = Affine  # NamedTuple: its fields name the parameters, in layers and checkpoints too
     function: ClassVar[Callable[..., Any]]  # whose options the fields are
     State: ClassVar[Any] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
+    whole: ClassVar[tuple[str, ...]] = ()  # the parameters that have a shape of their own, not that of the features
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
 
     def __post_init__(self) -> None:

@@ -69,7 +69,8 @@ def function_of(spec: Any, inline: bool = False) -> Callable[[F], F]:
     return decorate
 
 
-ABOUT_PARAMS = ("use_", "init_", "param_dtype")  # fields that say how parameters are made, and no function takes
+# Fields that say how parameters are made, or what is made of them before the norm. No function takes them.
+ABOUT_PARAMS = ("use_", "init_", "condition_", "param_dtype")
 
 
 def _described(cls: type) -> dict[str, str]:
