@@ -46,7 +46,7 @@ class Row:
     @property
     def centered(self) -> bool:
         """Whether the mean is taken out, so that a constant becomes the bias."""
-        return self.oracle is oracle.standardize
+        return self.oracle is oracle.standardize or (self.oracle is oracle.modulated and "RMS" not in type(self.spec).__name__)
 
     @property
     def batch(self) -> bool:
@@ -170,6 +170,20 @@ def packed(kind: str, **options) -> Any:
     return jn.SegmentNorm(num_segments=5, kind=kind, **options)
 
 
+def condition(parts: int, axis: int = -1, tokens: bool = False):
+    """Of x's shape: a modulation for each example, or for each token."""
+
+    def of(shape):
+        lead = shape[:-1] if tokens else shape[:1]
+        return {"condition": np.random.default_rng(7).normal(size=(*lead, parts * shape[axis])).astype(np.float32)}
+
+    return of
+
+
+def modulated(*condition_of, **exempt) -> dict[str, Any]:
+    return dict(operands=condition(*condition_of), oracle=oracle.modulated, exempt=PER_SAMPLE | exempt)
+
+
 segments = dict(operands=lambda shape: {"segment_ids": segment_ids(np.arange(shape[0]))}, exempt=SEGMENTS)
 _image, _planes, _tokens = (6, 5, 4, 12), (6, 12, 5, 4), (4, 6, 40)
 
@@ -209,6 +223,11 @@ ROWS = [
     Row("segments-instance", packed("instance"), (20, 3, 4), (1, 1, 4), lambda m, t, c: (segment_ids(m), c), (4,), **segments),
     Row("segments-rms", packed("rms", scale_offset=1.0), (48, 8), (1, 8), lambda m, c: (segment_ids(m),), (8,),
         **segments | rms | dict(exempt=SEGMENTS | UNCENTERED)),
+    Row("ada-layer", jn.AdaLayerNorm(use_scale=True, use_bias=True, scale_offset=1.0), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **modulated(2)),
+    Row("ada-rms-tokens", jn.AdaRMSNorm(parts="scale", modulation_offset=0.0, activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t),
+        **modulated(1, -1, True, **UNCENTERED, test_only_x_is_saved_at_full_size="the modulation of each token is of x's size")),
+    Row("ada-group-nchw", jn.AdaGroupNorm(num_groups=3, axis=1, parts="shift scale"), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4),
+        **modulated(2, 1)),
     Row("dynamic-erf", jn.DynamicErf(), _tokens, (1, 1, 40), None, (40,), **squash | dict(oracle=oracle.dynamic_erf)),
     Row("group-nhwc", jn.GroupNorm(num_groups=3), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4), (12,)),
     Row("group-nchw", jn.GroupNorm(num_groups=3, axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4), (12,)),

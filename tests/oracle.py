@@ -116,6 +116,24 @@ def root_mean_square(x, params, groups, spec, **_):
     return _normalize(x, groups, *params, spec.epsilon, centered=False).y
 
 
+def modulated(x, params, groups, spec, condition):
+    """(norm(x) scale + bias) (m.scale + offset) + m.shift; the parts lie one after the other on the condition's axis."""
+    centered = "RMS" not in type(spec).__name__
+    names, axis = spec.parts.split(), spec.axis % x.ndim
+    m = dict(zip(names, np.split(np.asarray(condition, np.float64), len(names), -1), strict=True))
+
+    def of_rank(part):
+        part = part.reshape(part.shape[:-1] + (1,) * (x.ndim - part.ndim) + part.shape[-1:])
+        return groups.xp.asarray(np.moveaxis(part, -1, axis), x.real.dtype)
+
+    d = x - groups.mean(x) if centered else x
+    v = groups.mean(d * d) + spec.epsilon
+    nothing = (groups.count == 0) | (v == 0)
+    xhat = groups.xp.where(nothing, 0.0, d / groups.xp.sqrt(groups.xp.where(nothing, 1.0, v)))
+    y = affine(xhat, params.scale, params.bias) * (of_rank(m["scale"]) + spec.modulation_offset)
+    return y + of_rank(m["shift"]) if "shift" in m else y
+
+
 def unit_length(x, params, groups, spec, **_):
     xp, epsilon = groups.xp, spec.epsilon
     square = groups.mean(x * x) * groups.count
