@@ -23,6 +23,7 @@ from jax.nn import initializers
 from .._core.arrays import sizes_along
 from .._core.checks import refuse_array
 from .._core.messages import shown
+from .._norms.base import Spec
 from . import flax_rules
 from .document import document_call
 from .flax_rules import Initializer, Shape
@@ -75,7 +76,7 @@ class Form:
 
     def width(self, layer, shape: Shape) -> tuple[tuple[int, ...], Shape]:
         """The feature axes of an x of this shape, and its sizes along them."""
-        axes = -1 if self.features is None else self.aliased(layer, self.features)
+        axes = self.first(layer).feature_axes() if self.features is None else self.aliased(layer, self.features)
         axes = flax_rules.canonical(layer, self.features or "axis", len(shape), axes)
         self.check(layer, shape, axes)
         return axes, sizes_along(shape, axes)
@@ -126,6 +127,8 @@ class Form:
             options["scale_offset"] = 0.0  # `flax_rules.cast` has added it
         if "dtype" in options:
             options["dtype"] = dtype
+        if initializing and isinstance(inner := options.get("inner"), Spec):
+            options["inner"] = dataclasses.replace(inner, **{k: v for k, v in _ALONE.items() if hasattr(inner, k)})
         self.settle(options)
         return _spec(self.spec, options)
 

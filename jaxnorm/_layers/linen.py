@@ -61,17 +61,17 @@ class Layer(nn.Module):
         layer: Any = self
         source, initializing = form.source(self), self.is_initializing()
         use_running_average = given.pop("use_running_average", None)
+        x = as_array(x)
+        axes, width = form.width(self, x.shape)
+        shapes, kept = derive.first_shapes(form.first(self), width)
         train: Any = None
-        if form.state:
+        if kept:
             frozen = getattr(source, "frozen", False)
             if not (frozen and use_running_average is None and layer.use_running_average is None):
                 use_running_average = nn.merge_param(
                     "use_running_average", layer.use_running_average, use_running_average
                 )
             train = False if frozen else flax_rules.training(use_running_average)
-        x = as_array(x)
-        axes, width = form.width(self, x.shape)
-        shapes, kept = derive.first_shapes(form.first(self), width)
         stored = {name: self._statistic(name, form, like, width) for name, like in kept.items()}
         state: Any = form.spec.State(**{name: v.value for name, v in stored.items()}) if stored else ()
         state = flax_rules.state_for(self, "batch_stats", state, x, axes) if stored else ()

@@ -5,12 +5,15 @@
 """
 
 from .ada_group import AdaGroupNorm, ada_group_norm
+from .ada_instance import AdaIN, ada_instance_norm
 from .ada_layer import AdaLayerNorm, AdaLayerNormZero, ada_layer_norm, ada_layer_norm_zero
 from .ada_layer_single import AdaLayerNormSingle, ada_layer_norm_single
 from .ada_rms import AdaRMSNorm, ada_rms_norm
 from .batch import BatchNorm, batch_norm
+from .conditional import ConditionalNorm, conditional_norm
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
+from .film import FiLM, film
 from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
 from .group import GroupNorm, group_norm
@@ -21,6 +24,7 @@ from .layer import LayerNorm, layer_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
 from .segment import SegmentNorm, segment_norm
+from .spade import SPADE, spade
 
 SPECS = {name: value for name, value in globals().items() if isinstance(value, type)}
 __all__ = sorted(name for name in globals() if name[0] != "_" and hasattr(globals()[name], "__module__"))  # pyright: ignore

@@ -88,8 +88,8 @@ def ada_rms_norm(
 
     >>> import jaxnorm as jn, numpy as np
     >>> y, gate = jn.ada_rms_norm(np.array([[[3., -3.]]]), np.array([[0., 1., 5., 0., 2., 2.]]), epsilon=0.)
-    >>> y.round(3).tolist(), gate.tolist()
-    ([[[6.0, -2.0]]], [[[2.0, 2.0]]])
+    >>> print(np.round(y, 3), gate)
+    [[[ 6. -2.]]] [[[2. 2.]]]
     """
     norm = "ada_rms_norm"
     check_cast(norm, cast)

@@ -124,7 +124,7 @@ class Spec:
         Raises:
           ValueError: an axis that is out of range for this shape, or a repeated one.
         """
-        return tuple(shape[a] for a in canonicalize_axes(type(self).__name__, len(shape), self._axes()))
+        return tuple(shape[a] for a in canonicalize_axes(type(self).__name__, len(shape), self.feature_axes()))
 
     @explained("init")
     def init(self, features: Features) -> tuple[Any, Any]:
@@ -136,7 +136,7 @@ class Spec:
         name, sizes = type(self).__name__, to_python(features)
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
-            at = self._axes()[-1] if self._axes() else -1
+            at = self.feature_axes()[-1] if self.feature_axes() else -1
             of_x = getattr(features, "shape", ())
             width = of_x[at] if -len(of_x) <= at < len(of_x) else 64
             raise ValueError(f"{name}.init: features must be ints >= 0, got {shown(features)}. Write init({width}).")
@@ -168,13 +168,14 @@ class Spec:
         given = as_params(name, params, self.Params)
         return type(self).function(x, *operands, *given, mask=mask, **self.options())
 
-    def _axes(self) -> tuple[int, ...]:
+    def feature_axes(self) -> tuple[int, ...]:
+        """The axes of x whose sizes the parameters have."""
         axis = getattr(self, "axis", -1)
         return axis if isinstance(axis, tuple) else (axis,)
 
     def _check_features(self, shape: tuple[int, ...]) -> None:
         """Raise if features have more axes than `axis` names, as x.shape has. Some norms allow `_spare_axes` more."""
-        axes = self._axes()
+        axes = self.feature_axes()
         if len(shape) > len(axes) + self._spare_axes:
             of_x = tuple(shape[a] for a in axes if -len(shape) <= a < len(shape))
             write = of_x[0] if len(of_x) == 1 else of_x

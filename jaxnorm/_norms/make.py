@@ -105,6 +105,8 @@ def _plain(name: str, value: Any) -> Any:
         return [_plain(name, v) for v in value]
     if type(value) in _POLICIES.values():
         return {"policy": type(value).__name__, **_changed(value)}
+    if isinstance(value, Spec):
+        return as_dict(value)
     raise TypeError(
         f"as_dict: {name}={shown(value)} is no plain value. Leave it out by dataclasses.replace(norm, {name}=None), "
         f"and write it where the spec is made: make(**config, {name}=...)."
@@ -116,4 +118,6 @@ def _made(value: Any) -> Any:
     if isinstance(value, dict) and value.get("policy") in _POLICIES:
         options = {name: _made(v) for name, v in value.items() if name != "policy"}
         return _POLICIES[value["policy"]](**options)
+    if isinstance(value, dict) and "norm" in value:
+        return make(**value)
     return value

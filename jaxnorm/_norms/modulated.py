@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -11,7 +12,7 @@ from jax.typing import ArrayLike
 
 from .._core.explain import explained
 from .._core.messages import shown
-from .._core.types import Features
+from .._core.types import Affine, Features, RunningStats
 from .._ops.activation import Activation, check_activation_name
 from .._ops.modulate import PARTS, dense, split_names
 from .base import Spec
@@ -103,3 +104,43 @@ class ModulatedSpec(Spec):
             return condition
         name = type(self).__name__
         return dense(name, condition, params.condition_kernel, params.condition_bias, self.condition_activation)
+
+
+@spec
+class NestedSpec(Spec):
+    """What norms share that modulate any other.
+
+    Args:
+      inner: the norm that is modulated, such as `jaxnorm.BatchNorm()`: a spec with a scale and a bias. None is
+        `jaxnorm.InstanceNorm(epsilon=1e-5)`. Its axis, statistics and state are those of this norm.
+    """
+
+    inner: Any = None
+
+    State: ClassVar[Any] = RunningStats
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        inner_of(type(self).__name__, self.inner)
+
+    def features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return inner_of(type(self).__name__, self.inner).features(shape)
+
+    def init_state(self, shape: tuple[int, ...]) -> Any:
+        return inner_of(type(self).__name__, self.inner).init_state(shape)
+
+    def feature_axes(self) -> tuple[int, ...]:
+        return inner_of(type(self).__name__, self.inner).feature_axes()
+
+
+def inner_of(name: str, inner: Any, **options: Any) -> Any:
+    """The norm that is modulated, with options of the norm around it where these are given."""
+    from . import SPECS  # which this file is imported for
+
+    norm = SPECS["InstanceNorm"](epsilon=1e-5) if inner is None else inner
+    if not isinstance(norm, Spec) or norm.Params is not Affine or norm.whole or norm.scale_offset:
+        raise TypeError(
+            f"{name}: inner must be a spec with a scale and a bias alone, and no scale_offset of its own; got "
+            f"{shown(norm)}. Write {name}(inner=jaxnorm.BatchNorm())."
+        )
+    return dataclasses.replace(norm, **{option: value for option, value in options.items() if value is not None})
