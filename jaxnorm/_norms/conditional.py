@@ -106,9 +106,10 @@ def conditional_norm(
 
     >>> import jaxnorm as jn, numpy as np
     >>> params = jn.Affine(np.array([[1.], [2.]]), np.array([[0.], [5.]]))
-    >>> y, state = jn.conditional_norm(np.array([[[1.], [3.]]]), np.array([1]), params)
-    >>> print(np.round(y[0, :, 0], 3), state)
-    [3. 7.] ()
+    >>> x, norm = np.array([[[1.], [3.]]]), jn.InstanceNorm(epsilon=0.)
+    >>> y, state = jn.conditional_norm(x, np.array([1]), params, inner=norm)
+    >>> y.tolist(), state
+    ([[[3.0], [7.0]]], ())
     """
     name = "conditional_norm"
     given = as_params(name, params)
