@@ -12,10 +12,18 @@ from ._core.types import Affine as Affine
 from ._core.types import Moments as Moments
 from ._core.types import Params
 from ._core.types import RunningStats as RunningStats
+from ._norms.ada_group import AdaGroupNorm as AdaGroupNorm
+from ._norms.ada_instance import AdaIN as AdaIN
+from ._norms.ada_layer import AdaLayerNorm as AdaLayerNorm
+from ._norms.ada_layer import AdaLayerNormZero as AdaLayerNormZero
+from ._norms.ada_layer_single import AdaLayerNormSingle as AdaLayerNormSingle
+from ._norms.ada_rms import AdaRMSNorm as AdaRMSNorm
 from ._norms.base import Norm as Norm
 from ._norms.batch import BatchNorm as BatchNorm
+from ._norms.conditional import ConditionalNorm as ConditionalNorm
 from ._norms.dynamic_erf import DynamicErf as DynamicErf
 from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
+from ._norms.film import FiLM as FiLM
 from ._norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from ._norms.gated import GatedRMSNorm as GatedRMSNorm
 from ._norms.group import GroupNorm as GroupNorm
@@ -27,7 +35,9 @@ from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
 from ._norms.rms import RMSNorm as RMSNorm
 from ._norms.segment import SegmentNorm as SegmentNorm
+from ._norms.spade import SPADE as SPADE
 from ._ops.activation import Activation
+from ._ops.modulate import modulation as modulation
 from ._ops.moments import merge as merge
 from ._ops.moments import merge_across as merge_across
 from ._ops.moments import moments as moments
@@ -43,6 +53,115 @@ S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
 
 __version__: str
 
+def ada_group_norm(
+    x: ArrayLike,
+    modulation: Any,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    num_groups: int | None = ...,
+    group_size: int | None = ...,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    parts: str = ...,
+    modulation_offset: float = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
+def ada_instance_norm(
+    x: ArrayLike,
+    style: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+    style_mask: ArrayLike | None = ...,
+) -> Array: ...
+def ada_layer_norm(
+    x: ArrayLike,
+    modulation: Any,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    parts: str = ...,
+    modulation_offset: float = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
+def ada_layer_norm_single(
+    x: ArrayLike,
+    modulation: ArrayLike,
+    table: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    parts: str = ...,
+    modulation_offset: float = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
+def ada_layer_norm_zero(
+    x: ArrayLike,
+    modulation: Any,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    parts: str = ...,
+    modulation_offset: float = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
+def ada_rms_norm(
+    x: ArrayLike,
+    modulation: Any,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    cast: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    parts: str = ...,
+    modulation_offset: float = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
 def add_layer_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -106,6 +225,21 @@ def batch_norm(
     update_stats: bool = ...,
 ) -> tuple[Array, S]: ...
 def catalogue() -> dict[str, Any]: ...
+def conditional_norm(
+    x: ArrayLike,
+    labels: ArrayLike,
+    params: Params,
+    state: Any = ...,
+    *,
+    num_classes: int | None = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    inner: Any = ...,
+    train: Any = ...,
+    mask: ArrayLike | None = ...,
+) -> tuple[Array, Any]: ...
 def dynamic_erf(
     x: ArrayLike,
     alpha: ArrayLike,
@@ -133,6 +267,21 @@ def dynamic_tanh(
     implementation: str | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def film(
+    x: ArrayLike,
+    modulation: Any,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    parts: str = ...,
+    modulation_offset: float = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
 def filter_response_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,
@@ -288,3 +437,19 @@ def segment_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def spade(
+    x: ArrayLike,
+    modulation: Any,
+    params: Any = ...,
+    state: Any = ...,
+    *,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    inner: Any = ...,
+    parts: str = ...,
+    modulation_offset: float = ...,
+    train: Any = ...,
+    mask: ArrayLike | None = ...,
+) -> tuple[Array, Any]: ...

@@ -132,6 +132,241 @@ zeros: TypeAlias = Any
 
 _Function: TypeAlias = Callable[..., Any]
 
+class AdaGroupNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        parts: str = ...,
+        modulation_offset: float = ...,
+        condition_features: int | None = ...,
+        condition_activation: str | Callable[..., Array] | None = ...,
+        use_bias: bool = ...,
+        use_condition_bias: bool = ...,
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        condition_kernel_init: _Function | None = ...,
+        condition_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        condition_kernel: ArrayLike | None = ...,
+        condition_bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
+class AdaIN(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        style: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        style_mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
+class AdaLayerNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        parts: str = ...,
+        modulation_offset: float = ...,
+        condition_features: int | None = ...,
+        condition_activation: str | Callable[..., Array] | None = ...,
+        use_bias: bool = ...,
+        use_condition_bias: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        condition_kernel_init: _Function | None = ...,
+        condition_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        condition_kernel: ArrayLike | None = ...,
+        condition_bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
+class AdaLayerNormSingle(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        parts: str = ...,
+        modulation_offset: float = ...,
+        condition_features: int | None = ...,
+        condition_activation: str | Callable[..., Array] | None = ...,
+        use_bias: bool = ...,
+        use_condition_bias: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        table_init: _Function | None = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        condition_kernel_init: _Function | None = ...,
+        condition_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        table: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        condition_kernel: ArrayLike | None = ...,
+        condition_bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
+class AdaLayerNormZero(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        parts: str = ...,
+        modulation_offset: float = ...,
+        condition_features: int | None = ...,
+        condition_activation: str | Callable[..., Array] | None = ...,
+        use_bias: bool = ...,
+        use_condition_bias: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        condition_kernel_init: _Function | None = ...,
+        condition_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        condition_kernel: ArrayLike | None = ...,
+        condition_bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
+class AdaRMSNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        parts: str = ...,
+        modulation_offset: float = ...,
+        condition_features: int | None = ...,
+        condition_activation: str | Callable[..., Array] | None = ...,
+        use_bias: bool = ...,
+        use_condition_bias: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        cast: str = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        condition_kernel_init: _Function | None = ...,
+        condition_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        condition_kernel: ArrayLike | None = ...,
+        condition_bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
 class AddLayerNorm(_flax.Module):
     def __init__(
         self,
@@ -243,6 +478,39 @@ class BatchNorm(_flax.BatchNorm):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class ConditionalNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        inner: Any = ...,
+        use_bias: bool = ...,
+        num_classes: int | None = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        labels: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class DynamicErf(_flax.Module):
     def __init__(
         self,
@@ -303,6 +571,43 @@ class DynamicTanh(_flax.Module):
         alpha: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
+class FiLM(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        parts: str = ...,
+        modulation_offset: float = ...,
+        condition_features: int | None = ...,
+        condition_activation: str | Callable[..., Array] | None = ...,
+        use_bias: bool = ...,
+        use_condition_bias: bool = ...,
+        axis: int = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        condition_kernel_init: _Function | None = ...,
+        condition_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        condition_kernel: ArrayLike | None = ...,
+        condition_bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class FilterResponseNorm(_flax.Module):
@@ -543,6 +848,47 @@ class RMSNorm(_flax.RMSNorm):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
+class SPADE(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        inner: Any = ...,
+        parts: str = ...,
+        modulation_offset: float = ...,
+        condition_features: int | None = ...,
+        condition_activation: str | Callable[..., Array] | None = ...,
+        use_bias: bool = ...,
+        use_condition_bias: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        condition_kernel_init: _Function | None = ...,
+        condition_bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        condition: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        condition_kernel: ArrayLike | None = ...,
+        condition_bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class SegmentNorm(_flax.Module):

@@ -46,7 +46,9 @@ class Row:
     @property
     def centered(self) -> bool:
         """Whether the mean is taken out, so that a constant becomes the bias."""
-        return self.oracle is oracle.standardize or (self.oracle is oracle.modulated and "RMS" not in type(self.spec).__name__)
+        if self.oracle is oracle.modulated:
+            return not isinstance(self.spec, (jn.AdaRMSNorm, jn.FiLM))
+        return self.oracle in (oracle.standardize, oracle.like_style)
 
     @property
     def batch(self) -> bool:
@@ -228,6 +230,13 @@ ROWS = [
         **modulated(1, -1, True, **UNCENTERED, test_only_x_is_saved_at_full_size="the modulation of each token is of x's size")),
     Row("ada-group-nchw", jn.AdaGroupNorm(num_groups=3, axis=1, parts="shift scale"), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4),
         **modulated(2, 1)),
+    Row("film", jn.FiLM(use_scale=True, axis=1, activation="tanh"), _planes, (1, 12, 1, 1), None, (12,),
+        **modulated(2, 1, **UNCENTERED, **{NOT_NATIVE: "XLA fuses elementwise functions"})),
+    Row("ada-instance", jn.AdaIN(), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c), oracle=oracle.like_style, exempt=PER_SAMPLE,
+        operands=lambda shape: {"style": np.random.default_rng(7).normal(size=(*shape[:1], 7, *shape[-1:])).astype(np.float32) + 2}),
+    Row("spade", jn.SPADE(inner=jn.GroupNorm(num_groups=3)), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4),
+        **modulated(2, -1, True, test_only_x_is_saved_at_full_size="the modulation of each pixel is of x's size",
+        **{NOT_NATIVE: "without transposing"}, test_shifting_and_scaling_x_changes_nothing="epsilon is the inner norm's")),
     Row("dynamic-erf", jn.DynamicErf(), _tokens, (1, 1, 40), None, (40,), **squash | dict(oracle=oracle.dynamic_erf)),
     Row("group-nhwc", jn.GroupNorm(num_groups=3), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4), (12,)),
     Row("group-nchw", jn.GroupNorm(num_groups=3, axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4), (12,)),

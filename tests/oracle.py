@@ -118,19 +118,32 @@ def root_mean_square(x, params, groups, spec, **_):
 
 def modulated(x, params, groups, spec, condition):
     """(norm(x) scale + bias) (m.scale + offset) + m.shift; the parts lie one after the other on the condition's axis."""
-    centered = "RMS" not in type(spec).__name__
-    names, axis = spec.parts.split(), spec.axis % x.ndim
+    names = spec.parts.split()
     m = dict(zip(names, np.split(np.asarray(condition, np.float64), len(names), -1), strict=True))
+    return _modulated(x, params, groups, spec, m, spec.modulation_offset)
+
+
+def like_style(x, params, groups, spec, style):
+    axes = tuple(a for a in range(1, style.ndim) if a != spec.axis % style.ndim)
+    style = np.asarray(style, np.float64)
+    m = {"scale": np.sqrt(style.var(axes) + spec.epsilon), "shift": style.mean(axes)}
+    return _modulated(x, params, groups, spec, m, 0.0)
+
+
+def _modulated(x, params, groups, spec, m, offset):
+    xp, name, inner = groups.xp, type(spec).__name__, getattr(spec, "inner", spec)
 
     def of_rank(part):
         part = part.reshape(part.shape[:-1] + (1,) * (x.ndim - part.ndim) + part.shape[-1:])
-        return groups.xp.asarray(np.moveaxis(part, -1, axis), x.real.dtype)
+        return xp.asarray(np.moveaxis(part, -1, inner.axis % x.ndim), x.real.dtype)
 
-    d = x - groups.mean(x) if centered else x
-    v = groups.mean(d * d) + spec.epsilon
-    nothing = (groups.count == 0) | (v == 0)
-    xhat = groups.xp.where(nothing, 0.0, d / groups.xp.sqrt(groups.xp.where(nothing, 1.0, v)))
-    y = affine(xhat, params.scale, params.bias) * (of_rank(m["scale"]) + spec.modulation_offset)
+    xhat = x
+    if name != "FiLM":
+        d = x if "RMS" in name else x - groups.mean(x)
+        v = groups.mean(d * d) + inner.epsilon
+        nothing = (groups.count == 0) | (v == 0)
+        xhat = xp.where(nothing, 0.0, d / xp.sqrt(xp.where(nothing, 1.0, v)))
+    y = affine(xhat, params.scale, params.bias) * (of_rank(m["scale"]) + offset)
     return y + of_rank(m["shift"]) if "shift" in m else y
 
 

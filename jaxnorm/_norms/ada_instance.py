@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import canonicalize_epsilon
+from .._core.dtypes import accumulator, widest
 from .._core.explain import explained
 from .._core.types import Params
 from .._ops.modulate import modulated
@@ -112,6 +113,8 @@ def ada_instance_norm(
             f"{style.shape}. Write style of shape {(x.shape[0], 'H', 'W', x.shape[channel])}."
         )
     axes = tuple(a for a in range(1, style.ndim) if a != of_style)
+    if accumulator(style) != (wide := widest(accumulator(style), accumulator(x))):
+        style = style.astype(wide)
     m = moments(style, axes, mask=style_mask)
     var = m.var + epsilon
     still = var == 0.0  # where the root has no derivative
