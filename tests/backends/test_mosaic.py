@@ -52,7 +52,7 @@ def kernels(request, monkeypatch):
     states = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
     whole = mosaic_gpu._plan
     # Every thread of the interpreter is one of Python's: two blocks of two teams, which walk over several rows each.
-    monkeypatch.setattr(mosaic_gpu, "_plan", lambda *args: whole(*args)._replace(blocks=2, teams=2))
+    monkeypatch.setattr(mosaic_gpu, "_plan", lambda *args, **how: whole(*args, **how)._replace(blocks=2, teams=2))
     how = params.InterpretGPUParams(detect_races=True)
     return SimpleNamespace(
         forward=functools.partial(mosaic_gpu.forward, interpret=how),
@@ -106,6 +106,35 @@ def test_a_row_has_the_same_bits_in_every_batch(kernels, rng):
 
     for whole, one in zip(of(slice(0, 3)), of(slice(2, 3)), strict=True):
         np.testing.assert_array_equal(whole[2:], one)
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype", "centered", "stream"), [
+    (5, 256, jnp.bfloat16, True, None), (3, 128, jnp.float32, False, jnp.float32),
+])  # fmt: skip
+def test_each_example_may_have_a_scale_and_a_bias_of_its_own(kernels, rows, columns, dtype, centered, stream, rng):
+    """The bits of each example are those of the kernel with its scale and bias alone, and so are its gradients' sums."""
+    examples, how = 2, Job(columns, 1e-6, centered, False, UNIT)
+    draw = lambda *shape, dtype=jnp.float32: jnp.asarray(rng.normal(1, 2, shape), dtype)
+    x, g = (draw(examples * rows, columns, dtype=dtype) for _ in range(2))
+    residual, g_stream = (None if stream is None else draw(*x.shape, dtype=stream) for _ in range(2))
+    scale, bias = (draw(examples, columns) for _ in range(2))
+
+    def run(how, part, scale, bias):
+        at = lambda a: None if a is None else a[part]
+        y, *statistics = kernels.forward(how, dtype, x[part], scale, bias, at(residual))
+        statistics, new = statistics[:3], statistics[3] if stream is not None else x[part]
+        return new, y, *kernels.backward(how, (True, True), new, *statistics, scale, g[part], at(g_stream))
+
+    *whole, dscale, dbias = run(how._replace(examples=examples), slice(None), scale, bias)
+    assert dscale.shape == dbias.shape == (examples, columns)
+    assert not kernels.races()
+    for e in range(examples):
+        part = slice(e * rows, (e + 1) * rows)
+        *alone, of_scale, of_bias = run(how, part, scale[e], bias[e])
+        for a, b in zip(whole, alone, strict=True):
+            np.testing.assert_array_equal(a[part], b)
+        np.testing.assert_allclose(dscale[e], of_scale, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(dbias[e], of_bias, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -252,6 +281,18 @@ def test_a_refusal_has_a_reason():
 
 
 @pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
+def test_a_modulated_norm_runs_one_kernel_each_way_if_it_is_named(backend, platform, target):
+    """A scale and a shift for each example, and their gradients; those of each token are of x's size, and XLA's."""
+    x, c = jax.ShapeDtypeStruct((6, 10, 256), jnp.bfloat16), jax.ShapeDtypeStruct((6, 512), jnp.float32)
+    lower = lambda f: jax.jit(f).trace(x, c, x).lower(lowering_platforms=(platform,)).as_text().count(target)
+    assert lower(both_passes(jn.ada_layer_norm, backend)) == 2
+    assert lower(both_passes(functools.partial(jn.ada_rms_norm, parts="scale shift"), backend)) == 2
+    assert ON_GPU or lower(both_passes(jn.ada_layer_norm, None)) == 0  # not measured: not a default
+    with pytest.raises(ValueError, match="for rows, the last axes of x with parameters along them or for each example"):
+        jn.ada_layer_norm(jnp.ones((6, 10, 256)), jnp.ones((6, 10, 512)), implementation=backend)
+
+
+@pytest.mark.parametrize(("backend", "platform", "target"), BACKENDS)
 def test_vmap_adds_rows_to_one_kernel(backend, platform, target):
     x = jax.ShapeDtypeStruct((5, 8, 256), jnp.bfloat16)
     norm = jax.vmap(functools.partial(jn.layer_norm, implementation=backend))
@@ -294,10 +335,13 @@ def test_jit_over_devices_does_not_split_tpu_kernels():
 
 
 def test_rows_must_be_the_last_axes():
-    assert rows_of((4, 1, 8), (2,), frozenset({2})) == (4, 8)
-    assert rows_of((4, 8, 1), (1,), frozenset()) == (4, 8)
+    assert rows_of((4, 1, 8), (2,), frozenset({2})) == (4, 8, 1, 0)
+    assert rows_of((4, 8, 1), (1,), frozenset()) == (4, 8, 1, 0)
     assert rows_of((4, 8, 2), (1,), frozenset()) is None
-    assert rows_of((4, 8), (1,), frozenset({0})) is None  # a scale for each example
+    assert rows_of((4, 2, 3, 8), (3,), frozenset({0, 3})) == (24, 8, 4, 1)  # a scale for each example
+    assert rows_of((4, 2, 3, 8), (2, 3), frozenset({0})) == (8, 24, 4, 1)
+    assert rows_of((4, 2, 3, 8), (3,), frozenset({1, 3})) is None  # examples that are not rows one after the other
+    assert rows_of((4, 8), (1,), frozenset({0})) is None  # a scale for each row
 
 
 @pytest.mark.skipif(bool(compiled.missing("cuda")), reason="needs jax[cuda13]")

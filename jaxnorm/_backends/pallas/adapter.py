@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ..._core.dtypes import accumulator
 from ..call import BACKWARD_OF_SUM, FORWARD_OF_SUM, Call
 from ..protocol import Request, Support, only_plain
-from .rows import Job, rows_of
+from .rows import Job, Rows, rows_of
 
 Array = jax.Array
 
@@ -77,9 +77,10 @@ class Mosaic:
         shape = rows_of(x.shape, axes, request.varying)
         if shape is None:
             return Support.no(
-                f"its kernels are for rows, the last axes of x with parameters along them, not {axes} of {x.shape}"
+                f"its kernels are for rows, the last axes of x with parameters along them or for each example, not {axes} "
+                f"of {x.shape}"
             )
-        reason = _kernels(self.name).unsupported_reason(shape, x.dtype, request.dtype)
+        reason = _kernels(self.name).unsupported_reason(shape[:2], x.dtype, request.dtype)
         return Support.yes() if reason is None else Support.no(reason)
 
     def runs(self, call: Call, operands, by_default: bool) -> bool:
@@ -87,15 +88,16 @@ class Mosaic:
         if not (by_default or named) or isinstance(_loaded(self.name), str):
             return False
         shape, kernels = rows_of(x.shape, plan.reduction.axes, call.varying(operands)), _kernels(self.name)
-        if shape is None or not (named or kernels.is_profitable(shape[1], plan)):
+        measured = shape is not None and shape.examples == 1 and kernels.is_profitable(shape.columns, plan)
+        if shape is None or not (named or measured):
             return False
-        return kernels.unsupported_reason(shape, plan.dtype, *(a.dtype for a in operands if a.shape == x.shape)) is None
+        return kernels.unsupported_reason(shape[:2], plan.dtype, *(a.dtype for a in operands if a.shape == x.shape)) is None
 
     def forward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
         """y and the statistics, of rows that are whole on this device, and the new stream where there is a residual."""
         x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
-        job, shape = _static(call, operands)
-        along = functools.partial(_along, x, call.plan.reduction.axes)
+        job, rows = _static(call, operands)
+        shape, along = rows[:2], functools.partial(_along, x, call.plan.reduction.axes, rows)
         residual = None if residual is None else residual.reshape(shape)
         y, mean_hi, mean_lo, m2, *new = _kernels(self.name).forward(
             job, call.plan.dtype, x.reshape(shape), along(scale), along(bias), residual
@@ -110,30 +112,36 @@ class Mosaic:
     def backward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
         """dx, with the cotangent of a stream added where there is one, and those gradients of scale and bias wanted."""
         x, *statistics, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
-        job, shape = _static(call, operands)
-        scale = _along(x, call.plan.reduction.axes, scale)
+        job, rows = _static(call, operands)
+        shape, scale = rows[:2], _along(x, call.plan.reduction.axes, rows, scale)
         statistics = (s.reshape(shape[0]) for s in statistics)
         grad_shapes = tuple(s is not None for s in call.grad_shapes)
         g_stream = None if g_stream is None else g_stream.reshape(shape)
         dx, *gradients = _kernels(self.name).backward(
             job, grad_shapes, x.reshape(shape), *statistics, scale, g.reshape(shape), g_stream
         )
-        full = tuple(n if a in call.plan.reduction.axes else 1 for a, n in enumerate(x.shape))
+        full = _full(x, call.plan.reduction.axes, rows)
         summed = lambda d, shape: d.reshape(full).sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
         return dx.reshape(x.shape), *map(summed, gradients, [s for s in call.grad_shapes if s is not None])
 
 
-def _static(call: Call, operands) -> tuple[Job, tuple[int, int]]:
+def _static(call: Call, operands) -> tuple[Job, Rows]:
     plan, reduction = call.plan, call.plan.reduction
-    shape = rows_of(operands[0].shape, reduction.axes, call.varying(operands))
-    assert shape is not None  # a part of x is of rows as x is
+    rows = rows_of(operands[0].shape, reduction.axes, call.varying(operands))
+    assert rows is not None  # a part of x is of rows as x is
     prescales = reduction.prescale, reduction.large_prescale
-    return Job(shape[1], plan.epsilon, reduction.centered, plan.cast_before_scale, *prescales), shape
+    how = rows.columns, plan.epsilon, reduction.centered, plan.cast_before_scale
+    return Job(*how, *prescales, rows.examples), rows
 
 
-def _along(x: Array, axes, p: Array | None) -> Array | None:
-    """A scale or bias for every column."""
+def _full(x: Array, axes, rows: Rows) -> tuple[int, ...]:
+    """The shape of a scale or bias for every column, and every example where they have their own."""
+    return tuple(n if a in axes or a < rows.leading else 1 for a, n in enumerate(x.shape))
+
+
+def _along(x: Array, axes, rows: Rows, p: Array | None) -> Array | None:
+    """A scale or bias for every column: (D,), or (examples, D)."""
     if p is None:
         return None
-    full = tuple(n if a in axes else 1 for a, n in enumerate(x.shape))
-    return jnp.broadcast_to(p.astype(accumulator(x)), full).reshape(-1)
+    spread = jnp.broadcast_to(p.astype(accumulator(x)), _full(x, axes, rows))
+    return spread.reshape(-1) if rows.examples == 1 else spread.reshape(rows.examples, rows.columns)

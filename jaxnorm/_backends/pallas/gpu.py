@@ -6,7 +6,8 @@ A team of 128 threads (a warpgroup) takes a row: its copy to shared memory is un
 work, its sums are made in registers, and it goes back to memory once. A block of teams stays on its multiprocessor and
 walks over the rows, so that scale and bias, or the sums for their gradients, stay in registers all the while.
 
-Legend: x is (R, D); a row lies as (4, D / 4), a quarter for each warp; statistics are (R,), scale and bias (D,).
+Legend: x is (R, D); a row lies as (4, D / 4), a quarter for each warp; statistics are (R,), scale and bias (D,). Where E
+examples have a scale and a bias each, (E, D), a block walks over the rows of one example.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _PARAMS = plgpu.CompilerParams(reduction_scratch_bytes=0, lowering_semantics=plg
 class _Plan(NamedTuple):
     """How a kernel is cut."""
 
-    blocks: int
+    blocks: int  # of an example
     teams: int  # of a block
     stages: int  # rows of a team that are at work or on their way
     vector: int  # neighbouring elements that a thread takes
@@ -57,14 +58,23 @@ class _Plan(NamedTuple):
         return 32 * self.vector
 
 
-def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0) -> _Plan:
+def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0, examples: int = 1) -> _Plan:
     """A plan for rows that each bring this many bytes, with `fixed` bytes of shared memory besides."""
     teams = 8 if columns <= 1024 else 4 if columns <= 4096 else 2  # as registers allow
     stages = lambda teams: max(2, min(_BARRIERS // teams, 1 + _IN_FLIGHT // (teams * bytes_of_a_row)))
     while teams > 1 and teams * stages(teams) * bytes_of_a_row + fixed > _SHARED:
         teams //= 2
     vector = next(v for v in (4, 2, 1) if columns % (_THREADS * v) == 0)  # of 16 bytes at most in float32
-    return _Plan(min(_blocks(), -(-rows // teams)), teams, stages(teams), vector)
+    most = min(_blocks(), -(-rows // (examples * teams)))
+    return _Plan(_least_work(rows // examples, teams, examples, most), teams, stages(teams), vector)
+
+
+@functools.lru_cache
+def _least_work(rows: int, teams: int, examples: int, most: int) -> int:
+    """Blocks of an example. Those of all examples run in waves, one on each multiprocessor, which takes a row to start."""
+    waves = lambda blocks: -(-examples * blocks // _blocks())
+    time = lambda blocks: waves(blocks) * (1 + -(-rows // (blocks * teams)))
+    return most if examples == 1 else min(range(1, most + 1), key=time)
 
 
 def _device() -> Any:
@@ -136,12 +146,16 @@ def is_profitable(columns: int, plan: Plan) -> bool:
 class _Team:
     """What one team does and knows inside a kernel: its rows, as they arrive, and sums over them."""
 
-    def __init__(self, plan: _Plan, rows: int, columns: int, arrays, rings, arrived, partial, interpret):
+    def __init__(self, job: Job, plan: _Plan, rows: int, columns: int, arrays, rings, arrived, partial, interpret):
         self.plan, self.columns, self.interpret = plan, columns, interpret
         self._arrays, self._rings, self._arrived, self._partial = arrays, rings, arrived, partial
         self.block, self.team = lax.axis_index("block"), lax.axis_index("team")
-        self._first, self._step = self.block * plan.teams + self.team, plan.blocks * plan.teams
-        self.rows = (rows - self._first + self._step - 1) // self._step
+        self.example = None if job.examples == 1 else self.block // plan.blocks
+        start = self.block if self.example is None else lax.rem(self.block, plan.blocks)
+        self._first, self._step = start * plan.teams + self.team, plan.blocks * plan.teams
+        self.rows = (rows // job.examples - self._first + self._step - 1) // self._step
+        if self.example is not None:
+            self._first += self.example * (rows // job.examples)
         self.chunks = [
             slice(c * plan.columns, (c + 1) * plan.columns) for c in range(columns // (_WARPS * plan.columns))
         ]
@@ -189,6 +203,8 @@ class _Team:
         return ref[index] if self.interpret else _load(ref, index, layout=self._layout)
 
     def of_memory(self, ref, chunk: slice):
+        """A part of a scale or bias, that of this team's example."""
+        ref = ref if self.example is None else ref.at[self.example]
         index = (slice(None), chunk)
         return ref[index] if self.interpret else _load(ref, index, layout=self._layout, optimized=False)
 
@@ -206,14 +222,15 @@ class _Team:
 
 
 def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = None):
-    """y of x (R, D), and the statistics mean_hi, mean_lo and m2 (R,) in float32. Scale and bias are (D,) in float32.
+    """y of x (R, D), and the statistics mean_hi, mean_lo and m2 (R,) in float32. Scale and bias are (D,) in float32, or
+    (E, D) for `job.examples`.
 
     With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
     """
     rows, columns = x.shape
     arriving = [x] if residual is None else [x, residual]
     sums = residual is not None
-    plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving))
+    plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving), examples=job.examples)
     given = [p for p in (scale, bias) if p is not None]
 
     def stream(x, residual=None):
@@ -226,7 +243,7 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
         y_ref, mean_hi_ref, mean_lo_ref, m2_ref, *refs = refs
         new_refs, refs = refs[:sums], refs[sums:]
         rings, partial, arrived = refs[: 1 + sums], refs[1 + sums], refs[2 + sums :]
-        team = _Team(plan, rows, columns, arrays, rings, arrived, partial, interpret)
+        team = _Team(job, plan, rows, columns, arrays, rings, arrived, partial, interpret)
         held = iter([[team.of_memory(ref, chunk) for chunk in team.chunks] for ref in parameters])
         scales = None if scale is None else next(held)
         biases = None if bias is None else next(held)
@@ -261,7 +278,7 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
     shape = _quartered(x).shape
     results = [result_without_vma(shape, dtype), *[result_without_vma((rows,), jnp.float32)] * 3]
     results += [result_without_vma(shape, a.dtype) for a in arriving[1:]]
-    run = _kernel(kernel, plan, arriving, 2 + len(job.prescales), interpret, results)
+    run = _kernel(kernel, job, plan, arriving, 2 + len(job.prescales), interpret, results)
     y, mean_hi, mean_lo, m2, *new = run(*map(_quartered, arriving), *map(_quartered, given))
     return y.reshape(x.shape), mean_hi, mean_lo, m2, *(a.reshape(x.shape) for a in new)
 
@@ -269,7 +286,7 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
 def backward(
     job: Job, grad_shapes: tuple[bool, bool], x, mean_hi, mean_lo, m2, scale, g, g_stream=None, interpret: Any = None
 ):
-    """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
+    """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) or (E, D) in float32.
 
     dx = r (h - mean(h) - xhat mean(h xhat)) + g_stream, h = g scale. Blocks leave their sums for scale and bias in a
     row each.
@@ -277,7 +294,7 @@ def backward(
     rows, columns = x.shape
     arriving = [x, g] if g_stream is None else [x, g, g_stream]
     n = len(arriving)
-    plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving), columns * 4)
+    plan = _plan(rows, columns, columns * sum(a.dtype.itemsize for a in arriving), columns * 4, job.examples)
     given = [] if scale is None else [_quartered(scale)]
     count = sum(grad_shapes)
 
@@ -286,7 +303,7 @@ def backward(
         scale_ref, refs = (refs[0], refs[1:]) if given else (None, refs)
         dx_ref, (sums_refs, refs) = refs[0], (refs[1 : 1 + count], refs[1 + count :])
         rings, partial, arrived, (together, shared) = refs[:n], refs[n], refs[n + 1 : -2], refs[-2:]
-        team = _Team(plan, rows, columns, arrays, rings, arrived, partial, interpret)
+        team = _Team(job, plan, rows, columns, arrays, rings, arrived, partial, interpret)
         if given:
 
             @pl.when(team.team == 0)
@@ -330,11 +347,13 @@ def backward(
             _sum_over_teams(team, together, shared, totals, sums_ref)
 
     shapes = [result_without_vma(_quartered(x).shape, x.dtype)]
-    shapes += [result_without_vma((plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
+    shapes += [result_without_vma((job.examples * plan.blocks, _WARPS, columns // _WARPS), jnp.float32)] * count
     more = [plgpu.Barrier(num_arrivals=plan.teams), plgpu.SMEM((_WARPS, columns // _WARPS), jnp.float32)]
-    run = _kernel(kernel, plan, arriving, 2, interpret, shapes, more)
+    run = _kernel(kernel, job, plan, arriving, 2, interpret, shapes, more)
     dx, *sums = run(*map(_quartered, arriving), mean_hi, mean_lo, m2, *given)
-    return dx.reshape(x.shape), *(s.sum(0).reshape(columns) for s in sums)
+    if job.examples == 1:
+        return dx.reshape(x.shape), *(s.sum(0).reshape(columns) for s in sums)
+    return dx.reshape(x.shape), *(s.reshape(job.examples, plan.blocks, columns).sum(1) for s in sums)
 
 
 def _all_teams(barrier):
@@ -359,13 +378,13 @@ def _sum_over_teams(team: _Team, together, block_sums, totals, out_ref):
         _all_teams(together)
 
 
-def _kernel(body, plan: _Plan, arriving, sums: int, interpret, out_type, more=()):
+def _kernel(body, job: Job, plan: _Plan, arriving, sums: int, interpret, out_type, more=()):
     rings = [plgpu.SMEM((plan.teams * plan.stages, *_quartered(a).shape[1:]), a.dtype) for a in arriving]
     partial = plgpu.SMEM((plan.teams, 2 * sums, _WARPS), jnp.float32)
     arrived = [plgpu.Barrier(num_barriers=plan.teams * plan.stages) for _ in arriving]
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=[*rings, partial, *arrived, *more],
-        grid=(plan.blocks,), grid_names=("block",), num_threads=plan.teams, thread_name="team", interpret=interpret,
+        grid=(job.examples * plan.blocks,), grid_names=("block",), num_threads=plan.teams, thread_name="team", interpret=interpret,
         compiler_params=_PARAMS,
     )  # fmt: skip
 

@@ -24,26 +24,42 @@ class Job(NamedTuple):
     cast_before_scale: bool  # xhat to the dtype of y before scale
     prescale: float  # squares are those of prescale * x, as in `Reduction`
     large_prescale: float | None = None  # as in `Reduction`: then m2 is the root of the sum
+    examples: int = 1  # that have a scale and a bias each: those of as many rows, one after the other
 
     @property
     def prescales(self) -> tuple[float, ...]:
         return (self.prescale,) if self.large_prescale is None else (self.prescale, self.large_prescale)
 
 
-def rows_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[int]) -> tuple[int, int] | None:
-    """(rows, columns) where the reduced axes are the last ones and parameters lie along them alone; None elsewhere.
+class Rows(NamedTuple):
+    """An array as rows. Those of an example share a scale and a bias."""
+
+    rows: int
+    columns: int
+    examples: int = 1
+    leading: int = 0  # how many leading axes tell examples apart
+
+
+def rows_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[int]) -> Rows | None:
+    """x as rows where the reduced axes are the last ones, with parameters along them, or for each example; else None.
 
     >>> rows_of((8, 128, 4, 64), (2, 3), frozenset({3}))
-    (1024, 256)
+    Rows(rows=1024, columns=256, examples=1, leading=0)
+    >>> rows_of((8, 128, 256), (2,), frozenset({0, 2}))
+    Rows(rows=1024, columns=256, examples=8, leading=1)
     """
     if not are_static(*shape):
         return None
     long = [a for a, n in enumerate(shape) if n != 1]
     reduced = [a for a in long if a in axes]
-    if reduced != long[len(long) - len(reduced) :] or not varying <= set(reduced):
+    if reduced != long[len(long) - len(reduced) :]:
         return None
-    columns = math.prod(shape[a] for a in reduced)
-    return math.prod(shape) // max(columns, 1), columns
+    others, own = long[: len(long) - len(reduced)], sorted(varying - {*reduced})
+    if own != others[: len(own)] or (own and len(own) == len(others)):  # of every row: parameters of x's size
+        return None
+    leading = own[-1] + 1 if own else 0
+    columns, examples = math.prod(shape[a] for a in reduced), math.prod(shape[:leading])
+    return Rows(math.prod(shape) // max(columns, 1), columns, examples, leading)
 
 
 def rsqrt(job: Job, m2: Array) -> Array:

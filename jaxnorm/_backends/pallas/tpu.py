@@ -6,7 +6,8 @@ A block of rows is in VMEM while its neighbours are on their way; inside it, gro
 done one after the other. Statistics leave and arrive along lanes, (8, R), three of the eight rows in use: a column of
 them would be padded to 128 lanes in memory.
 
-Legend: x is (R, D); statistics are (R,), scale and bias (D,).
+Legend: x is (R, D); statistics are (R,), scale and bias (D,). Where E examples have a scale and a bias each, (E, D), x is
+seen as (E, R / E, D), and a block is of one example.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class _Plan(NamedTuple):
     limit: int  # bytes of VMEM asked for
 
 
-def _plan(rows: int, columns: int, more: int = 0) -> _Plan:
-    """A plan for this many arrays more than a norm alone has."""
+def _plan(rows: int, columns: int, more: int = 0, examples: int = 1) -> _Plan:
+    """A plan for rows of an example, and for this many arrays more than a norm alone has."""
     vmem, copies = _vmem(), _COPIES + 2 * more
     block = min(_BLOCK, vmem // copies)
     taken = max(_LANES, block // (4 * columns) // _LANES * _LANES)
+    if examples > 1:  # each starts a block of its own
+        taken = min(taken, -(-rows // _LANES) * _LANES)
     return _Plan(taken, min(vmem, max(_SMALLEST_VMEM, copies * 4 * columns * taken)))
 
 
@@ -75,14 +78,15 @@ def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
 
 
 def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = None, interpret: Any = False):
-    """y of x (R, D), and the statistics mean_hi, mean_lo and m2 (R,) in float32. Scale and bias are (D,) in float32.
+    """y of x (R, D), and the statistics mean_hi, mean_lo and m2 (R,) in float32. Scale and bias are (D,) in float32, or
+    (E, D) for `job.examples`.
 
     With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
     """
     arriving = [x] if residual is None else [x, residual]
-    sums, (rows, columns) = residual is not None, x.shape
-    plan = _plan(rows, columns, 2 * sums)
-    given = [p.reshape(1, columns) for p in (scale, bias) if p is not None]
+    sums, see = residual is not None, _View(*x.shape, job.examples)
+    plan, columns = _plan(see.rows, see.columns, 2 * sums, see.examples), see.columns
+    given = [see.params(p) for p in (scale, bias) if p is not None]
 
     def kernel(*refs):
         (x_ref, *residual_ref), refs = refs[: 1 + sums], refs[1 + sums :]
@@ -113,19 +117,23 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
             lanes = slice(k * _LANES, (k + 1) * _LANES)
             stats_ref[:, lanes] = stats[lanes, :].T[:8]
 
-    new = [result_without_vma(x.shape, a.dtype) for a in arriving[1:]]
+    new = [result_without_vma(see.all.shape, a.dtype) for a in arriving[1:]]
+    statistics = result_without_vma((*see.lead, 8, see.rows), jnp.float32)
     y, statistics, *new = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows, plan.rows),),
-        in_specs=[*[_block(plan, columns)] * len(arriving), *[_whole(columns)] * len(given)],
-        out_specs=[_block(plan, columns), _along_lanes(plan), *[_block(plan, columns)] * len(new)],
-        out_shape=[result_without_vma(x.shape, dtype), result_without_vma((8, rows), jnp.float32), *new],
+        grid=see.grid(plan),
+        in_specs=[*[see.block(plan)] * len(arriving), *[see.shared(1)] * len(given)],
+        out_specs=[see.block(plan), see.along_lanes(plan), *[see.block(plan)] * len(new)],
+        out_shape=[result_without_vma(see.all.shape, dtype), statistics, *new],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.limit),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * len(see.grid(plan)), vmem_limit_bytes=plan.limit
+        ),
         interpret=interpret,
         name="norm_forward",
-    )(*arriving, *given)
-    return y, statistics[0], statistics[1], statistics[2], *new
+    )(*map(see.array, arriving), *given)
+    flat = lambda a: a if a.ndim == 2 else a.reshape(x.shape)
+    return flat(y), *(statistics[..., k, :].reshape(-1) for k in range(3)), *map(flat, new)
 
 
 def _statistics(job: Job, x: Array) -> tuple[Array, Array, Array]:
@@ -142,23 +150,24 @@ def _statistics(job: Job, x: Array) -> tuple[Array, Array, Array]:
 def backward(
     job: Job, grad_shapes: tuple[bool, bool], x, mean_hi, mean_lo, m2, scale, g, g_stream=None, interpret: Any = False
 ):
-    """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) in float32.
+    """dx (R, D) in x's dtype, and those gradients of scale and bias that are wanted, (D,) or (E, D) in float32.
 
     dx = r (h - mean(h) - xhat mean(h xhat)) + g_stream, h = g scale. The sums for scale and bias stay in VMEM from
     block to block.
     """
     arriving = [x, g] if g_stream is None else [x, g, g_stream]
-    n, (rows, columns) = len(arriving), x.shape
-    plan = _plan(rows, columns, n - 2)
-    statistics = jnp.stack([mean_hi, mean_lo, m2, *[jnp.zeros_like(m2)] * 5])
-    given = [] if scale is None else [scale.reshape(1, columns)]
+    n, see = len(arriving), _View(*x.shape, job.examples)
+    rows, columns = see.rows, see.columns
+    plan = _plan(rows, columns, n - 2, see.examples)
+    statistics = jnp.stack([a.reshape(*see.lead, rows) for a in (mean_hi, mean_lo, m2, *[jnp.zeros_like(m2)] * 5)], -2)
+    given = [] if scale is None else [see.params(scale)]
     count = sum(grad_shapes)
 
     def kernel(*refs):
         (x_ref, g_ref, *stream_ref), (stats_ref, *refs) = refs[:n], refs[n:]
         scale_ref, refs = (refs[0], refs[1:]) if given else (None, refs)
         dx_ref, sums_refs, (stats,) = refs[0], refs[1 : 1 + count], refs[1 + count :]
-        block = pl.program_id(0)
+        block = pl.program_id(len(see.lead))
         for k in range(plan.rows // _LANES):
             lanes = slice(k * _LANES, (k + 1) * _LANES)
             stats[lanes, :] = jnp.concatenate([stats_ref[:, lanes]] * (_LANES // 8)).T
@@ -191,28 +200,51 @@ def backward(
 
         lax.fori_loop(0, plan.rows // _GROUP, group, ())
 
-    eighth = pl.BlockSpec((8, columns), lambda i: (0, 0))
+    eighths = result_without_vma((*see.lead, 8, columns), jnp.float32)
     dx, *sums = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(rows, plan.rows),),
-        in_specs=[*[_block(plan, columns)] * n, _along_lanes(plan), *[_whole(columns)] * len(given)],
-        out_specs=[_block(plan, columns), *[eighth] * count],
-        out_shape=[result_without_vma(x.shape, x.dtype), *[result_without_vma((8, columns), jnp.float32)] * count],
+        grid=see.grid(plan),
+        in_specs=[*[see.block(plan)] * n, see.along_lanes(plan), *[see.shared(1)] * len(given)],
+        out_specs=[see.block(plan), *[see.shared(8)] * count],
+        out_shape=[result_without_vma(see.all.shape, x.dtype), *[eighths] * count],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=plan.limit),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(*("parallel" for _ in see.lead), "arbitrary"), vmem_limit_bytes=plan.limit
+        ),
         interpret=interpret,
         name="norm_backward",
-    )(*arriving, statistics, *given)
-    return dx, *(s.sum(0) for s in sums)
+    )(*map(see.array, arriving), statistics, *given)
+    return dx if dx.ndim == 2 else dx.reshape(x.shape), *(s.sum(-2) for s in sums)
 
 
-def _block(plan: _Plan, columns: int) -> pl.BlockSpec:
-    return pl.BlockSpec((plan.rows, columns), lambda i: (i, 0))
+class _View:
+    """Rows of one example, or of several with parameters of their own: then the examples are a leading axis."""
 
+    def __init__(self, rows: int, columns: int, examples: int):
+        self.examples, self.rows, self.columns = examples, rows // examples, columns
+        self.lead = () if examples == 1 else (examples,)
+        self.all = jax.ShapeDtypeStruct((*self.lead, self.rows, columns), jnp.float32)
 
-def _whole(columns: int) -> pl.BlockSpec:
-    return pl.BlockSpec((1, columns), lambda i: (0, 0))
+    def array(self, a: Array) -> Array:
+        return a.reshape(self.all.shape) if self.lead else a
 
+    def params(self, p: Array) -> Array:
+        return p.reshape(*self.lead, 1, self.columns)
 
-def _along_lanes(plan: _Plan) -> pl.BlockSpec:
-    return pl.BlockSpec((8, plan.rows), lambda i: (0, i))
+    def grid(self, plan: _Plan) -> tuple[int, ...]:
+        return *self.lead, pl.cdiv(self.rows, plan.rows)
+
+    def _spec(self, block: tuple[int, int], at) -> pl.BlockSpec:
+        if not self.lead:
+            return pl.BlockSpec(block, at)
+        return pl.BlockSpec((None, *block), lambda example, i: (example, *at(i)))
+
+    def block(self, plan: _Plan) -> pl.BlockSpec:
+        return self._spec((plan.rows, self.columns), lambda i: (i, 0))
+
+    def shared(self, size: int) -> pl.BlockSpec:
+        """What all blocks of an example share: so many rows."""
+        return self._spec((size, self.columns), lambda i: (0, 0))
+
+    def along_lanes(self, plan: _Plan) -> pl.BlockSpec:
+        return self._spec((8, plan.rows), lambda i: (0, i))
