@@ -119,7 +119,9 @@ def conditional_norm(
     x = as_float_array(name, x, rank=1, layout="(batch, ..., channels)")
     labels = jnp.asarray(labels)
     channel = norm.feature_axes()[-1] % x.ndim
-    picked = (None if table is None else _picked(name, what, table, labels, x) for what, table in given._asdict().items())
+    picked = (
+        None if table is None else _picked(name, what, table, labels, x) for what, table in given._asdict().items()
+    )
     aligned = (
         None if p is None else align_modulation(name, what, p, x.shape, channel)
         for what, p in zip(given._fields, picked, strict=True)

@@ -96,7 +96,7 @@ def draw(rng, *shape):
 
 def cases():
     """Name: what the model computes of (x, c, parameters), the spec, and its parameters from those of the model."""
-    dense = lambda parts: (lambda rng: (draw(rng, K, parts * C), draw(rng, parts * C)))
+    dense = lambda parts: lambda rng: (draw(rng, K, parts * C), draw(rng, parts * C))
     own = lambda rng: (*dense(2)(rng), draw(rng, C), draw(rng, C))
     affine = lambda p: dict(condition_kernel=p[0], condition_bias=p[1])
     first = lambda parts: lambda p: dict(condition_kernel=p[0][:, : parts * C], condition_bias=p[1][: parts * C])
@@ -136,7 +136,9 @@ def test_outputs_and_gradients_are_those_of_the_model(name, rng):
 
     @jax.jit
     def run(x, c, params):
-        y, state = spec.apply(spec.Params(**{**dict.fromkeys(spec.Params._fields), **params}), (), x, condition_of(name, c))
+        y, state = spec.apply(
+            spec.Params(**{**dict.fromkeys(spec.Params._fields), **params}), (), x, condition_of(name, c)
+        )
         assert state == ()
         return outputs(y)
 
@@ -153,7 +155,9 @@ def test_outputs_and_gradients_are_those_of_the_model(name, rng):
         step = lambda e: loss(x + e * tx, c + e * tc, *(p + e * t for p, t in zip(given, tp, strict=True)))  # noqa: B023
         slope = (step(1e-5) - step(-1e-5)) / 2e-5
         ours_slope = (dx * tx).sum() + (dc * tc).sum()
-        ours_slope += sum((d * t).sum() for d, t in zip(jax.tree.leaves(dparams), jax.tree.leaves(ours(tp)), strict=True))
+        ours_slope += sum(
+            (d * t).sum() for d, t in zip(jax.tree.leaves(dparams), jax.tree.leaves(ours(tp)), strict=True)
+        )
         size = np.abs(np.asarray(dx)).sum() + sum(np.abs(np.asarray(d)).sum() for d in jax.tree.leaves(dparams))
         np.testing.assert_allclose(ours_slope, slope, rtol=1e-3, atol=1e-5 * float(size))
 
@@ -164,7 +168,9 @@ def test_flax_layers_are_the_spec(name, rng):
     x, c = (np.asarray(draw(rng, *s), np.float32) for s in ((B, T, C), of_condition))
     c = condition_of(name, c)
     options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if getattr(spec, f.name) != f.default}
-    init = {f"{p}_init": nn.initializers.normal(1.0) for p in spec.Params._fields if getattr(spec.init(C)[0], p) is not None}
+    init = {
+        f"{p}_init": nn.initializers.normal(1.0) for p in spec.Params._fields if getattr(spec.init(C)[0], p) is not None
+    }
     layer = getattr(jnn, type(spec).__name__)(**options, **init)
     y, variables = layer.init_with_output(jax.random.key(0), x, c)
     params = spec.Params(**{p: variables["params"].get(p) for p in spec.Params._fields})
@@ -187,7 +193,9 @@ def test_a_block_starts_as_the_identity_and_a_norm_as_the_plain_one(rng):
     y, gate = first(jn.AdaLayerNormZero(condition_features=K))
     np.testing.assert_array_equal(gate, np.zeros((B, 1, C)))
     np.testing.assert_array_equal(y, jn.layer_norm(x))
-    np.testing.assert_array_equal(first(jn.AdaGroupNorm(num_groups=4, condition_features=K)), jn.group_norm(x, num_groups=4, epsilon=1e-5))
+    np.testing.assert_array_equal(
+        first(jn.AdaGroupNorm(num_groups=4, condition_features=K)), jn.group_norm(x, num_groups=4, epsilon=1e-5)
+    )
     np.testing.assert_array_equal(first(jn.AdaRMSNorm(condition_features=K))[0], jn.rms_norm(x))
     np.testing.assert_array_equal(first(jn.FiLM(condition_features=K, modulation_offset=0.0)), x)
 
@@ -217,7 +225,11 @@ def test_ada_in_has_the_statistics_of_the_style(rng):
     assert np.isfinite(flat).all()
 
 
-@pytest.mark.parametrize("inner", [jn.InstanceNorm(epsilon=1e-5), jn.BatchNorm(momentum=0.5), jn.GroupNorm(num_groups=2, axis=1)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "inner",
+    [jn.InstanceNorm(epsilon=1e-5), jn.BatchNorm(momentum=0.5), jn.GroupNorm(num_groups=2, axis=1)],
+    ids=lambda s: type(s).__name__,
+)
 def test_a_class_has_its_own_scale_and_bias(inner, rng):
     """Example by example it is the norm with that row's parameters; weights mix the rows."""
     x, labels = jnp.asarray(draw(rng, 4, 6, 3, 6), jnp.float32), np.array([2, 0, 2, 1])
@@ -235,7 +247,9 @@ def test_a_class_has_its_own_scale_and_bias(inner, rng):
     mixed, _ = norm.apply(tables, state, x, jax.nn.one_hot(labels, 3), train=True)
     np.testing.assert_allclose(mixed, y, rtol=1e-5, atol=1e-5)
     d = jax.grad(lambda t: norm.apply(t, state, x, labels, train=True)[0].sum())(tables)
-    np.testing.assert_allclose(d.bias, np.bincount(labels, minlength=3)[:, None] * np.full((3, 6), x.size / 24), rtol=1e-5)
+    np.testing.assert_allclose(
+        d.bias, np.bincount(labels, minlength=3)[:, None] * np.full((3, 6), x.size / 24), rtol=1e-5
+    )
     traced = jax.jit(lambda labels: norm.apply(tables, state, x, labels, train=True)[0])(np.array([9, 0, -1, 1]))
     assert np.isnan(traced[0]).all(), "no row of the tables"
     assert np.isnan(traced[2]).all(), "no row of the tables"
@@ -371,7 +385,9 @@ def test_what_does_not_fit_is_explained(call, message):
         call()
 
 
-@pytest.mark.parametrize("inner", [jn.DynamicTanh(), jn.RMSNorm(scale_offset=1.0), jn.ConditionalNorm(), "batch"], ids=str)
+@pytest.mark.parametrize(
+    "inner", [jn.DynamicTanh(), jn.RMSNorm(scale_offset=1.0), jn.ConditionalNorm(), "batch"], ids=str
+)
 def test_only_a_norm_with_a_scale_and_a_bias_is_modulated(inner):
     for spec in (jn.SPADE, jn.ConditionalNorm):
         with pytest.raises(TypeError, match=r"must be a spec with a scale and a bias alone.*inner=jaxnorm\.BatchNorm"):

@@ -91,7 +91,10 @@ class Mosaic:
         measured = shape is not None and shape.examples == 1 and kernels.is_profitable(shape.columns, plan)
         if shape is None or not (named or measured):
             return False
-        return kernels.unsupported_reason(shape[:2], plan.dtype, *(a.dtype for a in operands if a.shape == x.shape)) is None
+        return (
+            kernels.unsupported_reason(shape[:2], plan.dtype, *(a.dtype for a in operands if a.shape == x.shape))
+            is None
+        )
 
     def forward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
         """y and the statistics, of rows that are whole on this device, and the new stream where there is a residual."""
