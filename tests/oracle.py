@@ -117,7 +117,7 @@ def root_mean_square(x, params, groups, spec, **_):
 
 
 def modulated(x, params, groups, spec, condition):
-    """(norm(x) scale + bias) (m.scale + offset) + m.shift; the parts lie one after the other on the condition's axis."""
+    """(norm(x) scale + bias) (m.scale + offset) + m.shift; the parts lie one after the other on the last axis."""
     names = spec.parts.split()
     m = dict(zip(names, np.split(np.asarray(condition, np.float64), len(names), -1), strict=True))
     return _modulated(x, params, groups, spec, m, spec.modulation_offset)

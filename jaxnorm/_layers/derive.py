@@ -133,7 +133,7 @@ class Form:
         return _spec(self.spec, options)
 
     def initial(self, layer, name: str, own: Initializer | None, width: Shape) -> Initializer:
-        """The initializer of a parameter or a statistic: the layer's own, else the spec's first value for this width."""
+        """The initializer of a parameter or a statistic: the layer's own, else the spec's first value."""
         offset = getattr(self.source(layer), "scale_offset", 0.0)
         if own is not None and not (name == "scale" and offset and own is initializers.ones):
             return own
@@ -232,6 +232,6 @@ def first_shapes(spec: Any, width: Shape) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _first_value(spec: Any, name: str, width: Shape, key, shape: Shape, dtype) -> Array:
-    """What follows the width is an initializer's signature. There is no randomness, and the shape is that of the spec."""
+    """From the key on an initializer's signature, without its randomness. The shape is what the spec makes."""
     made = spec.init_params(width) if name in spec.Params._fields else spec.init_state(width)
     return getattr(made, name).astype(dtype)

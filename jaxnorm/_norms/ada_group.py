@@ -90,8 +90,9 @@ def ada_group_norm(
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
-    Source: Dhariwal, Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), arXiv:2105.05233. Used by the UNets
-    of guided diffusion, by diffusers' `AdaGroupNorm` and k-diffusion; StyleGAN: Karras et al. (2018), arXiv:1812.04948.
+    Source: Dhariwal, Nichol, "Diffusion Models Beat GANs on Image Synthesis" (2021), arXiv:2105.05233. Used by the
+    UNets of guided diffusion, by diffusers' `AdaGroupNorm` and k-diffusion; StyleGAN: Karras, Laine, Aila (2018),
+    arXiv:1812.04948.
 
     >>> import jaxnorm as jn, numpy as np
     >>> x, m = np.array([[1., 3., 10., 30.]]), {"scale": np.array([[0., 0., 1., 1.]])}

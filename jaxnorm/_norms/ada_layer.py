@@ -97,7 +97,7 @@ class AdaLayerNormZero(ModulatedSpec, RowSpec):
 
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.AdaLayerNormZero(condition_features=3, epsilon=0.)
-    >>> params, state = norm.init(2)                   # from zeros: the gate shuts the branch, the block is the identity
+    >>> params, state = norm.init(2)                   # from zeros: the gate shuts the branch
     >>> (y, gate), state = norm.apply(params, state, np.array([[[1., 3.]]]), np.ones((1, 3)))
     >>> y.tolist(), gate.tolist()
     ([[[-1.0, 1.0]]], [[[0.0, 0.0]]])

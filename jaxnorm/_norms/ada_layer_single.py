@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
@@ -34,8 +33,8 @@ class AdaLayerNormSingleParams(NamedTuple):
 class AdaLayerNormSingle(ModulatedSpec, RowSpec):
     """The hyperparameters of `ada_layer_norm_single`. The shared modulation is an argument of `apply`, after x.
 
-    The table starts from zeros, as in Krea 2. PixArt draws it from a normal distribution over sqrt(C): give a Flax layer
-    `table_init=nn.initializers.normal(C**-0.5)`.
+    The table starts from zeros, as in Krea 2. PixArt draws it from a normal distribution over sqrt(C): give a Flax
+    layer `table_init=nn.initializers.normal(C**-0.5)`.
 
     Args:
       axis: the axis normalized over, that of the channels.

@@ -23,8 +23,8 @@ class SPADE(ModulatedSpec, NestedSpec):
     """The hyperparameters of `spade`. The modulation, or the map that a dense layer makes it of, comes after x.
 
     Args:
-      condition_features: K, the number of channels of the map: a dense layer of each pixel, which is a 1x1 convolution,
-        makes scale and shift of it, as in diffusers' `SpatialNorm`. None: `apply` takes them, as convolutions make them.
+      condition_features: K, the number of channels of the map: a dense layer of each pixel, which is a 1x1
+        convolution, makes scale and shift of it, as in diffusers' `SpatialNorm`. None: `apply` takes these two.
       condition_activation: of the map, before the dense layer.
 
     >>> import jaxnorm as jn, numpy as np

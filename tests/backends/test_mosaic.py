@@ -112,7 +112,7 @@ def test_a_row_has_the_same_bits_in_every_batch(kernels, rng):
     (5, 256, jnp.bfloat16, True, None), (3, 128, jnp.float32, False, jnp.float32),
 ])  # fmt: skip
 def test_each_example_may_have_a_scale_and_a_bias_of_its_own(kernels, rows, columns, dtype, centered, stream, rng):
-    """The bits of each example are those of the kernel with its scale and bias alone, and so are its gradients' sums."""
+    """The bits of each example are those of the kernel with its scale and bias alone; so are the sums, to rounding."""
     examples, how = 2, Job(columns, 1e-6, centered, False, UNIT)
     draw = lambda *shape, dtype=jnp.float32: jnp.asarray(rng.normal(1, 2, shape), dtype)
     x, g = (draw(examples * rows, columns, dtype=dtype) for _ in range(2))
@@ -359,7 +359,8 @@ p = jax.ShapeDtypeStruct(({columns},), jnp.float32)
 half, full = (jax.ShapeDtypeStruct((4096, {columns}), t) for t in (jnp.bfloat16, jnp.float32))
 for *args, g in [(half, half), (half, half, (half, half)), (full, full, (full, full))]:
     compiled.compiled(both, "h200", *compiled.placed("h200", ((*args, p, p), *(g if len(args) > 1 else [g]))))
-each, tokens = jax.ShapeDtypeStruct((16, 1, {columns}), jnp.float32), jax.ShapeDtypeStruct((16, 256, {columns}), jnp.bfloat16)
+each = jax.ShapeDtypeStruct((16, 1, {columns}), jnp.float32)
+tokens = jax.ShapeDtypeStruct((16, 256, {columns}), jnp.bfloat16)
 compiled.compiled(both, "h200", *compiled.placed("h200", ((tokens, each, each), tokens)))
 """
     found = subprocess.run(

@@ -104,10 +104,12 @@ def cases():
     condition, image = (B, K), (B, T, K)
     return {
         "DiT": (dit, jn.AdaLayerNormZero(condition_features=K), condition, dense(6), first(3)),
-        "diffusers continuous": (diffusers_continuous, jn.AdaLayerNorm(condition_features=K, epsilon=1e-5, use_scale=True,
-            use_bias=True), condition, own, with_own),
-        "diffusers group": (diffusers_group, jn.AdaGroupNorm(num_groups=4, condition_features=K), condition, dense(2), affine),
-        "PixArt": (pixart, jn.AdaLayerNormSingle(), (B, 6 * C), lambda rng: (draw(rng, 6, C),), lambda p: dict(table=p[0][:3])),
+        "diffusers continuous": (diffusers_continuous, jn.AdaLayerNorm(condition_features=K, epsilon=1e-5,
+            use_scale=True, use_bias=True), condition, own, with_own),
+        "diffusers group": (diffusers_group, jn.AdaGroupNorm(num_groups=4, condition_features=K), condition, dense(2),
+            affine),
+        "PixArt": (pixart, jn.AdaLayerNormSingle(), (B, 6 * C), lambda rng: (draw(rng, 6, C),),
+            lambda p: dict(table=p[0][:3])),
         "openpi": (openpi, jn.AdaRMSNorm(condition_features=K), condition, dense(3), affine),
         "Lumina": (lumina, jn.AdaRMSNorm(condition_features=K, parts="scale gate", condition_activation="silu",
             epsilon=1e-5), condition, dense(4), first(2)),
@@ -352,12 +354,14 @@ def test_a_modulation_is_put_at_x_s_leading_axes(rng):
 
 
 X = np.ones((2, 3, 4), np.float32)
+TABLES = jn.ConditionalNorm(num_classes=3).init(4)[0]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: jn.ada_layer_norm(X, {"scale": np.ones((3, 4))}), r"scale of shape \(3, 4\) .*scale\.reshape\(\(1, 3, 4\)\)"),
+        (lambda: jn.ada_layer_norm(X, {"scale": np.ones((3, 4))}),
+            r"scale of shape \(3, 4\) .*scale\.reshape\(\(1, 3, 4\)\)"),
         (lambda: jn.ada_layer_norm(X, {"shift": np.ones((2, 8))}), r"jaxnorm\.modulation\(shift, 2, "),
         (lambda: jn.ada_layer_norm(X.reshape(6, 4), {"scale": np.ones((2, 4))}), r"Write x\.reshape\(\(2, 3, 4\)\)"),
         (lambda: jn.ada_layer_norm(X, {"scael": np.ones((2, 4))}), "parts scale, shift, gate, got scael"),
@@ -371,12 +375,13 @@ X = np.ones((2, 3, 4), np.float32)
         (lambda: jn.modulation(X, 3, "shift scale"), r"multiple of the 2 names .*modulation\(c, 2,"),
         (lambda: jn.modulation(X, 6, "shift scale"), r"parts=6 does not divide .*Dense\(6 \* channels\)"),
         (lambda: jn.modulation(X, 2, "shift shift"), "each once"),
-        (lambda: jn.ada_layer_norm_single(X, np.ones((2, 12)), np.ones((6, 4))), r"a row for each .*jnp\.split\(table, 2\)"),
+        (lambda: jn.ada_layer_norm_single(X, np.ones((2, 12)), np.ones((6, 4))),
+            r"a row for each .*jnp\.split\(table, 2\)"),
         (lambda: jn.ada_instance_norm(X, np.ones((2, 3, 5))), "x's 4 channels"),
         (lambda: jn.ConditionalNorm().init(4), r"ConditionalNorm\(num_classes=10\)"),
-        (lambda: jn.conditional_norm(X, np.array([0, 3]), jn.ConditionalNorm(num_classes=3).init(4)[0]), "num_classes=4"),
-        (lambda: jn.conditional_norm(X, np.array([0]), jn.ConditionalNorm(num_classes=3).init(4)[0]), r"reshape\(2\)"),
-        (lambda: jn.conditional_norm(X, np.ones((2, 2)), jn.ConditionalNorm(num_classes=3).init(4)[0]), r"one_hot\(labels, 3\)"),
+        (lambda: jn.conditional_norm(X, np.array([0, 3]), TABLES), "num_classes=4"),
+        (lambda: jn.conditional_norm(X, np.array([0]), TABLES), r"reshape\(2\)"),
+        (lambda: jn.conditional_norm(X, np.ones((2, 2)), TABLES), r"one_hot\(labels, 3\)"),
         (lambda: jn.spade(X, np.ones((2, 3, 12)), parts="shift scale gate"), "a gate has no place"),
     ],
 )  # fmt: skip

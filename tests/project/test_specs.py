@@ -256,6 +256,7 @@ def test_jaxnorm_needs_no_flax_and_costs_little_beside_jax():
 
 
 # What the files of a folder may import from, beside their own folder. `_core` imports nothing of the package.
+SHARED_BY_NORMS = ("_norms", "_norms.base", "_norms.declare", "_norms.modulated")
 MAY_IMPORT = {
     "_core": (),
     "_backends": ("_core",),
@@ -283,7 +284,7 @@ def test_arrows_point_down():
                     target = [*base, *(node.module.split(".") if node.module else []), alias.name]
                     name = ".".join(target[:-1]) or target[0]
                     own = target[0] == folder and (folder not in ("", "_norms") or path.name == "__init__.py")
-                    own = own or (name in ("_norms", "_norms.base", "_norms.declare", "_norms.modulated") and folder == "_norms")
+                    own = own or (name in SHARED_BY_NORMS and folder == "_norms")
                     assert own or (name.startswith(MAY_IMPORT[folder]) and MAY_IMPORT[folder]), (str(path), name)
                 continue
             else:

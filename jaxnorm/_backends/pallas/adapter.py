@@ -77,8 +77,8 @@ class Mosaic:
         shape = rows_of(x.shape, axes, request.varying)
         if shape is None:
             return Support.no(
-                f"its kernels are for rows, the last axes of x with parameters along them or for each example, not {axes} "
-                f"of {x.shape}"
+                "its kernels are for rows, the last axes of x with parameters along them or for each example, not "
+                f"{axes} of {x.shape}"
             )
         reason = _kernels(self.name).unsupported_reason(shape[:2], x.dtype, request.dtype)
         return Support.yes() if reason is None else Support.no(reason)

@@ -6,8 +6,8 @@ A team of 128 threads (a warpgroup) takes a row: its copy to shared memory is un
 work, its sums are made in registers, and it goes back to memory once. A block of teams stays on its multiprocessor and
 walks over the rows, so that scale and bias, or the sums for their gradients, stay in registers all the while.
 
-Legend: x is (R, D); a row lies as (4, D / 4), a quarter for each warp; statistics are (R,), scale and bias (D,). Where E
-examples have a scale and a bias each, (E, D), a block walks over the rows of one example.
+Legend: x is (R, D); a row lies as (4, D / 4), a quarter for each warp; statistics are (R,), scale and bias (D,). Where
+E examples have a scale and a bias each, (E, D), a block walks over the rows of one example.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _plan(rows: int, columns: int, bytes_of_a_row: int, fixed: int = 0, examples
 
 @functools.lru_cache
 def _least_work(rows: int, teams: int, examples: int, most: int) -> int:
-    """Blocks of an example. Those of all examples run in waves, one on each multiprocessor, which takes a row to start."""
+    """Blocks of an example. All blocks run in waves, one on each multiprocessor, and a wave takes a row to start."""
     waves = lambda blocks: -(-examples * blocks // _blocks())
     time = lambda blocks: waves(blocks) * (1 + -(-rows // (blocks * teams)))
     return most if examples == 1 else min(range(1, most + 1), key=time)
@@ -384,8 +384,8 @@ def _kernel(body, job: Job, plan: _Plan, arriving, sums: int, interpret, out_typ
     arrived = [plgpu.Barrier(num_barriers=plan.teams * plan.stages) for _ in arriving]
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=[*rings, partial, *arrived, *more],
-        grid=(job.examples * plan.blocks,), grid_names=("block",), num_threads=plan.teams, thread_name="team", interpret=interpret,
-        compiler_params=_PARAMS,
+        grid=(job.examples * plan.blocks,), grid_names=("block",), num_threads=plan.teams, thread_name="team",
+        interpret=interpret, compiler_params=_PARAMS,
     )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ A block of rows is in VMEM while its neighbours are on their way; inside it, gro
 done one after the other. Statistics leave and arrive along lanes, (8, R), three of the eight rows in use: a column of
 them would be padded to 128 lanes in memory.
 
-Legend: x is (R, D); statistics are (R,), scale and bias (D,). Where E examples have a scale and a bias each, (E, D), x is
-seen as (E, R / E, D), and a block is of one example.
+Legend: x is (R, D); statistics are (R,), scale and bias (D,). Where E examples have a scale and a bias each, (E, D), x
+is seen as (E, R / E, D), and a block is of one example.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
     With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
     """
     arriving = [x] if residual is None else [x, residual]
-    sums, see = residual is not None, _View(*x.shape, job.examples)
-    plan, columns = _plan(see.rows, see.columns, 2 * sums, see.examples), see.columns
+    sums, see = residual is not None, _View(x, job.examples)
+    plan = _plan(see.rows, see.columns, 2 * sums, see.examples)
     given = [see.params(p) for p in (scale, bias) if p is not None]
 
     def kernel(*refs):
@@ -117,14 +117,14 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
             lanes = slice(k * _LANES, (k + 1) * _LANES)
             stats_ref[:, lanes] = stats[lanes, :].T[:8]
 
-    new = [result_without_vma(see.all.shape, a.dtype) for a in arriving[1:]]
+    new = [result_without_vma(see.shape, a.dtype) for a in arriving[1:]]
     statistics = result_without_vma((*see.lead, 8, see.rows), jnp.float32)
     y, statistics, *new = pl.pallas_call(
         kernel,
         grid=see.grid(plan),
         in_specs=[*[see.block(plan)] * len(arriving), *[see.shared(1)] * len(given)],
         out_specs=[see.block(plan), see.along_lanes(plan), *[see.block(plan)] * len(new)],
-        out_shape=[result_without_vma(see.all.shape, dtype), statistics, *new],
+        out_shape=[result_without_vma(see.shape, dtype), statistics, *new],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * len(see.grid(plan)), vmem_limit_bytes=plan.limit
@@ -156,7 +156,7 @@ def backward(
     block to block.
     """
     arriving = [x, g] if g_stream is None else [x, g, g_stream]
-    n, see = len(arriving), _View(*x.shape, job.examples)
+    n, see = len(arriving), _View(x, job.examples)
     rows, columns = see.rows, see.columns
     plan = _plan(rows, columns, n - 2, see.examples)
     statistics = jnp.stack([a.reshape(*see.lead, rows) for a in (mean_hi, mean_lo, m2, *[jnp.zeros_like(m2)] * 5)], -2)
@@ -206,7 +206,7 @@ def backward(
         grid=see.grid(plan),
         in_specs=[*[see.block(plan)] * n, see.along_lanes(plan), *[see.shared(1)] * len(given)],
         out_specs=[see.block(plan), *[see.shared(8)] * count],
-        out_shape=[result_without_vma(see.all.shape, x.dtype), *[eighths] * count],
+        out_shape=[result_without_vma(see.shape, x.dtype), *[eighths] * count],
         scratch_shapes=[pltpu.VMEM((plan.rows, _LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(*("parallel" for _ in see.lead), "arbitrary"), vmem_limit_bytes=plan.limit
@@ -220,13 +220,13 @@ def backward(
 class _View:
     """Rows of one example, or of several with parameters of their own: then the examples are a leading axis."""
 
-    def __init__(self, rows: int, columns: int, examples: int):
-        self.examples, self.rows, self.columns = examples, rows // examples, columns
+    def __init__(self, x: Array, examples: int):
+        self.examples, self.rows, self.columns = examples, x.shape[0] // examples, x.shape[1]
         self.lead = () if examples == 1 else (examples,)
-        self.all = jax.ShapeDtypeStruct((*self.lead, self.rows, columns), jnp.float32)
+        self.shape = (*self.lead, self.rows, self.columns)
 
     def array(self, a: Array) -> Array:
-        return a.reshape(self.all.shape) if self.lead else a
+        return a.reshape(self.shape) if self.lead else a
 
     def params(self, p: Array) -> Array:
         return p.reshape(*self.lead, 1, self.columns)
