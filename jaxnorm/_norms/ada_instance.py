@@ -65,6 +65,7 @@ def ada_instance_norm(
     axis,
     epsilon,
     scale_offset,
+    implementation,
     mask: ArrayLike | None = None,
     style_mask: ArrayLike | None = None,
     **options,
@@ -115,7 +116,7 @@ def ada_instance_norm(
     axes = tuple(a for a in range(1, style.ndim) if a != of_style)
     if accumulator(style) != (wide := widest(accumulator(style), accumulator(x))):
         style = style.astype(wide)
-    m = moments(style, axes, mask=style_mask)
+    m = moments(style, axes, mask=style_mask, implementation="lax" if implementation == "lax" else None)
     var = m.var + epsilon
     still = var == 0.0  # where the root has no derivative
     deviation = jnp.where(still, 0.0, jnp.sqrt(jnp.where(still, 1.0, var)))
@@ -123,6 +124,6 @@ def ada_instance_norm(
     affine, _ = modulated(norm, named, "scale shift", x.shape, channel, scale, bias, scale_offset, 0.0)
     reduced = tuple(a for a in range(1, x.ndim) if a != channel)
     return normalize_rows(
-        norm, x, axes=reduced, feature_axes=(channel,), epsilon=epsilon, mask=mask, axis_name=None,
-        axis_index_groups=None, **affine, **options,
+        norm, x, axes=reduced, feature_axes=(channel,), epsilon=epsilon, mask=mask, implementation=implementation,
+        axis_name=None, axis_index_groups=None, **affine, **options,
     )  # fmt: skip
