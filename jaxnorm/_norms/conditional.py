@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from .._core.arrays import as_float_array, concrete_value
-from .._core.dtypes import widest
+from .._core.arrays import as_float_array
 from .._core.explain import explained
 from .._core.messages import shown, to_python
 from .._core.types import Affine, Features, Params
-from .._ops.modulate import align_modulation
+from .._ops.modulate import align_modulation, rows_of_table
 from .declare import S, as_params, function_of, spec
 from .modulated import NestedSpec, inner_of
 
@@ -120,43 +118,11 @@ def conditional_norm(
     labels = jnp.asarray(labels)
     channel = norm.feature_axes()[-1] % x.ndim
     picked = (
-        None if table is None else _picked(name, what, table, labels, x) for what, table in given._asdict().items()
+        None if table is None else rows_of_table(name, what, table, labels, x)
+        for what, table in given._asdict().items()
     )
     aligned = (
         None if p is None else align_modulation(name, what, p, x.shape, channel)
         for what, p in zip(given._fields, picked, strict=True)
     )  # fmt: skip
     return norm.apply(Affine(*aligned), state, x, train=train, mask=mask)
-
-
-def _picked(norm: str, what: str, table: Any, labels: Array, x: Array) -> Array:
-    """The rows of a table for the labels, or their mixtures: (N, C)."""
-    table = as_float_array(norm, table, what=what)
-    if table.ndim != 2:
-        raise ValueError(
-            f"{norm}: {what} must be a table of shape (classes, channels), got {table.shape}. "
-            f"Write {what}=jnp.ones((10, {x.shape[-1]}))."
-        )
-    if jnp.issubdtype(labels.dtype, jnp.inexact):
-        if labels.shape != (x.shape[0], table.shape[0]):
-            raise ValueError(
-                f"{norm}: weights of classes must have shape {(x.shape[0], table.shape[0])}, a row for each example of "
-                f"x {x.shape} and a column for each class; got {labels.shape}. Write jax.nn.one_hot(labels, "
-                f"{table.shape[0]})."
-            )
-        acc = widest(labels.dtype, table.dtype, jnp.float32)
-        return lax.dot(labels.astype(acc), table.astype(acc), precision=lax.Precision.HIGHEST)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"{norm}: labels must be integers or weights, got {shown(labels)}. Write labels.astype(int).")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(
-            f"{norm}: labels of shape {labels.shape} must be one for each of the {x.shape[0]} examples of x {x.shape}. "
-            f"Write labels.reshape({x.shape[0]})."
-        )
-    values = concrete_value(labels)
-    if values is not None and values.size and not (values.min() >= 0 and values.max() < table.shape[0]):
-        raise ValueError(
-            f"{norm}: labels must be from 0 to {table.shape[0] - 1}, got {values.min()} to {values.max()}. "
-            f"Write num_classes={values.max() + 1} where the tables are made."
-        )
-    return jnp.take(table, jnp.where(labels < 0, table.shape[0], labels), axis=0, mode="fill")
