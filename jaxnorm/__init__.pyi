@@ -31,6 +31,7 @@ from ._norms.group_rms import GroupRMSNorm as GroupRMSNorm
 from ._norms.instance import InstanceNorm as InstanceNorm
 from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
+from ._norms.query_key import QKNorm as QKNorm
 from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
 from ._norms.rms import RMSNorm as RMSNorm
@@ -401,6 +402,28 @@ def layer_norm(
 ) -> Array: ...
 def make(norm: str, **options: Any) -> Any: ...
 def presets() -> dict[str, Any]: ...
+def qk_norm(
+    q: ArrayLike,
+    k: ArrayLike,
+    q_scale: ArrayLike | None = ...,
+    k_scale: ArrayLike | None = ...,
+    q_bias: ArrayLike | None = ...,
+    k_bias: ArrayLike | None = ...,
+    temperature: ArrayLike | None = ...,
+    *,
+    kind: str = ...,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    cast: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+    k_mask: ArrayLike | None = ...,
+) -> tuple[Array, Array]: ...
 def rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,

@@ -296,7 +296,7 @@ class AdaIN(_flax.Module):
         style_mask: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
-    ) -> Any: ...  # type: ignore[override]
+    ) -> Array: ...  # type: ignore[override]
 
 class AdaLayerNorm(_flax.Module):
     def __init__(
@@ -759,7 +759,7 @@ class FiLM(_flax.Module):
         bias: ArrayLike | None = ...,
         condition_kernel: ArrayLike | None = ...,
         condition_bias: ArrayLike | None = ...,
-    ) -> Array: ...  # type: ignore[override]
+    ) -> Any: ...  # type: ignore[override]
 
 class FilterResponseNorm(_flax.Module):
     def __init__(
@@ -999,6 +999,56 @@ class Norm(_flax.Module):
         rngs: _flax.Rngs,
     ) -> None: ...
     def __call__(self, x: ArrayLike, *args: Any, **call: Any) -> Any: ...  # type: ignore[override]
+
+class QKNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        use_temperature: bool = ...,
+        init_temperature: float = ...,
+        init_k_heads: int | None = ...,
+        kind: str = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        cast: str = ...,
+        q_scale_init: _Function | None = ...,
+        k_scale_init: _Function | None = ...,
+        q_bias_init: _Function | None = ...,
+        k_bias_init: _Function | None = ...,
+        temperature_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        q_scale_metadata: Mapping[str, Any] = ...,
+        k_scale_metadata: Mapping[str, Any] = ...,
+        q_bias_metadata: Mapping[str, Any] = ...,
+        k_bias_metadata: Mapping[str, Any] = ...,
+        temperature_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        k: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        k_mask: ArrayLike | None = ...,
+        q_scale: ArrayLike | None = ...,
+        k_scale: ArrayLike | None = ...,
+        q_bias: ArrayLike | None = ...,
+        k_bias: ArrayLike | None = ...,
+        temperature: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
 
 class RMSNorm(_flax.RMSNorm):
     def __init__(

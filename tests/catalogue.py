@@ -26,6 +26,10 @@ def no_operands(shape: tuple[int, ...]) -> dict[str, Any]:
     return {}
 
 
+def of_x(spec, params, state, x, **call) -> tuple[Array, Any]:
+    return spec.apply(params, state, x, **call)
+
+
 @dataclass(frozen=True)
 class Row:
     name: str
@@ -36,6 +40,8 @@ class Row:
     given: tuple[int, ...] | None = None  # the shape in which parameters are handed over, where it is not x's rank
     oracle: Callable[..., Any] = oracle.standardize  # the formula
     operands: Callable[[tuple[int, ...]], dict[str, Any]] = no_operands  # x's shape -> what else `apply` takes
+    applied: Callable[..., tuple[Array, Any]] = of_x  # how `apply` is one function of x: a norm may take and return more
+    calls: int = 1  # the norms in one call
     per_sample: bool = False  # whether each example has parameters of its own
     # Test function -> why it does not hold for this row. It is run and must fail: see conftest.
     exempt: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -89,7 +95,7 @@ class Row:
 
     def in_rank(self, params, xp=np) -> Any:
         """Parameters for the oracle, as a tuple of the same type: in x's rank, float64, scale_offset included."""
-        offset = {"scale": getattr(self.spec, "scale_offset", 0.0)}
+        offset = dict.fromkeys(self.spec.scales, getattr(self.spec, "scale_offset", 0.0))
 
         def one(name, p):
             p = oracle.wide(p) if xp is np else p
@@ -102,7 +108,7 @@ class Row:
 
     def call(self, params, state, x, **call):
         """`spec.apply` with the operands of this row: the output, and the new state."""
-        return self.spec.apply(params, state, x, **self.operands(x.shape), **call)
+        return self.applied(self.spec, params, state, x, **self.operands(x.shape), **call)
 
     def apply(self, params, x, **call) -> Array:
         """The norm in training, compiled once per row and shape whichever test asks."""
@@ -162,7 +168,6 @@ squash = dict(oracle=oracle.dynamic_tanh, exempt=UNCENTERED | {NOT_NATIVE: "XLA 
 
 response = dict(oracle=oracle.filter_response, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
 
-
 def segment_ids(m):
     """Of row m: 0, 1 or 4, in no order, of 1, 2 and 2 in 5 rows."""
     return m * m % 5
@@ -186,6 +191,22 @@ def modulated(*condition_of, **exempt) -> dict[str, Any]:
     return dict(operands=condition(*condition_of), oracle=oracle.modulated, exempt=PER_SAMPLE | exempt)
 
 
+def queries_and_keys(spec, params, state, x, mask=None, **call):
+    """x of shape (B, T, heads, D) is q and k together."""
+    at = oracle.first_key(x.shape[2])
+    split = lambda a: (a[:, :, :at], a[:, :, at:])
+    if mask is not None:
+        mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        call["mask"], call["k_mask"] = split(jnp.broadcast_to(mask, x.shape))
+    (q, k), state = spec.apply(params, state, *split(x), **call)
+    return jnp.concatenate([q, k], 2), state
+
+
+def of_token(n, t, h, d):
+    return n, t, h >= oracle.first_key(h.max() + 1)
+
+
+pair = dict(applied=queries_and_keys, calls=2, oracle=oracle.query_key, exempt=UNCENTERED)
 segments = dict(operands=lambda shape: {"segment_ids": segment_ids(np.arange(shape[0]))}, exempt=SEGMENTS)
 _image, _planes, _tokens = (6, 5, 4, 12), (6, 12, 5, 4), (4, 6, 40)
 
@@ -208,6 +229,10 @@ ROWS = [
     Row("group-rms", jn.GroupRMSNorm(num_groups=3), (4, 6, 12), (1, 1, 12), lambda n, t, c: (n, t, c // 4), (12,), **rms),
     Row("group-rms-nchw-centered", jn.GroupRMSNorm(group_size=4, centered=True, axis=1, use_bias=True, scale_offset=1.0), _planes,
         (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4, h, w), (12,), exempt={NOT_NATIVE: "without transposing"}),
+    Row("qk", jn.QKNorm(scale_offset=1.0), (3, 4, 6, 12), (1, 1, 1, 12), lambda n, t, h, d: (n, t, h), (12,),
+        **pair),
+    Row("qk-all-heads", jn.QKNorm(kind="layer", axis=(-2, -1), use_scale=False), (3, 4, 6, 12), (1, 1, 1, 12), of_token,
+        **pair | dict(exempt={})),
     Row("l2", jn.L2Norm(use_scale=True), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **length),
     Row("l2-max", jn.L2Norm(epsilon_mode="max", epsilon=1e-12), _tokens, (1, 1, 40), lambda n, t, c: (n, t),
         **length | dict(exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})),

@@ -160,6 +160,28 @@ def unit_length(x, params, groups, spec, **_):
     return affine(xp.where(nothing, 0.0, x / over), params.scale, None)
 
 
+def analytic(x, groups, epsilon, centered):
+    """(x - mean) / sqrt(var + epsilon), by an analytic formula."""
+    xp = groups.xp
+    d = x - groups.mean(x) if centered else x
+    v = groups.mean(d * d) + epsilon
+    nothing = (groups.count == 0) | (v == 0)
+    return xp.where(nothing, 0.0, d / xp.sqrt(xp.where(nothing, 1.0, v)))
+
+
+def first_key(heads):
+    """Of all heads, of queries and then of keys, the first that is one of a key."""
+    return heads - max(1, heads // 3)
+
+
+def query_key(x, params, groups, spec, **_):
+    xhat = analytic(x, groups, spec.epsilon, spec.kind == "layer")
+    key = np.arange(x.shape[2])[:, None] >= first_key(x.shape[2])
+    if params.q_scale is None:
+        return xhat
+    return xhat * groups.xp.where(key, params.k_scale, params.q_scale)
+
+
 def dynamic_erf(x, params, groups, spec, **_):
     from jax.scipy.special import erf as of_jax
     from scipy.special import erf as of_scipy
@@ -174,10 +196,8 @@ def dynamic_tanh(x, params, groups, spec, **_):
 
 def filter_response(x, params, groups, spec, **_):
     xp, learned = groups.xp, params.learned_epsilon
-    v = groups.mean(x * x) + spec.epsilon + (0.0 if learned is None else magnitude(learned, xp))
-    nothing = (groups.count == 0) | (v == 0)
-    xhat = xp.where(nothing, 0.0, x / xp.sqrt(xp.where(nothing, 1.0, v)))
-    z = affine(xhat, params.scale, params.bias)
+    epsilon = spec.epsilon + (0.0 if learned is None else magnitude(learned, xp))
+    z = affine(analytic(x, groups, epsilon, False), params.scale, params.bias)
     return z if params.threshold is None else xp.where((z - params.threshold).real > 0, z, params.threshold + 0.0 * z)
 
 

@@ -118,7 +118,9 @@ def layer(name: str, cls: Any, of_flax: bool) -> str:
     base = f"_flax.{name}" if of_flax else "_flax.Module"
     init = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name != "parent"]
     call = list(inspect.signature(cls.__call__).parameters.values())
-    result = "Any" if name.startswith(("Add", "Ada")) or name == "Norm" else "Array"
+    form = getattr(cls, "form", None)
+    alone = form and str(inspect.signature(form.spec.apply).return_annotation).startswith("tuple[Array,")
+    result = "Array" if alone else "Any"  # a norm may return more than y
     return (
         f"class {name}({base}):\n"
         f"    def __init__({arguments(init)}) -> None: ...\n"

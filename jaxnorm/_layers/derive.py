@@ -84,7 +84,8 @@ class Form:
     def first(self, layer) -> Any:
         """The spec that makes the layer's first parameters and state."""
         options = self._options(layer)
-        for name in ("axis", "reduction_axes", *_ALONE):
+        of_x = ("axis", "reduction_axes") if {*self.params} - {*self.whole} else ()
+        for name in (*of_x, *_ALONE):
             options.pop(name, None)
         return _spec(self.spec, options)
 
@@ -132,10 +133,20 @@ class Form:
         self.settle(options)
         return _spec(self.spec, options)
 
+    def path(self, layer, name: str) -> tuple[str, ...]:
+        """Where the layer keeps a parameter: its name, after those of what it is in."""
+        return tuple((layer.param_names or {}).get(name, self.spec.paths.get(name, name)).split("/"))
+
+    def aligned(self, layer, name: str, value, shape: Shape, axes: tuple[int, ...], learned: bool) -> Array | None:
+        """A parameter as the spec takes it: with x's rank, unless the function says itself what fits."""
+        if name in self.whole:
+            return value
+        return flax_rules.broadcast_param(layer, name, value, shape, axes, learned)
+
     def initial(self, layer, name: str, own: Initializer | None, width: Shape) -> Initializer:
         """The initializer of a parameter or a statistic: the layer's own, else the spec's first value."""
         offset = getattr(self.source(layer), "scale_offset", 0.0)
-        if own is not None and not (name == "scale" and offset and own is initializers.ones):
+        if own is not None and not (name in self.spec.scales and offset and own is initializers.ones):
             return own
         return functools.partial(_first_value, self.first(layer), name, width)
 
@@ -149,7 +160,8 @@ class Form:
             if call.get(name) is not None:
                 call[name] = flax_rules.align_mask_like_flax(call[name], x.shape)
         if layer.cast_params:
-            params = flax_rules.cast(params, dtype, getattr(self.source(layer), "scale_offset", 0.0))
+            offset = getattr(self.source(layer), "scale_offset", 0.0)
+            params = flax_rules.cast(params, dtype, offset, self.spec.scales)
         single = x.ndim == self.rank - 1
         if single:
             spec = dataclasses.replace(spec, axis=1, reduction_axes=None)

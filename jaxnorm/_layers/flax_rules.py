@@ -78,11 +78,13 @@ def training(use_running_average) -> Any:
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 
-def cast(params: dict[str, Array | None], dtype, scale_offset: float) -> dict[str, Array | None]:
-    """Parameters in the compute dtype, the scale with its offset added there. EasyLM, t5x and MaxText do so."""
+def cast(
+    params: dict[str, Array | None], dtype, scale_offset: float, scales: tuple[str, ...] = ("scale",)
+) -> dict[str, Array | None]:
+    """Parameters in the compute dtype, the scales with their offset added there. EasyLM, t5x and MaxText do so."""
+    offset = {name: jnp.asarray(scale_offset, dtype) for name in scales if scale_offset}
     given = {name: p if p is None else p.astype(dtype) for name, p in params.items()}
-    scale = given.get("scale")
-    return given if scale is None or not scale_offset else {**given, "scale": scale + jnp.asarray(scale_offset, dtype)}
+    return {name: p + offset[name] if name in offset and p is not None else p for name, p in given.items()}
 
 
 def hashable(names: Mapping[str, str] | None) -> Mapping[str, str] | None:
@@ -96,7 +98,7 @@ def check_not_both(layer, **given: tuple[bool, Any]) -> None:
         if owned and value is not None:
             raise ValueError(
                 f"{type(layer).__name__}: {name}= was given at call time, but the layer has a learned {name} of its "
-                f"own. Write {type(layer).__name__}(..., use_{name}=False)."
+                f"own. Write {type(layer).__name__}(..., {layer._form().spec.option_for(name)}=False)."
             )
 
 

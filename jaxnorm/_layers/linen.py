@@ -81,12 +81,9 @@ class Layer(nn.Module):
         params = {}
         for name, value in replaced.items():
             if name in shapes:
-                own_name = (layer.param_names or {}).get(name, name)
                 make = form.initial(self, name, getattr(self, f"{name}_init", None), width)
-                value = self.param(own_name, make, shapes[name].shape, shapes[name].dtype)
-            if name not in form.whole:
-                value = flax_rules.broadcast_param(self, name, value, x.shape, axes, name in shapes)
-            params[name] = value
+                value = self._learned(form.path(self, name), make, shapes[name].shape, shapes[name].dtype)
+            params[name] = form.aligned(self, name, value, x.shape, axes, name in shapes)
         dtype = flax_rules.output_dtype(source.dtype, self, x, *params.values())
         if "update_stats" in call:
             call["update_stats"] = call["update_stats"] and not initializing
@@ -96,6 +93,15 @@ class Layer(nn.Module):
             for name, variable in stored.items():
                 variable.value = getattr(state, name).reshape(variable.value.shape)
         return y
+
+    @nn.nowrap
+    def _learned(self, path: tuple[str, ...], make, *like) -> Array:
+        if len(path) == 1:
+            return self.param(path[0], make, *like)
+        scope: Any = self.scope
+        for name in path[:-1]:
+            scope = scope.push(name, reuse=True)
+        return scope.param(path[-1], make, *like)
 
     @nn.nowrap
     def _statistic(self, name: str, form: Form, like, width) -> nn.Variable:

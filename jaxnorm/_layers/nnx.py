@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
@@ -77,7 +78,13 @@ class Layer(nnx.Module):
             if name in params:
                 make, like = form.initial(self, name, inits.get(name), width), params[name]
                 variable = nnx.Param(make(rngs.params(), like.shape, like.dtype), **metadata.get(name, _NONE))
-            setattr(self, self._name(name), variable)
+            *inside, last = form.path(self, name)
+            holder: Any = self
+            for part in inside:
+                if not hasattr(holder, part):
+                    setattr(holder, part, nnx.Module())
+                holder = getattr(holder, part)
+            setattr(holder, last, variable)
         for name in form.state:
             variable = nnx.data(None)
             if name in state:
@@ -85,11 +92,6 @@ class Layer(nnx.Module):
                 key = None if inits.get(name) is None else rngs.params()
                 variable = nnx.BatchStat(make(key, like.shape, like.dtype))
             setattr(self, name, variable)
-
-    def _name(self, param: str) -> str:
-        """The attribute that holds a parameter."""
-        layer: Any = self
-        return (layer.param_names or {}).get(param, param)
 
     def _form(self) -> Form:
         return self.form
@@ -113,12 +115,11 @@ class Layer(nnx.Module):
         axes, _ = form.width(self, x.shape)
         params, owned = {}, {}
         for name in form.params:
-            own, value = getattr(self, self._name(name)), given.pop(name, None)
+            own: Any = functools.reduce(getattr, form.path(self, name), self)
+            value = given.pop(name, None)
             owned[name] = own is not None, value
             value = value if own is None else own[...]
-            if name not in form.whole:
-                value = flax_rules.broadcast_param(self, name, value, x.shape, axes, own is not None)
-            params[name] = value
+            params[name] = form.aligned(self, name, value, x.shape, axes, own is not None)
         flax_rules.check_not_both(self, **owned)
         variables = {name: getattr(self, name) for name in form.state}
         stored = {name: variable for name, variable in variables.items() if variable is not None}

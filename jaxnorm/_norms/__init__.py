@@ -21,6 +21,7 @@ from .group_rms import GroupRMSNorm, group_rms_norm
 from .instance import InstanceNorm, instance_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
+from .query_key import QKNorm, qk_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
 from .segment import SegmentNorm, segment_norm

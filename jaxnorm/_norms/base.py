@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -83,6 +83,8 @@ class Spec:
     function: ClassVar[Callable[..., Any]]  # whose options the fields are
     State: ClassVar[Any] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
     whole: ClassVar[tuple[str, ...]] = ()  # the parameters that have a shape of their own, not that of the features
+    scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
+    paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
 
     def __post_init__(self) -> None:
@@ -145,12 +147,17 @@ class Spec:
 
     def init_params(self, shape: tuple[int, ...]) -> Any:
         """The first `Params`, None for each that this spec does not use."""
-        used = lambda name: getattr(self, f"use_{name}", True)
+        used = lambda name: getattr(self, self.option_for(name), True)
         return self.Params(*(self.init_param(name, shape) if used(name) else None for name in self.Params._fields))
+
+    @classmethod
+    def option_for(cls, name: str) -> str:
+        """The option that says whether `init` makes a parameter."""
+        return f"use_{name}"
 
     def init_param(self, name: str, shape: tuple[int, ...]) -> Array:
         """The first value of one parameter: of the effective scale 1, of all others 0."""
-        return jnp.full(shape, 1.0 - self.scale_offset if name == "scale" else 0.0, self.param_dtype)
+        return jnp.full(shape, 1.0 - self.scale_offset if name in self.scales else 0.0, self.param_dtype)
 
     def init_state(self, shape: tuple[int, ...]) -> Any:
         """The first `State`; `()` where a norm has none."""
@@ -161,12 +168,12 @@ class Spec:
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
         return self._applied(params, state, x, mask=mask), state
 
-    def _applied(self, params: Any, state: Any, x: Any, *operands: Any, mask: Any) -> Any:
+    def _applied(self, params: Any, state: Any, x: Any, *operands: Any, **masks: Any) -> Any:
         """What the function makes of x, the operands that follow it, and the parameters."""
         name = type(self).__name__
         refuse_params_as_state(name, state, self.Params)
-        given = as_params(name, params, self.Params)
-        return type(self).function(x, *operands, *given, mask=mask, **self.options())
+        given = as_params(name, params, self.Params, self.paths)
+        return type(self).function(x, *operands, *given, **masks, **self.options())
 
     def feature_axes(self) -> tuple[int, ...]:
         """The axes of x whose sizes the parameters have."""

@@ -81,10 +81,15 @@ def _described(cls: type) -> dict[str, str]:
     return texts
 
 
-def as_params(norm: str, params: Any, kind: Any = Affine) -> Any:
-    """Return params as `kind`, the NamedTuple that a norm declares: given as one, as a dict of its names, or None."""
+def as_params(norm: str, params: Any, kind: Any = Affine, paths: Mapping[str, str] | None = None) -> Any:
+    """Return params as `kind`, the NamedTuple that a norm declares: given as one, as a dict of its names, or None.
+
+    `paths` say where a layer keeps them, as "q_norm/scale": a dict may be that of the layer.
+    """
     if type(params) is kind:
         return params
+    if paths and isinstance(params, Mapping) and {*params} & {path.partition("/")[0] for path in paths.values()}:
+        params = _flat(params, {path: name for name, path in paths.items()})
     if params is None:
         return kind(*(None for _ in kind._fields))
     if type(params) is tuple and len(params) == len(kind._fields):
@@ -100,6 +105,14 @@ def as_params(norm: str, params: Any, kind: Any = Affine) -> Any:
     raise TypeError(
         f"{norm}: params must be {write}, a dict of the same names, or None; got {shown(params)}. Write {_order(norm)}."
     )
+
+
+def _flat(params: Mapping[str, Any], names: dict[str, str], path: str = "") -> dict[str, Any]:
+    """The parameters of a nested dict, by the names that belong to their paths."""
+    found: dict[str, Any] = {}
+    for key, value in params.items():
+        found |= _flat(value, names, f"{path}{key}/") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return found if path else {names.get(key, key): value for key, value in found.items()}
 
 
 def refuse_params_as_state(norm: str, state: Any, kind: Any = Affine) -> None:

@@ -1,27 +1,16 @@
-"""L2 normalization: every example brought to unit length.
-
-Legend: n the number of elements normalized together.
-"""
+"""L2 normalization: every example brought to unit length."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .._core.arithmetic import nonzero_divisor
-from .._core.arrays import as_float_array, canonicalize_axes, refuse_a_shape, sizes_along
-from .._core.checks import canonicalize_epsilon, canonicalize_number
-from .._core.dtypes import accumulator, are_static
-from .._core.messages import shown
+from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.types import Features
-from .._ops.elementwise import OfElements, normalize_by_statistics
-from .._ops.formula import effective_scale
-from .._ops.rows import normalize_rows
+from .._ops.length import check_mode, normalize_length
 from .base import RowSpec
 from .declare import function_of, spec
 
@@ -62,7 +51,7 @@ class L2Norm(RowSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_mode("L2Norm", self.epsilon_mode)
+        check_mode("L2Norm", self.epsilon_mode)
 
     if TYPE_CHECKING:
 
@@ -75,10 +64,6 @@ def l2_norm(
     scale: ArrayLike | None = None,
     *,
     axis,
-    epsilon,
-    epsilon_mode,
-    scale_offset,
-    axis_name,
     mask: ArrayLike | None = None,
     **options,
 ) -> Array:
@@ -110,41 +95,6 @@ def l2_norm(
     >>> jn.l2_norm(np.array([[3., -4.]]), epsilon=10., epsilon_mode="max").round(3).tolist()
     [[0.30000001192092896, -0.4000000059604645]]
     """
-    norm = "l2_norm"
-    _check_mode(norm, epsilon_mode)
-    refuse_a_shape(norm, "scale", scale)
-    x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
-    axes = canonicalize_axes(norm, x.ndim, axis)
-    given: dict[str, Any] = dict(options, mask=mask, axis_name=axis_name, centered=False)
-    sizes = sizes_along(x.shape, axes)
-    if epsilon_mode == "max" or mask is not None or axis_name is not None or not are_static(*sizes) or 0 in sizes:
-        of: Callable[..., Array] = _at_least if epsilon_mode == "max" else _inside
-        return normalize_by_statistics(
-            norm, of, x, {}, scale, None, axes, axes, epsilon=epsilon, scale_offset=scale_offset, **given
-        )
-    # Here n is known: it is an RMS norm, for which there are kernels.
-    n = math.prod(sizes)
-    scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
-    unit = jnp.full((1,) * x.ndim, n**-0.5, accumulator(x))
-    scale = None if scale is None else jnp.asarray(scale)
-    scale = unit if scale is None else n**-0.5 * effective_scale(scale, scale_offset, unit.dtype)
-    epsilon = canonicalize_epsilon(norm, epsilon) / n
-    return normalize_rows(norm, x, scale, None, axes, axes, epsilon=epsilon, scale_offset=0.0, **given)
-
-
-def _check_mode(norm: str, mode: Any) -> None:
-    if mode not in ("inside", "max"):
-        raise ValueError(f'{norm}: epsilon_mode must be "inside" or "max", got {shown(mode)}. Write "inside".')
-
-
-def _inside(x: Array, of: OfElements, affine, epsilon: float) -> Array:
-    n = nonzero_divisor(of.count)
-    return affine(of.standardize(x, epsilon / n) * (1.0 / jnp.sqrt(n)).astype(x.dtype))
-
-
-def _at_least(x: Array, of: OfElements, affine, epsilon: float) -> Array:
-    r = of.rsqrt(0.0) / jnp.sqrt(nonzero_divisor(of.count))
-    if epsilon:  # r is 0 where the length is
-        empty = of.count == 0
-        r = jnp.where((r == 0.0) & ~empty, 1.0 / epsilon, jnp.minimum(r, 1.0 / epsilon))
-    return affine(x * r.astype(x.dtype))
+    x = as_float_array("l2_norm", x, rank=1, layout="the normalized axes among its own")
+    axes = canonicalize_axes("l2_norm", x.ndim, axis)
+    return normalize_length("l2_norm", x, scale, axes, mask=mask, **options)

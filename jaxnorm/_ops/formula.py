@@ -112,6 +112,15 @@ def effective_scale(scale: Array | None, scale_offset: float, dtype) -> Array:
     return scale + scale_offset if scale_offset else scale
 
 
+def affine_times(factor: float | Array, scale, bias, scale_offset: float, dtype) -> tuple[Array, Array | None]:
+    """The scale, with its offset, and the bias that give `factor` times the output: of this dtype or wider."""
+    factor = jnp.asarray(factor, dtype)
+    s = effective_scale(None if scale is None else jnp.asarray(scale), scale_offset, dtype)
+    bias = None if bias is None else jnp.asarray(bias)
+    b = None if bias is None else bias.astype(widest(dtype, bias.dtype))
+    return factor.astype(s.dtype) * s, None if b is None else factor.astype(b.dtype) * b
+
+
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias, ids=None) -> Array:
     xhat = (_xhat if plan.for_backward else _xhat_alone)(plan, x, mask, weights, stats, ids)

@@ -39,8 +39,9 @@ def gradients(f):
 def test_the_native_backend_runs_every_row(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 3.0), draw(rng, row.shape)
     apply = forced(row).apply
-    assert kernels_in(apply, params, x) == ["forward"]
-    assert kernels_in(gradients(apply), params, x, g) == ["forward", "backward"]
+    forward, backward = ["forward"] * row.calls, ["backward"] * row.calls
+    assert kernels_in(apply, params, x) == forward
+    assert sorted(kernels_in(gradients(apply), params, x, g)) == backward + forward
     y, vjp = jax.vjp(apply, params, x)
     np.testing.assert_allclose(y, row.truth(params, x).y, rtol=1e-6, atol=2e-6)
     dparams, dx = vjp(jnp.asarray(g))

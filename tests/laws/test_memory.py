@@ -62,7 +62,7 @@ def test_only_x_is_saved_at_full_size(row, rng):
     params = row.params(rng)
     x = jnp.zeros(row.shape, jnp.bfloat16)
     kept = jax.tree.leaves(jax.eval_shape(lambda p, x: jax.vjp(lambda p, x: row.apply(p, x), p, x)[1], params, x))
-    large = [a for a in kept if a.size >= x.size]
+    large = [a for a in kept if a.size >= (x.size if row.calls == 1 else x.size / 4)]  # x may be several arrays
     # A short last ghost batch is padded, so that x is kept in the padded shape, with the mask of the padding beside it.
-    assert [a.dtype for a in large] == [jnp.bfloat16]
-    assert large[0].size <= x.size * 1.2
+    assert [a.dtype for a in large] == [jnp.bfloat16] * row.calls
+    assert sum(a.size for a in large) <= x.size * 1.2
