@@ -12,6 +12,7 @@ from ._core.types import Affine as Affine
 from ._core.types import Moments as Moments
 from ._core.types import Params
 from ._core.types import RunningStats as RunningStats
+from ._norms.act_norm import ActNorm as ActNorm
 from ._norms.ada_group import AdaGroupNorm as AdaGroupNorm
 from ._norms.ada_instance import AdaIN as AdaIN
 from ._norms.ada_layer import AdaLayerNorm as AdaLayerNorm
@@ -31,6 +32,7 @@ from ._norms.group_rms import GroupRMSNorm as GroupRMSNorm
 from ._norms.instance import InstanceNorm as InstanceNorm
 from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
+from ._norms.layer_scale import LayerScale as LayerScale
 from ._norms.query_key import QKNorm as QKNorm
 from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
@@ -54,6 +56,20 @@ S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
 
 __version__: str
 
+def act_norm(
+    x: ArrayLike,
+    log_scale: ArrayLike | None = ...,
+    shift: ArrayLike | None = ...,
+    *,
+    shift_first: bool = ...,
+    inverse: bool = ...,
+    axis: int = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+) -> tuple[Array, Array]: ...
 def ada_group_norm(
     x: ArrayLike,
     modulation: Any,
@@ -398,6 +414,17 @@ def layer_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def layer_scale(
+    x: ArrayLike,
+    gamma: ArrayLike | None = ...,
+    *,
+    axis: int | Sequence[int] = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def make(norm: str, **options: Any) -> Any: ...

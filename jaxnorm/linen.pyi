@@ -132,6 +132,36 @@ zeros: TypeAlias = Any
 
 _Function: TypeAlias = Callable[..., Any]
 
+class ActNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        init_epsilon: float = ...,
+        shift_first: bool = ...,
+        inverse: bool = ...,
+        axis: int = ...,
+        log_scale_init: _Function | None = ...,
+        shift_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        inverse: ArrayLike | None = ...,
+        log_scale: ArrayLike | None = ...,
+        shift: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
 class AdaGroupNorm(_flax.Module):
     def __init__(
         self,
@@ -809,6 +839,25 @@ class LayerNorm(_flax.LayerNorm):
     def __call__(
         self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
+
+class LayerScale(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        init_gamma: float = ...,
+        axis: int | Sequence[int] = ...,
+        gamma_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ..., gamma: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
 class Norm(_flax.Module):
     def __init__(

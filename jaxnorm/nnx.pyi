@@ -216,6 +216,40 @@ vars_as: TypeAlias = Any
 
 _Function: TypeAlias = Callable[..., Any]
 
+class ActNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        init_epsilon: float = ...,
+        shift_first: bool = ...,
+        inverse: bool = ...,
+        axis: int = ...,
+        log_scale_init: _Function | None = ...,
+        shift_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        log_scale_metadata: Mapping[str, Any] = ...,
+        shift_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        inverse: ArrayLike | None = ...,
+        log_scale: ArrayLike | None = ...,
+        shift: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
 class AdaGroupNorm(_flax.Module):
     def __init__(
         self,
@@ -985,6 +1019,28 @@ class LayerNorm(_flax.LayerNorm):
     def __call__(
         self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
+
+class LayerScale(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        init_gamma: float = ...,
+        axis: int | Sequence[int] = ...,
+        gamma_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        gamma_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, mask: ArrayLike | None = ..., *, gamma: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
 class Norm(_flax.Module):
     def __init__(

@@ -191,6 +191,12 @@ def modulated(*condition_of, **exempt) -> dict[str, Any]:
     return dict(operands=condition(*condition_of), oracle=oracle.modulated, exempt=PER_SAMPLE | exempt)
 
 
+def first_alone(spec, params, state, x, **call):
+    """y, of a norm that returns more with it."""
+    (y, *_), state = spec.apply(params, state, x, **call)
+    return y, state
+
+
 def queries_and_keys(spec, params, state, x, mask=None, **call):
     """x of shape (B, T, heads, D) is q and k together."""
     at = oracle.first_key(x.shape[2])
@@ -263,6 +269,10 @@ ROWS = [
         **modulated(2, -1, True, test_only_x_is_saved_at_full_size="the modulation of each pixel is of x's size",
         **{NOT_NATIVE: "without transposing"}, test_shifting_and_scaling_x_changes_nothing="epsilon is the inner norm's")),
     Row("dynamic-erf", jn.DynamicErf(), _tokens, (1, 1, 40), None, (40,), **squash | dict(oracle=oracle.dynamic_erf)),
+    Row("layer-scale", jn.LayerScale(scale_offset=1.0), _tokens, (1, 1, 40), None, (40,), **squash | dict(oracle=oracle.layer_scale)),
+    Row("act", jn.ActNorm(), _tokens, (1, 1, 40), None, (40,), applied=first_alone, **squash | dict(oracle=oracle.act_norm)),
+    Row("act-inverse-nchw", jn.ActNorm(axis=1, shift_first=True, inverse=True), _planes, (1, 12, 1, 1), None, (12,),
+        applied=first_alone, **squash | dict(oracle=oracle.act_norm)),
     Row("group-nhwc", jn.GroupNorm(num_groups=3), _image, (1, 1, 1, 12), lambda n, h, w, c: (n, c // 4), (12,)),
     Row("group-nchw", jn.GroupNorm(num_groups=3, axis=1), _planes, (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4), (12,)),
     Row("group-size", jn.GroupNorm(group_size=6), (5, 7, 12), (1, 1, 12), lambda n, t, c: (n, c // 6), (12,)),

@@ -194,6 +194,17 @@ def dynamic_tanh(x, params, groups, spec, **_):
     return affine(groups.xp.tanh(params.alpha * x), params.scale, params.bias)
 
 
+def layer_scale(x, params, groups, spec, **_):
+    return x * params.gamma
+
+
+def act_norm(x, params, groups, spec, **_):
+    times = groups.xp.exp(params.log_scale)
+    if spec.inverse:
+        return x / times - params.shift if spec.shift_first else (x - params.shift) / times
+    return times * (x + params.shift) if spec.shift_first else times * x + params.shift
+
+
 def filter_response(x, params, groups, spec, **_):
     xp, learned = groups.xp, params.learned_epsilon
     epsilon = spec.epsilon + (0.0 if learned is None else magnitude(learned, xp))

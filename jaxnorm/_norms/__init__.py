@@ -4,6 +4,7 @@
 `_ops`, and no other norm.
 """
 
+from .act_norm import ActNorm, act_norm
 from .ada_group import AdaGroupNorm, ada_group_norm
 from .ada_instance import AdaIN, ada_instance_norm
 from .ada_layer import AdaLayerNorm, AdaLayerNormZero, ada_layer_norm, ada_layer_norm_zero
@@ -21,6 +22,7 @@ from .group_rms import GroupRMSNorm, group_rms_norm
 from .instance import InstanceNorm, instance_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
+from .layer_scale import LayerScale, layer_scale
 from .query_key import QKNorm, qk_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm

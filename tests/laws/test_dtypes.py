@@ -18,6 +18,8 @@ import jaxnorm as jn
 def test_half_precision_is_the_truth_rounded_once(row, dtype, rng):
     params = row.params(rng, dtype)
     g = draw(rng, row.shape, dtype=dtype)
+    top = float(ml_dtypes.finfo(dtype).max)  # what scales x alone may leave the range
+    bounded = lambda a: np.clip(np.asarray(a, np.float64), -top, top)
 
     @jax.jit
     def run(params, x, g):
@@ -34,11 +36,12 @@ def test_half_precision_is_the_truth_rounded_once(row, dtype, rng):
         units = {1: 0.51, 2: 2.0}[row.roundings]
         scale = getattr(row.in_rank(params), "scale", None)
         slack = 1e-5 * (1 + (0 if scale is None else np.abs(scale).max()))
-        np.testing.assert_array_less(np.abs(y.astype(np.float64) - truth), units * ulp(y) + slack)
+        error = np.abs(bounded(y) - bounded(truth))
+        np.testing.assert_array_less(error, units * ulp(bounded(y).astype(dtype)) + slack)
     dx_true, *dparams_true = row.gradients(params, x, g)
     assert dx.dtype == dtype
     close = lambda a, b: np.testing.assert_allclose(
-        np.asarray(a, np.float64), b, rtol=1e-2, atol=float(ml_dtypes.finfo(dtype).eps) * max(np.abs(b).max(), 1e-3)
+        bounded(a), bounded(b), rtol=1e-2, atol=float(ml_dtypes.finfo(dtype).eps) * max(np.abs(b).max(), 1e-3)
     )
     close(dx, dx_true)
     for got, true in zip(dparams, dparams_true, strict=True):
