@@ -33,10 +33,14 @@ from ._norms.instance import InstanceNorm as InstanceNorm
 from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
 from ._norms.layer_scale import LayerScale as LayerScale
+from ._norms.partial_rms import PartialRMSNorm as PartialRMSNorm
+from ._norms.pixel import PixelNorm as PixelNorm
+from ._norms.positional import PositionalNorm as PositionalNorm
 from ._norms.query_key import QKNorm as QKNorm
 from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
 from ._norms.rms import RMSNorm as RMSNorm
+from ._norms.scale import ScaleNorm as ScaleNorm
 from ._norms.segment import SegmentNorm as SegmentNorm
 from ._norms.spade import SPADE as SPADE
 from ._ops.activation import Activation
@@ -428,6 +432,50 @@ def layer_scale(
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def make(norm: str, **options: Any) -> Any: ...
+def partial_rms_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    *,
+    fraction: float = ...,
+    size: int | None = ...,
+    axis: int = ...,
+    epsilon: float = ...,
+    epsilon_mode: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def pixel_norm(
+    x: ArrayLike,
+    *,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    epsilon_mode: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def positional_norm(
+    x: ArrayLike,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> tuple[Array, Array, Array]: ...
 def presets() -> dict[str, Any]: ...
 def qk_norm(
     q: ArrayLike,
@@ -459,6 +507,21 @@ def rms_norm(
     axis: int | Sequence[int] = ...,
     epsilon: float = ...,
     cast: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def scale_norm(
+    x: ArrayLike,
+    g: ArrayLike | None = ...,
+    *,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    epsilon_mode: str = ...,
     scale_offset: float = ...,
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,

@@ -870,6 +870,71 @@ class Norm(_flax.Module):
     ) -> None: ...
     def __call__(self, x: ArrayLike, *args: Any, **call: Any) -> Any: ...  # type: ignore[override]
 
+class PartialRMSNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        fraction: float = ...,
+        size: int | None = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        epsilon_mode: str = ...,
+        scale_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
+class PixelNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        epsilon_mode: str = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
+class PositionalNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ...) -> Any: ...  # type: ignore[override]
+
 class QKNorm(_flax.Module):
     def __init__(
         self,
@@ -982,6 +1047,28 @@ class SPADE(_flax.Module):
         condition_kernel: ArrayLike | None = ...,
         condition_bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
+
+class ScaleNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        epsilon_mode: str = ...,
+        g_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ..., g: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
 class SegmentNorm(_flax.Module):
     def __init__(

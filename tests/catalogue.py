@@ -162,11 +162,12 @@ SEGMENTS = {
     "test_permuting_the_batch_permutes_the_output": "the ids stay where they are",
     NOT_NATIVE: "statistics of segments are XLA's",
 }
+FUSED = UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"}
 rms = dict(oracle=oracle.root_mean_square, exempt=UNCENTERED)
 length = dict(oracle=oracle.unit_length, exempt=UNCENTERED)
-squash = dict(oracle=oracle.dynamic_tanh, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
+squash = dict(oracle=oracle.dynamic_tanh, exempt=FUSED)
 
-response = dict(oracle=oracle.filter_response, exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})
+response = dict(oracle=oracle.filter_response, exempt=FUSED)
 
 def segment_ids(m):
     """Of row m: 0, 1 or 4, in no order, of 1, 2 and 2 in 5 rows."""
@@ -241,7 +242,12 @@ ROWS = [
         **pair | dict(exempt={})),
     Row("l2", jn.L2Norm(use_scale=True), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **length),
     Row("l2-max", jn.L2Norm(epsilon_mode="max", epsilon=1e-12), _tokens, (1, 1, 40), lambda n, t, c: (n, t),
-        **length | dict(exempt=UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"})),
+        **length | dict(exempt=FUSED)),
+    Row("scale-norm", jn.ScaleNorm(epsilon_mode="inside"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), **length),
+    Row("pixel-outside", jn.PixelNorm(axis=1, epsilon_mode="outside", epsilon=1e-4), _planes, (1, 12, 1, 1),
+        lambda n, c, h, w: (n, h, w), oracle=oracle.over_rms, exempt=FUSED),
+    Row("partial-rms", jn.PartialRMSNorm(fraction=0.5), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,),
+        oracle=oracle.partial_root_mean_square, exempt=UNCENTERED | {NOT_NATIVE: "masks and weights are XLA's"}),
     Row("dynamic-tanh", jn.DynamicTanh(), _tokens, (1, 1, 40), None, (40,), **squash),
     Row("dynamic-tanh-nchw", jn.DynamicTanh(axis=1, use_bias=False, scale_offset=1.0, activation="silu"), _planes,
         (1, 12, 1, 1), None, (12,), **squash),

@@ -157,7 +157,7 @@ def unit_length(x, params, groups, spec, **_):
     else:
         nothing = (groups.count == 0) | (square + epsilon == 0)
         over = xp.sqrt(xp.where(nothing, 1.0, square + epsilon))
-    return affine(xp.where(nothing, 0.0, x / over), params.scale, None)
+    return affine(xp.where(nothing, 0.0, x / over), params[0], None)
 
 
 def analytic(x, groups, epsilon, centered):
@@ -167,6 +167,21 @@ def analytic(x, groups, epsilon, centered):
     v = groups.mean(d * d) + epsilon
     nothing = (groups.count == 0) | (v == 0)
     return xp.where(nothing, 0.0, d / xp.sqrt(xp.where(nothing, 1.0, v)))
+
+
+def over_rms(x, params, groups, spec, **_):
+    """Epsilon outside of the root."""
+    xp = groups.xp
+    v = groups.mean(x * x)
+    nothing = v == 0
+    over = xp.sqrt(xp.where(nothing, 1.0, v)) + spec.epsilon
+    return xp.where(groups.count == 0, 0.0, x / xp.where(nothing, spec.epsilon, over))
+
+
+def partial_root_mean_square(x, params, groups, spec, **_):
+    first = np.arange(x.shape[-1]) < int(spec.fraction * x.shape[-1])
+    part = Groups(groups.labels, np.broadcast_to(first, x.shape), groups.weight, groups.xp)
+    return affine(analytic(x, part, spec.epsilon, False), params.scale, None)
 
 
 def first_key(heads):

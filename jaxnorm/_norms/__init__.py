@@ -23,9 +23,13 @@ from .instance import InstanceNorm, instance_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
+from .partial_rms import PartialRMSNorm, partial_rms_norm
+from .pixel import PixelNorm, pixel_norm
+from .positional import PositionalNorm, positional_norm
 from .query_key import QKNorm, qk_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
+from .scale import ScaleNorm, scale_norm
 from .segment import SegmentNorm, segment_norm
 from .spade import SPADE, spade
 

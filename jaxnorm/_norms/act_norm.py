@@ -161,7 +161,7 @@ def act_norm(
     shift_first, inverse = canonicalize_flags(norm, shift_first=shift_first, inverse=inverse)
     x, mask = align_boolean_mask(norm, x, mask)
     zero = jnp.zeros((), jnp.finfo(accumulator(x)).dtype)
-    own = {
+    own: dict[str, Any] = {
         name: zero if p is None else align_param(norm, name, p, x.shape, (channel,))
         for name, p in (("log_scale", log_scale), ("shift", shift))
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,10 @@ class Norm(Protocol):
     ) -> tuple[Array, Any]:
         """The normalized x and the state after it."""
         ...
+
+
+class NoParams(NamedTuple):
+    """The parameters of a norm that has none."""
 
 
 @spec

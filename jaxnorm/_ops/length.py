@@ -1,6 +1,6 @@
-"""Norms that divide by the length of a vector: an RMS norm by kernels where they can be, else an elementwise function.
+"""Norms that divide by the length of a vector, or by its root mean square, with epsilon at the place that each has.
 
-Legend: n the number of elements of a vector.
+They are RMS norms, by kernels, where they can be, else elementwise functions. Legend: n elements of a vector.
 """
 
 from __future__ import annotations
@@ -62,4 +62,24 @@ def _at_least(x: Array, of: OfElements, affine, epsilon: float) -> Array:
     if epsilon:  # r is 0 where the length is
         empty = of.count == 0
         r = jnp.where((r == 0.0) & ~empty, 1.0 / epsilon, jnp.minimum(r, 1.0 / epsilon))
+    return affine(x * r.astype(x.dtype))
+
+
+def normalize_rms(
+    norm: str, x: Array, scale, axes: tuple[int, ...], feature_axes: tuple[int, ...], *, epsilon, epsilon_mode,
+    **options,
+) -> Array:  # fmt: skip
+    """x over its root mean square along `axes`, epsilon "inside" of the root or "outside" of it."""
+    check_mode(norm, epsilon_mode, ("inside", "outside"))
+    given: dict[str, Any] = dict(options, epsilon=epsilon, centered=False)
+    if epsilon_mode == "inside":
+        return normalize_rows(norm, x, scale, None, axes, feature_axes, **given)
+    return normalize_by_statistics(norm, _outside, x, {}, scale, None, axes, feature_axes, **given)
+
+
+def _outside(x: Array, of: OfElements, affine, epsilon: float) -> Array:
+    r = of.rsqrt(0.0)
+    if epsilon:  # r is 0 where the root is
+        empty = of.count == 0
+        r = jnp.where((r == 0.0) & ~empty, 1.0 / epsilon, r / (1.0 + epsilon * r))
     return affine(x * r.astype(x.dtype))

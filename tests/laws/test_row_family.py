@@ -116,3 +116,113 @@ def test_layers_of_qk_norm_have_the_names_and_shapes_of_models(rng):
 def test_qk_norm_explains_a_wrong_call(call, message, rng):
     with pytest.raises((ValueError, TypeError), match=message):
         call(*queries_keys(rng))
+
+
+# --- others, each against its authors' code in torch, values and gradients --------------------------------------------
+
+
+def prms(x, scale):
+    """The official code of RMSNorm's paper: epsilon is added to the root."""
+    k = int(x.shape[-1] * 0.25)
+    rms = x[..., :k].norm(2, dim=-1, keepdim=True) * k ** (-1.0 / 2)
+    return scale * (x / (rms + 1e-8))
+
+
+def var_hidden_size(x, scale):
+    """vLLM's RMSNorm(var_hidden_size=5)."""
+    return x * torch.rsqrt(x[..., :5].pow(2).mean(dim=-1, keepdim=True) + 1e-6) * scale
+
+
+def scale_norm(x, g):
+    """Transformers without Tears."""
+    return g * x / torch.norm(x, dim=-1, keepdim=True).clamp(min=1e-5)
+
+
+def edm2(x):
+    norm = torch.linalg.vector_norm(x, dim=[1, 2], keepdim=True, dtype=torch.float32)
+    return x / torch.add(1e-4, norm, alpha=np.sqrt(norm.numel() / x.numel()))
+
+
+def pono(x):
+    """The paper's code, with the biased variance, and all that it returns as one array."""
+    mean, std = x.mean(dim=1, keepdim=True), (x.var(dim=1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    return torch.cat([(x - mean) / std, mean, std], 1)
+
+
+AUTHORS = {
+    "partial, official": (
+        lambda x, s: jn.partial_rms_norm(x, s, fraction=0.25, epsilon=1e-8, epsilon_mode="outside"), prms, (8,)),
+    "partial, vllm": (lambda x, s: jn.partial_rms_norm(x, s, size=5), var_hidden_size, (8,)),
+    "scale norm": (jn.scale_norm, scale_norm, ()),
+    "stylegan": (jn.pixel_norm, lambda x: x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-8), None),
+    "edm2": (lambda x: jn.pixel_norm(x, axis=(1, 2), epsilon=1e-4, epsilon_mode="outside"), edm2, None),
+    "positional": (lambda x: jnp.concatenate(jn.positional_norm(x, axis=1), 1), pono, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTHORS)
+def test_a_norm_is_that_of_its_authors_with_its_gradients(name, rng):
+    ours, theirs, shape = AUTHORS[name]
+    args = [draw(rng, (4, 6, 8), 1.0), *([] if shape is None else [draw(rng, shape or (1,), 1.0).reshape(shape)])]
+    y, vjp = jax.vjp(jax.jit(ours), *args)
+    tensors = [torch.tensor(a, requires_grad=True) for a in args]
+    want = theirs(*tensors)
+    g = draw(rng, y.shape)
+    want.backward(torch.tensor(g))
+    near(y, want.detach())
+    for got, tensor in zip(vjp(jnp.asarray(g)), tensors, strict=True):
+        np.testing.assert_allclose(got, tensor.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_that_are_views_of_others_are_theirs_to_the_bit(rng):
+    """They are the same kernels, and no mathematics of their own."""
+    x, equal = draw(rng, (4, 12, 5, 3), 2.0), np.testing.assert_array_equal
+    equal(jn.pixel_norm(x, axis=1), jn.rms_norm(x, axis=1, epsilon=1e-8))
+    equal(jn.positional_norm(x, axis=1)[0], jn.layer_norm(x, axis=1, epsilon=1e-5))
+    equal(jn.scale_norm(x, np.float32(3.0)), jn.l2_norm(x, 3.0 * jnp.ones(()), epsilon=1e-5, epsilon_mode="max"))
+    equal(jn.partial_rms_norm(x, size=3), jn.rms_norm(x))
+
+
+def test_positional_norm_gives_back_what_it_took_out(rng):
+    x, mask = draw(rng, (2, 5, 6), 30.0), np.arange(6) < 4
+    y, mean, std = jn.positional_norm(x)
+    np.testing.assert_allclose(y * std + mean, x, rtol=1e-6)
+    holed = np.where(mask[None, None], x, np.float32(np.nan))
+    masked = jn.positional_norm(holed, mask=np.broadcast_to(mask, x.shape))
+    for a, b in zip(masked, jn.positional_norm(x[..., :4]), strict=True):
+        near(a[..., :4], b)
+    of_parts = jax.vmap(lambda x: jn.positional_norm(x, axis_name="c"), in_axes=-1, axis_name="c")
+    for a, b in zip(of_parts(x.reshape(2, 5, 3, 2)), (y, mean, std), strict=True):
+        near(a[0], b.reshape(2, 5, -1, 2)[..., 0] if b is y else b)
+
+
+def test_a_pixel_of_zeros_has_the_slope_of_epsilon():
+    slope = jax.grad(lambda x: jn.pixel_norm(x, epsilon=0.5, epsilon_mode="outside").sum())(np.zeros((2, 3), "f"))
+    near(slope, np.full((2, 3), 2.0))
+
+
+def test_layers_without_parameters_and_of_one_number(rng):
+    x = draw(rng, (4, 6, 16))
+    y, variables = jnn.PixelNorm().init_with_output(KEY, x)
+    assert variables == {}
+    near(y, jn.pixel_norm(x))
+    near(jnnx.PixelNorm(16, rngs=nnx.Rngs(0))(x), y)
+    near(jnn.PositionalNorm().apply({}, x)[1], x.mean(-1, keepdims=True))
+    g = jnn.ScaleNorm().init(KEY, x)["params"]["g"]
+    assert (g.shape, float(g)) == ((), 4.0)
+    assert float(jnnx.ScaleNorm(16, scale_offset=1.0, rngs=nnx.Rngs(0)).g[...]) == 3.0
+    assert jnn.ScaleNorm(use_scale=False).init(KEY, x) == {}
+    assert jnn.PartialRMSNorm(size=4).init(KEY, x)["params"]["scale"].shape == (16,)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda x: jn.partial_rms_norm(x, size=9), r"partial_rms_norm: size=9 must be of 1 to 8 features.*Write size=4"),
+    (lambda x: jn.partial_rms_norm(x, fraction=0.01), r"partial_rms_norm: fraction=0\.01 must be of 1 to 8 features"),
+    (lambda x: jn.pixel_norm(x, epsilon_mode="max"), "pixel_norm: epsilon_mode must be \"inside\" or \"outside\""),
+    (lambda x: jn.ScaleNorm(epsilon_mode="outside"), r'ScaleNorm: epsilon_mode must be "inside" or "max"'),
+    (lambda x: jn.scale_norm(x, np.ones(7)), r"scale_norm: g of shape \(7,\) fits neither"),
+    (lambda x: jn.positional_norm(x, axis=(0, 1)), r"positional_norm: axis must be one int"),
+])  # fmt: skip
+def test_row_norms_explain_a_wrong_call(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(np.ones((2, 8), "f"))
