@@ -22,6 +22,7 @@ from ._norms.ada_rms import AdaRMSNorm as AdaRMSNorm
 from ._norms.base import Norm as Norm
 from ._norms.batch import BatchNorm as BatchNorm
 from ._norms.conditional import ConditionalNorm as ConditionalNorm
+from ._norms.deep import DeepNorm as DeepNorm
 from ._norms.dynamic_erf import DynamicErf as DynamicErf
 from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
 from ._norms.film import FiLM as FiLM
@@ -261,6 +262,25 @@ def conditional_norm(
     train: Any = ...,
     mask: ArrayLike | None = ...,
 ) -> tuple[Array, Any]: ...
+def deep_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    alpha: float = ...,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def deep_norm_alpha(encoder_layers: int = ..., decoder_layers: int = ..., side: str | None = ...) -> float: ...
+def deep_norm_beta(encoder_layers: int = ..., decoder_layers: int = ..., side: str | None = ...) -> float: ...
 def dynamic_erf(
     x: ArrayLike,
     alpha: ArrayLike,
@@ -412,6 +432,7 @@ def layer_norm(
     *,
     axis: int | Sequence[int] = ...,
     epsilon: float = ...,
+    output_scale: float = ...,
     scale_offset: float = ...,
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,
@@ -506,6 +527,7 @@ def rms_norm(
     *,
     axis: int | Sequence[int] = ...,
     epsilon: float = ...,
+    output_scale: float = ...,
     cast: str = ...,
     scale_offset: float = ...,
     activation: Activation | None = ...,

@@ -679,6 +679,42 @@ class ConditionalNorm(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class DeepNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        alpha: float = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class DynamicErf(_flax.Module):
     def __init__(
         self,
@@ -1013,6 +1049,7 @@ class LayerNorm(_flax.LayerNorm):
         scale_offset: float = ...,
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
+        output_scale: float = ...,
         param_names: Mapping[str, str] | None = ...,
         cast_params: bool = ...,
     ) -> None: ...
@@ -1200,6 +1237,7 @@ class RMSNorm(_flax.RMSNorm):
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
         use_bias: bool = ...,
+        output_scale: float = ...,
         cast: str = ...,
         bias_init: _Function | None = ...,
         param_names: Mapping[str, str] | None = ...,

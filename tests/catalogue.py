@@ -198,6 +198,10 @@ def first_alone(spec, params, state, x, **call):
     return y, state
 
 
+def x_as_residual(spec, params, state, x, **call):
+    return spec.apply(params, state, x, x, **call)
+
+
 def queries_and_keys(spec, params, state, x, mask=None, **call):
     """x of shape (B, T, heads, D) is q and k together."""
     at = oracle.first_key(x.shape[2])
@@ -233,6 +237,10 @@ ROWS = [
     Row("rms-two-axes", jn.RMSNorm(axis=(1, 2)), _tokens, (1, 6, 40), lambda n, t, c: (n,), (6, 40), **rms),
     Row("rms-before-scale", jn.RMSNorm(cast="before_scale"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **rms),
     Row("rms-silu", jn.RMSNorm(activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **rms),
+    Row("rms-output-scale", jn.RMSNorm(use_bias=True, scale_offset=1.0, output_scale=0.3), _tokens, (1, 1, 40),
+        lambda n, t, c: (n, t), (40,), oracle=oracle.scaled_output, exempt=UNCENTERED),
+    Row("deep", jn.DeepNorm(alpha=3.0), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), applied=x_as_residual,
+        oracle=oracle.of_alpha_times_x_and_x),
     Row("group-rms", jn.GroupRMSNorm(num_groups=3), (4, 6, 12), (1, 1, 12), lambda n, t, c: (n, t, c // 4), (12,), **rms),
     Row("group-rms-nchw-centered", jn.GroupRMSNorm(group_size=4, centered=True, axis=1, use_bias=True, scale_offset=1.0), _planes,
         (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4, h, w), (12,), exempt={NOT_NATIVE: "without transposing"}),

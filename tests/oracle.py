@@ -169,6 +169,14 @@ def analytic(x, groups, epsilon, centered):
     return xp.where(nothing, 0.0, d / xp.sqrt(xp.where(nothing, 1.0, v)))
 
 
+def scaled_output(x, params, groups, spec, **_):
+    return spec.output_scale * affine(analytic(x, groups, spec.epsilon, False), *params)
+
+
+def of_alpha_times_x_and_x(x, params, groups, spec, **_):
+    return affine(analytic((spec.alpha + 1.0) * x, groups, spec.epsilon, True), *params)
+
+
 def over_rms(x, params, groups, spec, **_):
     """Epsilon outside of the root."""
     xp = groups.xp

@@ -9,7 +9,7 @@ import jax
 from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
-from .._ops.rows import normalize_rows
+from .._ops.rows import normalize_scaled
 from .base import RowSpec
 from .declare import function_of, spec
 
@@ -23,6 +23,7 @@ class LayerNorm(RowSpec):
     Args:
       axis: the axis or axes normalized over.
       epsilon: added to the variance, in units of x squared; >= 0.
+      output_scale: a number that multiplies the output in float32: l**-0.5 for block l is LayerNorm Scaling.
 
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.LayerNorm(epsilon=1e-5, use_bias=False)
@@ -35,6 +36,7 @@ class LayerNorm(RowSpec):
     use_bias: bool = True
     axis: int | Sequence[int] = -1
     epsilon: float = 1e-6
+    output_scale: float = 1.0
 
     _spare_axes: ClassVar[int] = 1  # per head: (H, D)
 
@@ -62,11 +64,12 @@ def layer_norm(
       An array of x's shape.
 
     Raises:
-      ValueError: a bad axis, epsilon, or backend; a scale, bias or mask that fits x nowhere.
+      ValueError: a bad axis, epsilon, output_scale, or backend; a scale, bias or mask that fits x nowhere.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
-    Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450.
+    Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450; `output_scale`: Sun et al., "The Curse of
+    Depth in Large Language Models" (2025), arXiv:2502.05795.
 
     >>> import jaxnorm as jn, numpy as np
     >>> jn.layer_norm(np.array([[1., 3.], [5., 5.]]), bias=np.array([0., 1.])).round(3).tolist()
@@ -74,6 +77,6 @@ def layer_norm(
     """
     x = as_float_array("layer_norm", x, rank=1, layout="the normalized axes among its own")
     axes = canonicalize_axes("layer_norm", x.ndim, axis)
-    return normalize_rows(
-        "layer_norm", x, scale, bias, axes, axes, mask=mask, **options,
+    return normalize_scaled(
+        "layer_norm", x, scale, bias, axes, mask=mask, **options,
     )  # fmt: skip

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes, canonicalize_dtype
 from .._core.checks import check_cast
 from .._core.explain import explained
 from .._core.types import Params
+from .._ops.residual import as_residual
 from .._ops.rows import normalize_stream
 from .base import RowSpec
 from .declare import S, function_of, spec
@@ -193,17 +193,7 @@ def add_layer_norm(
 
 def _normalized(norm: str, x, residual, scale, bias, axis, *, dtype, **options) -> tuple[Array, Array]:
     x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
-    residual = as_float_array(norm, residual, what="residual")
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"{norm}: residual must have x's shape {x.shape}, got {residual.shape}. "
-            f"Write jnp.broadcast_to(residual, {x.shape}), or check what is added to the stream."
-        )
+    residual = as_residual(norm, x, residual)
     out = canonicalize_dtype(norm, dtype, x, residual)
-    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(residual):
-        raise TypeError(
-            f"{norm}: a residual of {residual.dtype} cannot hold the sum with a complex x. "
-            f"Write residual.astype({x.dtype})."
-        )
     axes = canonicalize_axes(norm, x.ndim, axis)
     return normalize_stream(norm, x, residual, scale, bias, axes, axes, dtype=out, **options)

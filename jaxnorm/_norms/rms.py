@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import check_cast
-from .._ops.rows import normalize_rows
+from .._ops.rows import normalize_scaled
 from .base import RowSpec
 from .declare import function_of, spec
 
@@ -24,6 +24,7 @@ class RMSNorm(RowSpec):
     Args:
       axis: the axis or axes normalized over.
       epsilon: added to the mean square, in units of x squared; >= 0.
+      output_scale: a number that multiplies the output in float32: l**-0.5 for block l is LayerNorm Scaling.
       cast: "after_scale" rounds once, at the end (Gemma); "before_scale" rounds x / rms to the output's dtype and again
         after the scale (Llama). They differ in the last bit of a half-precision output.
 
@@ -37,6 +38,7 @@ class RMSNorm(RowSpec):
     use_bias: bool = False
     axis: int | Sequence[int] = -1
     epsilon: float = 1e-6
+    output_scale: float = 1.0
     cast: str = "after_scale"
 
     _spare_axes: ClassVar[int] = 1  # per head: (H, D)
@@ -70,11 +72,12 @@ def rms_norm(
       An array of x's shape.
 
     Raises:
-      ValueError: a bad axis, epsilon, cast, or backend; a scale, bias or mask that fits x nowhere.
+      ValueError: a bad axis, epsilon, output_scale, cast, or backend; a scale, bias or mask that fits x nowhere.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
-    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467.
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467; `output_scale`: Sun et
+    al., "The Curse of Depth in Large Language Models" (2025), arXiv:2502.05795.
 
     >>> import jaxnorm as jn, numpy as np
     >>> jn.rms_norm(np.array([[2., -2.]]), bias=np.array([0., 1.]), epsilon=0.).round(3).tolist()
@@ -83,7 +86,7 @@ def rms_norm(
     check_cast("rms_norm", cast)
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
     axes = canonicalize_axes("rms_norm", x.ndim, axis)
-    return normalize_rows(
-        "rms_norm", x, scale, bias, axes, axes, mask=mask, **options,
+    return normalize_scaled(
+        "rms_norm", x, scale, bias, axes, mask=mask, **options,
         centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip

@@ -8,11 +8,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._core.arrays import as_float_array
 from .._core.dtypes import accumulator, round_to, widest
 from .._core.vma import pvary_all, shard_alike
 from .statistics import drop_symbolic_zeros
 
 Array = jax.Array
+
+
+def as_residual(norm: str, x: Array, residual) -> Array:
+    """The residual as an array of x's shape whose dtype can hold the sum."""
+    residual = as_float_array(norm, residual, what="residual")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{norm}: residual must have x's shape {x.shape}, got {residual.shape}. "
+            f"Write jnp.broadcast_to(residual, {x.shape}), or check what is added to the stream."
+        )
+    if jnp.iscomplexobj(x) and not jnp.iscomplexobj(residual):
+        raise TypeError(
+            f"{norm}: a residual of {residual.dtype} cannot hold the sum with a complex x. "
+            f"Write residual.astype({x.dtype})."
+        )
+    return residual
 
 
 def match_types(x: Array, residual: Array) -> tuple[Array, Array]:
@@ -55,3 +72,22 @@ def add_rounded_tangent(dtype, dx: Array | None, dresidual: Array | None) -> Arr
         return dx + dresidual
     wide = widest(accumulator(dx), accumulator(dresidual))
     return (dx.astype(wide) + dresidual.astype(wide)).astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def add_scaled(plain: bool, factor: float, x: Array, residual: Array) -> Array:
+    """x + factor * residual, with the arithmetic, the rounding and the barrier of `add_rounded`."""
+    wide = widest(accumulator(x), accumulator(residual))
+    new = round_to(x.astype(wide) + factor * residual.astype(wide), residual.dtype).astype(residual.dtype)
+    return new if plain else lax.optimization_barrier(new)
+
+
+def _add_scaled_jvp(plain, factor, primals, tangents):
+    new = add_scaled(plain, factor, *primals)
+    dx, dresidual = drop_symbolic_zeros(tangents)
+    dresidual = None if dresidual is None else factor * dresidual.astype(accumulator(dresidual))
+    tangent = add_rounded_tangent(new.dtype, dx, dresidual)
+    return new, jnp.zeros_like(new) if tangent is None else tangent
+
+
+add_scaled.defjvp(_add_scaled_jvp, symbolic_zeros=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
-from .._core.dtypes import widest
+from .._core.dtypes import accumulator, widest
 from .._core.masks import finite_padding
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.over import Axes, Segments
@@ -18,6 +18,7 @@ from .._core.platforms import recompute
 from .._core.types import Reduction
 from .._core.vma import shard_like
 from .activation import check_activation
+from .formula import affine_times
 from .plan import check_implementation, make_plan
 from .residual import add_rounded, match_types
 from .standardize import add_and_standardize, can_fuse_add, standardize
@@ -33,6 +34,20 @@ def _zero_masked_rows(mask: Array, x: Array) -> Array:
 def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **options) -> Array:
     """A norm by each example's own statistics; the options are those of `normalize_stream`."""
     return normalize_stream(norm, x, None, scale, bias, axes, feature_axes, **options)[0]
+
+
+def normalize_scaled(
+    norm: str, x: Array, scale, bias, axes: tuple[int, ...], *, output_scale, scale_offset, **options
+) -> Array:
+    """`normalize_rows`, and its output times a number. For 1 the program is the same."""
+    output_scale = canonicalize_number(norm, "output_scale", output_scale, "1.0")
+    if output_scale != 1.0:
+        scale = align_param(norm, "scale", scale, x.shape, axes)
+        bias = align_param(norm, "bias", bias, x.shape, axes)
+        offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
+        scale, bias = affine_times(output_scale, scale, bias, offset, accumulator(x))
+        scale_offset = 0.0
+    return normalize_rows(norm, x, scale, bias, axes, axes, scale_offset=scale_offset, **options)
 
 
 def _identity(a: Array) -> Array:

@@ -149,7 +149,25 @@ def pono(x):
     return torch.cat([(x - mean) / std, mean, std], 1)
 
 
+def curse_of_depth(x, scale, bias):
+    """LayerNorm Scaling: the official code multiplies the norm's output by 1 / sqrt(layer_index)."""
+    return F.layer_norm(x, (8,), scale[0], bias[0], 1e-6) * (1 / 7**0.5)
+
+
+def torchscale(x, residual):
+    """Its residual connection of DeepNorm, of 18 layers, and then the norm."""
+    return F.layer_norm(residual * (2.0 * 18) ** 0.25 + x, (8,), eps=1e-6)
+
+
+ALPHA = jn.deep_norm_alpha(18)
 AUTHORS = {
+    "layer norm scaling": (
+        lambda x, s: jn.layer_norm(x, s[0], s[1], output_scale=7**-0.5),
+        lambda x, s: curse_of_depth(x, s[:1], s[1:]), (2, 8)),
+    "rms norm scaling": (
+        lambda x, s: jn.rms_norm(x, s, scale_offset=1.0, output_scale=7**-0.5),
+        lambda x, s: F.rms_norm(x, (8,), 1.0 + s, 1e-6) / 7**0.5, (8,)),
+    "deep norm": (lambda x, r: jn.deep_norm(x, r, alpha=ALPHA), torchscale, (4, 6, 8)),
     "partial, official": (
         lambda x, s: jn.partial_rms_norm(x, s, fraction=0.25, epsilon=1e-8, epsilon_mode="outside"), prms, (8,)),
     "partial, vllm": (lambda x, s: jn.partial_rms_norm(x, s, size=5), var_hidden_size, (8,)),
@@ -172,6 +190,35 @@ def test_a_norm_is_that_of_its_authors_with_its_gradients(name, rng):
     near(y, want.detach())
     for got, tensor in zip(vjp(jnp.asarray(g)), tensors, strict=True):
         np.testing.assert_allclose(got, tensor.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_deep_norm_keeps_the_sum_alone_and_rounds_it_to_the_residual_s_dtype(rng):
+    x, r = (jnp.asarray(draw(rng, (4, 6, 8)), jnp.bfloat16) for _ in range(2))
+    f = lambda x, r: jn.deep_norm(x, r, alpha=1.7)
+    total = (1.7 * r.astype("f") + x.astype("f")).astype("bfloat16")
+    np.testing.assert_array_equal(f(x, r), jn.layer_norm(total))
+    kept = jax.tree.leaves(jax.eval_shape(lambda x, r: jax.vjp(f, x, r)[1], x, r))
+    assert [(a.shape, a.dtype) for a in kept if a.size >= x.size] == [(x.shape, jnp.bfloat16)]
+    wide = jax.eval_shape(f, x, r.astype("f"))
+    assert wide.dtype == jnp.bfloat16
+    y, variables = jnn.DeepNorm(alpha=1.7).init_with_output(KEY, x, r)
+    assert sorted(variables["params"]) == ["bias", "scale"]
+    np.testing.assert_array_equal(jnnx.DeepNorm(8, alpha=1.7, rngs=nnx.Rngs(0))(x, r), y)
+
+
+def test_deep_norm_s_alpha_and_beta_are_those_of_the_paper_s_table():
+    """torchscale's code, which has 1 / 1.15 for the 0.87 of the paper."""
+    alpha, beta = jn.deep_norm_alpha, jn.deep_norm_beta
+    for n, m in ((6, 6), (12, 3), (100, 40)):
+        np.testing.assert_allclose(alpha(n, m, "encoder"), 0.81 * (n**4 * m) ** 0.0625)
+        np.testing.assert_allclose(1 / beta(n, m, "encoder"), 1.15 * (n**4 * m) ** 0.0625, rtol=1e-3)
+        np.testing.assert_allclose(alpha(n, m, "decoder"), (3.0 * m) ** 0.25)
+        np.testing.assert_allclose(1 / beta(n, m, "decoder"), (12.0 * m) ** 0.25)
+        assert alpha(n) == alpha(0, n) == (2.0 * n) ** 0.25
+        np.testing.assert_allclose(1 / beta(n, side="encoder"), (8.0 * n) ** 0.25)
+    for wrong in ((), (-1,), (6, 6), (6, 6, "both"), (6, 0, "decoder")):
+        with pytest.raises(ValueError, match=r"deep_norm_alpha: .*Write deep_norm_alpha\("):
+            alpha(*wrong)
 
 
 def test_norms_that_are_views_of_others_are_theirs_to_the_bit(rng):
@@ -221,6 +268,9 @@ def test_layers_without_parameters_and_of_one_number(rng):
     (lambda x: jn.pixel_norm(x, epsilon_mode="max"), "pixel_norm: epsilon_mode must be \"inside\" or \"outside\""),
     (lambda x: jn.ScaleNorm(epsilon_mode="outside"), r'ScaleNorm: epsilon_mode must be "inside" or "max"'),
     (lambda x: jn.scale_norm(x, np.ones(7)), r"scale_norm: g of shape \(7,\) fits neither"),
+    (lambda x: jn.layer_norm(x, output_scale=None), r"layer_norm: output_scale must be a finite number, got None"),
+    (lambda x: jn.deep_norm(x, x[:1]), r"deep_norm: residual must have x's shape \(2, 8\), got \(1, 8\)"),
+    (lambda x: jn.DeepNorm(alpha="deep"), r"DeepNorm: alpha must be a finite number, got 'deep'"),
     (lambda x: jn.positional_norm(x, axis=(0, 1)), r"positional_norm: axis must be one int"),
 ])  # fmt: skip
 def test_row_norms_explain_a_wrong_call(call, message):
