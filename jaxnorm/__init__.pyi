@@ -34,6 +34,8 @@ from ._norms.instance import InstanceNorm as InstanceNorm
 from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
 from ._norms.layer_scale import LayerScale as LayerScale
+from ._norms.norm_add import LayerNormAdd as LayerNormAdd
+from ._norms.norm_add import RMSNormAdd as RMSNormAdd
 from ._norms.partial_rms import PartialRMSNorm as PartialRMSNorm
 from ._norms.pixel import PixelNorm as PixelNorm
 from ._norms.positional import PositionalNorm as PositionalNorm
@@ -441,6 +443,25 @@ def layer_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def layer_norm_add(
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    cast: str = ...,
+    gate: ArrayLike | None = ...,
+    next: Params = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
 def layer_scale(
     x: ArrayLike,
     gamma: ArrayLike | None = ...,
@@ -537,6 +558,25 @@ def rms_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def rms_norm_add(
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    cast: str = ...,
+    gate: ArrayLike | None = ...,
+    next: Params = ...,
+    mask: ArrayLike | None = ...,
+) -> Any: ...
 def scale_norm(
     x: ArrayLike,
     g: ArrayLike | None = ...,

@@ -1057,6 +1057,50 @@ class LayerNorm(_flax.LayerNorm):
         self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
+class LayerNormAdd(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_next: bool = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        cast: str = ...,
+        use_bias: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        next_scale_init: _Function | None = ...,
+        next_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        next_scale_metadata: Mapping[str, Any] = ...,
+        next_bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        gate: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        next_scale: ArrayLike | None = ...,
+        next_bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
 class LayerScale(_flax.Module):
     def __init__(
         self,
@@ -1247,6 +1291,50 @@ class RMSNorm(_flax.RMSNorm):
     def __call__(
         self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
+
+class RMSNormAdd(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_next: bool = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        cast: str = ...,
+        use_bias: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        next_scale_init: _Function | None = ...,
+        next_bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        next_scale_metadata: Mapping[str, Any] = ...,
+        next_bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        gate: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        next_scale: ArrayLike | None = ...,
+        next_bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
 
 class SPADE(_flax.Module):
     def __init__(

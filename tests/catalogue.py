@@ -241,6 +241,9 @@ ROWS = [
         lambda n, t, c: (n, t), (40,), oracle=oracle.scaled_output, exempt=UNCENTERED),
     Row("deep", jn.DeepNorm(alpha=3.0), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), applied=x_as_residual,
         oracle=oracle.of_alpha_times_x_and_x),
+    Row("rms-add", jn.RMSNormAdd(use_bias=True), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), applied=x_as_residual,
+        oracle=oracle.x_and_its_norm, exempt=UNCENTERED | {
+            "test_poison_in_the_padding_reaches_no_output_and_no_gradient": "poison in the residual stays in the stream"}),
     Row("group-rms", jn.GroupRMSNorm(num_groups=3), (4, 6, 12), (1, 1, 12), lambda n, t, c: (n, t, c // 4), (12,), **rms),
     Row("group-rms-nchw-centered", jn.GroupRMSNorm(group_size=4, centered=True, axis=1, use_bias=True, scale_offset=1.0), _planes,
         (1, 12, 1, 1), lambda n, c, h, w: (n, c // 4, h, w), (12,), exempt={NOT_NATIVE: "without transposing"}),

@@ -177,6 +177,10 @@ def of_alpha_times_x_and_x(x, params, groups, spec, **_):
     return affine(analytic((spec.alpha + 1.0) * x, groups, spec.epsilon, True), *params)
 
 
+def x_and_its_norm(x, params, groups, spec, **_):
+    return x + affine(analytic(x, groups, spec.epsilon, False), params.scale, params.bias)
+
+
 def over_rms(x, params, groups, spec, **_):
     """Epsilon outside of the root."""
     xp = groups.xp

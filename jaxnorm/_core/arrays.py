@@ -247,3 +247,17 @@ def align_param(norm: str, what: str, param, x_shape: tuple[int, ...], feature_a
             f"broadcasts to x. Write {write}."
         )
     return param.reshape((1,) * rest + param.shape)
+
+
+def align_gate(norm: str, gate, x: Array) -> Array:
+    """What multiplies x or its norm, with x's rank."""
+    gate = as_float_array(norm, gate, what="gate")
+    rest = x.ndim - gate.ndim
+    if rest < 0 or any(n not in (1, s) for n, s in zip(gate.shape, x.shape[rest:], strict=True)):
+        raise ValueError(
+            f"{norm}: gate of shape {gate.shape} does not broadcast to x of shape {x.shape}. "
+            f"Write jnp.broadcast_to(gate, {x.shape}), or give it x's shape."
+        )
+    if jnp.iscomplexobj(gate) and not jnp.iscomplexobj(x):
+        raise TypeError(f"{norm}: a complex gate needs a complex x, got {x.dtype}. Write x.astype({gate.dtype}).")
+    return gate.reshape((1,) * rest + gate.shape)

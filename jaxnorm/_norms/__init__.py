@@ -24,6 +24,7 @@ from .instance import InstanceNorm, instance_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
+from .norm_add import LayerNormAdd, RMSNormAdd, layer_norm_add, rms_norm_add
 from .partial_rms import PartialRMSNorm, partial_rms_norm
 from .pixel import PixelNorm, pixel_norm
 from .positional import PositionalNorm, positional_norm

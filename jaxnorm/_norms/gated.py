@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .._core.arrays import as_float_array, canonicalize_axes
+from .._core.arrays import align_gate, as_float_array, canonicalize_axes
 from .._core.channels import canonicalize_group_count, spans_devices, split_channels
 from .._core.checks import canonicalize_flags, check_cast
 from .._core.explain import explained
@@ -75,20 +74,6 @@ class GatedRMSNorm(RowSpec):
     ) -> tuple[Array, S]:
         """The normalized and gated x, and the state `()` as it came."""
         return self._applied(params, state, x, gate, mask=mask), state
-
-
-def _aligned_gate(norm: str, gate, x: Array) -> Array:
-    """The gate with x's rank."""
-    gate = as_float_array(norm, gate, what="gate")
-    rest = x.ndim - gate.ndim
-    if rest < 0 or any(n not in (1, s) for n, s in zip(gate.shape, x.shape[rest:], strict=True)):
-        raise ValueError(
-            f"{norm}: gate of shape {gate.shape} does not broadcast to x of shape {x.shape}. "
-            f"Write jnp.broadcast_to(gate, {x.shape}), or give it x's shape."
-        )
-    if jnp.iscomplexobj(gate) and not jnp.iscomplexobj(x):
-        raise TypeError(f"{norm}: a complex gate needs a complex x, got {x.dtype}. Write x.astype({gate.dtype}).")
-    return gate.reshape((1,) * rest + gate.shape)
 
 
 @function_of(GatedRMSNorm)
@@ -155,7 +140,7 @@ def gated_rms_norm(
         norm, x, scale, None, (channel if one else channel + 1,), (channel,),
         activation=activation, mask=mask, axis_name=axis_name, **options,
         centered=False, cast_before_scale=cast == "before_scale",
-        gate=_aligned_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
+        gate=align_gate(norm, gate, x), gate_where="after" if norm_before_gate else "before",
         view=lambda a: a if one else split_channels(a, x.shape, channel, groups),
         spans_devices=not one and spans_devices(x, channel, groups),
     )  # fmt: skip
