@@ -201,6 +201,7 @@ def add_layer_norm(
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
+    branch_scale: ArrayLike | None = ...,
 ) -> tuple[Array, Array]: ...
 def add_rms_norm(
     x: ArrayLike,
@@ -218,6 +219,7 @@ def add_rms_norm(
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
+    branch_scale: ArrayLike | None = ...,
 ) -> tuple[Array, Array]: ...
 def as_dict(norm: Norm) -> dict[str, Any]: ...
 def batch_norm(

@@ -424,6 +424,7 @@ class AddLayerNorm(_flax.Module):
         residual: ArrayLike,
         *,
         mask: ArrayLike | None = ...,
+        branch_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
@@ -456,6 +457,7 @@ class AddRMSNorm(_flax.Module):
         residual: ArrayLike,
         *,
         mask: ArrayLike | None = ...,
+        branch_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]

@@ -551,6 +551,7 @@ class AddLayerNorm(_flax.Module):
         residual: ArrayLike,
         mask: ArrayLike | None = ...,
         *,
+        branch_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
@@ -587,6 +588,7 @@ class AddRMSNorm(_flax.Module):
         residual: ArrayLike,
         mask: ArrayLike | None = ...,
         *,
+        branch_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]

@@ -73,6 +73,9 @@ def layer_scale(
 
         y = x * (gamma + scale_offset)
 
+    The sum with the residual and the next norm in one call, with one rounding, is `branch_scale=gamma` of
+    `add_rms_norm` and `add_layer_norm`.
+
     Args:
       x: array of any shape. Integers are promoted to float32.
       gamma: of the shape of x along `axis`, or of a shape that broadcasts against x; None is 1.

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import jax
 from jax.typing import ArrayLike
 
-from .._core.arrays import as_float_array, canonicalize_axes, canonicalize_dtype
+from .._core.arrays import align_param, as_float_array, canonicalize_axes, canonicalize_dtype
 from .._core.checks import check_cast
 from .._core.explain import explained
 from .._core.types import Params
-from .._ops.residual import as_residual
-from .._ops.rows import normalize_stream
+from .._core.vma import shard_like
+from .._ops.residual import add_times, as_residual, match_types
+from .._ops.rows import normalize_rows, normalize_stream
 from .base import RowSpec
 from .declare import S, function_of, spec
 
@@ -54,10 +55,11 @@ class AddRMSNorm(RowSpec):
 
     @explained("apply")
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None
-    ) -> tuple[tuple[Array, Array], S]:
+        self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None,
+        branch_scale: Any = None,
+    ) -> tuple[tuple[Array, Array], S]:  # fmt: skip
         """The normalized sum and the new stream, and the state `()` as it came."""
-        return self._applied(params, state, x, residual, mask=mask), state
+        return self._applied(params, state, x, residual, mask=mask, branch_scale=branch_scale), state
 
 
 @function_of(AddRMSNorm, inline=True)  # x and residual have one cotangent, which a call would return twice
@@ -70,6 +72,7 @@ def add_rms_norm(
     axis,
     cast,
     mask: ArrayLike | None = None,
+    branch_scale: ArrayLike | None = None,
     **options,
 ) -> tuple[Array, Array]:
     """Add x to the residual stream and apply RMS norm to the sum.
@@ -90,6 +93,8 @@ def add_rms_norm(
       mask: True where an element counts in the norm; see `rms_norm`. The stream is the sum everywhere.
       dtype: of y; None is x's. That of new_residual is residual's.
 
+      branch_scale: multiplies x before it is added, as LayerScale's gamma: like scale; None is 1.
+
     Returns:
       y and new_residual, each of x's shape.
 
@@ -108,7 +113,7 @@ def add_rms_norm(
     """
     check_cast("add_rms_norm", cast)
     return _normalized(
-        "add_rms_norm", x, residual, scale, bias, axis, mask=mask, **options,
+        "add_rms_norm", x, residual, scale, bias, axis, branch_scale, mask=mask, **options,
         centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip
 
@@ -137,10 +142,11 @@ class AddLayerNorm(RowSpec):
 
     @explained("apply")
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None
-    ) -> tuple[tuple[Array, Array], S]:
+        self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None,
+        branch_scale: Any = None,
+    ) -> tuple[tuple[Array, Array], S]:  # fmt: skip
         """The normalized sum and the new stream, and the state `()` as it came."""
-        return self._applied(params, state, x, residual, mask=mask), state
+        return self._applied(params, state, x, residual, mask=mask, branch_scale=branch_scale), state
 
 
 @function_of(AddLayerNorm, inline=True)  # x and residual have one cotangent, which a call would return twice
@@ -152,6 +158,7 @@ def add_layer_norm(
     *,
     axis,
     mask: ArrayLike | None = None,
+    branch_scale: ArrayLike | None = None,
     **options,
 ) -> tuple[Array, Array]:
     """Add x to the residual stream and apply layer norm to the sum.
@@ -170,6 +177,8 @@ def add_layer_norm(
       mask: True where an element counts in the norm; see `layer_norm`. The stream is the sum everywhere.
       dtype: of y; None is x's. That of new_residual is residual's.
 
+      branch_scale: multiplies x before it is added, as LayerScale's gamma: like scale; None is 1.
+
     Returns:
       y and new_residual, each of x's shape.
 
@@ -187,13 +196,18 @@ def add_layer_norm(
     ([[-1.0, 1.0]], [[2.0, 6.0]])
     """
     return _normalized(
-        "add_layer_norm", x, residual, scale, bias, axis, mask=mask, **options,
+        "add_layer_norm", x, residual, scale, bias, axis, branch_scale, mask=mask, **options,
     )  # fmt: skip
 
 
-def _normalized(norm: str, x, residual, scale, bias, axis, *, dtype, **options) -> tuple[Array, Array]:
+def _normalized(norm: str, x, residual, scale, bias, axis, branch_scale, *, dtype, **options) -> tuple[Array, Array]:
     x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
     residual = as_residual(norm, x, residual)
     out = canonicalize_dtype(norm, dtype, x, residual)
     axes = canonicalize_axes(norm, x.ndim, axis)
+    if branch_scale is not None:
+        x, residual = match_types(x, residual)
+        factor: Any = align_param(norm, "branch_scale", branch_scale, x.shape, axes)
+        stream = add_times(options["implementation"] == "lax", shard_like(x, factor), x, residual)
+        return normalize_rows(norm, stream, scale, bias, axes, axes, dtype=out, **options), stream
     return normalize_stream(norm, x, residual, scale, bias, axes, axes, dtype=out, **options)

@@ -10,7 +10,8 @@ from jax import lax
 
 from .._core.arrays import as_float_array
 from .._core.dtypes import accumulator, round_to, widest
-from .._core.vma import pvary_all, shard_alike
+from .._core.platforms import recompute
+from .._core.vma import pvary_all, shard_alike, tangent_like
 from .statistics import drop_symbolic_zeros
 
 Array = jax.Array
@@ -91,3 +92,31 @@ def _add_scaled_jvp(plain, factor, primals, tangents):
 
 
 add_scaled.defjvp(_add_scaled_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def add_times(plain: bool, factor: Array, x: Array, residual: Array) -> Array:
+    """factor * x + residual, with the arithmetic, the rounding and the barrier of `add_rounded`."""
+    wide = widest(accumulator(x), accumulator(residual))
+    new = round_to(factor.astype(wide) * x.astype(wide) + residual.astype(wide), residual.dtype).astype(residual.dtype)
+    return new if plain else lax.optimization_barrier(new)
+
+
+def _add_times_jvp(plain, primals, tangents):
+    new = add_times(plain, *primals)
+    moving = drop_symbolic_zeros(tangents)
+    if all(t is None for t in moving):
+        return new, jnp.zeros_like(new)
+    # Of what the map keeps, x alone has x's size.
+    dnew = recompute(functools.partial(_add_times_tangent, new.dtype), plain)(*primals[:2], moving)
+    return new, tangent_like(new, dnew)
+
+
+def _add_times_tangent(dtype, factor: Array, x: Array, tangents) -> Array:
+    dfactor, dx, dresidual = tangents
+    wide = widest(accumulator(x), dtype)
+    products = [a.astype(wide) * b.astype(wide) for a, b in ((x, dfactor), (factor, dx)) if b is not None]
+    return sum(products, start=0.0 if dresidual is None else dresidual.astype(wide)).astype(dtype)  # pyright: ignore
+
+
+add_times.defjvp(_add_times_jvp, symbolic_zeros=True)

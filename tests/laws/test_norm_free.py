@@ -103,3 +103,32 @@ def test_layer_scale_is_timm_s_and_as_one_number_re_zero(rng):
     y, variables = jnn.LayerScale(axis=(), init_gamma=0.5).init_with_output(KEY, x)
     assert variables["params"]["gamma"].shape == ()
     np.testing.assert_array_equal(y, 0.5 * x)
+
+
+@pytest.mark.parametrize("norm", [jn.add_rms_norm, jn.add_layer_norm])
+def test_a_branch_scale_is_layer_scale_and_the_sum_in_one_rounding(norm, rng):
+    """As ConvNeXt and DINOv2 write it, residual + gamma * x, with gradients, and x and the stream alone kept."""
+    x, r, gamma = draw(rng, (4, 6, 8)), draw(rng, (4, 6, 8)), draw(rng, 8)
+    spread = lambda gamma: gamma[None, None]
+    ours = lambda x, r, gamma: norm(x, r, branch_scale=gamma)
+    theirs = lambda x, r, gamma: norm(x * spread(gamma), r)
+    g = (draw(rng, x.shape), draw(rng, x.shape))
+    (got, pull), (want, pull_theirs) = jax.vjp(ours, x, r, gamma), jax.vjp(theirs, x, r, gamma)
+    jax.tree.map(near, got, want)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, pull(g), pull_theirs(g))
+    v = (r, x, gamma)
+    jax.tree.map(close, jax.jvp(ours, (x, r, gamma), v), jax.jvp(theirs, (x, r, gamma), v))
+    second = lambda f: jax.grad(lambda a: jnp.vdot(jax.grad(lambda a: jnp.sin(f(x, r, a)[0]).sum())(a), gamma))(gamma)
+    close(second(ours), second(theirs))
+    half = [jnp.asarray(a, jnp.bfloat16) for a in (x, r, gamma)]
+    stream = ours(*half)[1]
+    wide = [a.astype("f") for a in half]
+    np.testing.assert_array_equal(stream, (wide[0] * spread(wide[2]) + wide[1]).astype("bfloat16"))
+    kept = jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(ours, *a)[1], *half))
+    assert [a.dtype for a in kept if a.size >= x.size] == [jnp.bfloat16] * 2
+    layer = jnn.AddRMSNorm()
+    made = layer.init(KEY, x, r)
+    jax.tree.map(near, layer.apply(made, x, r, branch_scale=gamma), jn.add_rms_norm(x, r, branch_scale=gamma))
+    with pytest.raises(ValueError, match=r"branch_scale of shape \(7,\) fits neither"):
+        norm(x, r, branch_scale=np.ones(7))
