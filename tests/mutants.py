@@ -155,13 +155,13 @@ MUTANTS = [
     # --- Flax layers
     Mutant("use_running_average is inverted", "_layers/flax_rules.py", "    return not use\n", "    return bool(use)\n",
            "layers/test_linen.py"),
-    Mutant("the scale has another name", "_layers/linen.py", "(layer.param_names or {}).get(name, name)",
-           "(layer.param_names or {}).get(name, name.replace('scale', 'gamma'))", "layers/test_linen.py"),
+    Mutant("the scale has another name", "_layers/derive.py", "self.spec.paths.get(name, name)",
+           "self.spec.paths.get(name, name.replace('scale', 'gamma'))", "layers/test_linen.py"),
     Mutant("init stores the statistics of its example", "_layers/linen.py", "if train is not False and not initializing and",
            "if train is not False and", "layers/test_linen.py -k 'not equal_to_flax'"),
     Mutant("nnx forgets the statistics", "_layers/nnx.py", "variable[...] = new\n", "pass\n", "layers/test_nnx.py"),
-    Mutant("cast parameters lose their offset", "_layers/flax_rules.py", "{**given, \"scale\": scale + jnp.asarray(scale_offset, dtype)}",
-           "given", "layers/test_derive.py"),
+    Mutant("cast parameters lose their offset", "_layers/flax_rules.py", "p + offset[name] if", "p if",
+           "layers/test_derive.py"),
 ]  # fmt: skip
 
 

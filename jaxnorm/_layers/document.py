@@ -23,8 +23,8 @@ _FIELDS = {
     "rngs": "for initializers.",
     "condition": "what scale, shift and gate are made of: (B, K), or (B, T, K) for each token. If condition_features "
     "is None, the modulation itself.",
-    "param_names": 'other names for the parameters, such as {"scale": "weight"} or {"scale": "norm/weight"}; a checkpoint '
-    "then has these.",
+    "param_names": 'other names for the parameters, such as {"scale": "weight"} or {"scale": "norm/weight"}; a '
+    "checkpoint then has these.",
     "cast_params": "cast the parameters to the output's dtype before they are used, and add scale_offset there, as "
     "EasyLM, t5x and MaxText do. Those also round before the scale: see `cast` of RMS norm.",
 }

@@ -96,7 +96,9 @@ class QKNorm(RowSpec):
             return jnp.full((), self.init_temperature, self.param_dtype)
         if name[0] == "k" and len(shape) > 1 and self.init_k_heads is not None:
             shape = (self.init_k_heads, *shape[1:])
-        shape = (math.prod(shape),) if len(self.feature_axes()) > 1 else shape  # over all heads it is flat, as OLMo 2 has it
+        shape = (
+            (math.prod(shape),) if len(self.feature_axes()) > 1 else shape
+        )  # over all heads it is flat, as OLMo 2 has it
         return super().init_param(name, shape)
 
     @explained("apply")
