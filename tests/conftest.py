@@ -9,6 +9,7 @@ runs the tests marked `versions`, on one row for each norm. `-m "not slow"` leav
 starts processes: CONTRIBUTING has the tiers.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -99,6 +100,7 @@ def share_compiled_programs(config) -> None:
 
 
 def pytest_configure(config):
+    gc.set_threshold(200_000, 10, 10)  # tracing makes so many objects that collecting them took 7 % of the time
     share_compiled_programs(config)
     # An entry that another worker is about to write counts as none.
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
