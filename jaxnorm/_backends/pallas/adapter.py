@@ -88,8 +88,7 @@ class Mosaic:
         if not (by_default or named) or isinstance(_loaded(self.name), str):
             return False
         shape, kernels = rows_of(x.shape, plan.reduction.axes, call.varying(operands)), _kernels(self.name)
-        measured = shape is not None and shape.examples == 1 and kernels.is_profitable(shape.columns, plan)
-        if shape is None or not (named or measured):
+        if shape is None or not (named or (shape.examples == 1 and kernels.is_profitable(shape.columns, plan))):
             return False
         return (
             kernels.unsupported_reason(shape[:2], plan.dtype, *(a.dtype for a in operands if a.shape == x.shape))
