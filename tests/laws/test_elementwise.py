@@ -162,14 +162,16 @@ def test_jit_and_vmap_are_the_call(case, rng):
     grad = jax.grad(lambda x, p: (call(x, p) ** 2).sum(), (0, 1))
     stacked = jnp.stack([x, 2.0 * x, -x])
     for g in (call, grad):
-        each = [jax.jit(g)(x, params) for x in stacked]
-        together = jax.vmap(g, (0, None))(stacked, params)
+        alone = jit_unoptimized(g)
+        each = [alone(x, params) for x in stacked]
+        together = jit_unoptimized(jax.vmap(g, (0, None)))(stacked, params)
         jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, np.stack(b), rtol=2e-5, atol=2e-5), together, *each)
     if ids is not None:  # rows that carry other ids in each example
         several = jnp.stack([ids, jnp.flip(ids)])
         present = functools.partial(reduction.over.present, None)
         call = lambda ids: by_statistics(f, reduction, jnp.float32, x, present(ids), None, params, ids)
-        np.testing.assert_allclose(jax.vmap(call)(several), np.stack([call(i) for i in several]), rtol=2e-5, atol=2e-5)
+        together, alone = jit_unoptimized(jax.vmap(call))(several), jit_unoptimized(call)
+        np.testing.assert_allclose(together, np.stack([alone(i) for i in several]), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda d: d.__name__)
@@ -307,9 +309,9 @@ def test_devices_agree_with_one(case, how, rng):
         y, pull = jax.vjp(lambda x, p: f(x, mask, p, ids), x, params)
         return y, pull(g)
 
-    want = with_gradient(whole, x, mask, params, ids, g)
+    want = jit_unoptimized(functools.partial(with_gradient, whole))(x, mask, params, ids, g)
     with jax.set_mesh(mesh):
-        got = jax.jit(functools.partial(with_gradient, shared))(*placed_all)
+        got = jit_unoptimized(functools.partial(with_gradient, shared))(*placed_all)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
