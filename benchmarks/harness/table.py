@@ -96,7 +96,7 @@ def draw(records: list[dict], path: Path) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(high) < 100 else (1,)))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, pad=18, loc="left", weight="bold")
+        axes.set_title(title, pad=18, loc="left", weight="bold", fontsize=10.5)
         axes.set_xlabel(f"{which}, in copies of x")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
