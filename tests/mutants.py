@@ -106,8 +106,8 @@ MUTANTS = [
     Mutant("the gate on the other side", "_norms/gated.py", '"after" if norm_before_gate else "before"',
            '"before" if norm_before_gate else "after"', "backends/test_fused.py -k gate"),
     Mutant("the residual of another dtype", "_ops/residual.py",
-           "round_to(x.astype(wide) + residual.astype(wide), residual.dtype)",
-           "x.astype(residual.dtype) + residual", "backends/test_fused.py -k 'add_norm or residual'"),
+           "_rounded(plain, x.astype(wide) + residual.astype(wide), residual.dtype)",
+           "_rounded(plain, x.astype(residual.dtype) + residual, residual.dtype)", "backends/test_fused.py -k 'add_norm or residual'"),
     Mutant("the gradient of the residual alone", "_ops/residual.py", "return dx + dresidual", "return dresidual",
            "backends/test_fused.py -k 'add_norm or residual'"),
     # --- running statistics

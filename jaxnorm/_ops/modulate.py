@@ -18,7 +18,7 @@ from .._core.arrays import align_param, as_float_array, concrete_value, refuse_a
 from .._core.dtypes import accumulator, widest
 from .._core.explain import explained
 from .._core.messages import shown, to_python
-from .activation import NAMED, Activation
+from .activation import Activation, activate
 from .formula import effective_scale
 
 Array = jax.Array
@@ -204,7 +204,7 @@ def dense(norm: str, condition: Any, kernel: Array, bias: Array | None, activati
         )
     acc, common = widest(accumulator(c), accumulator(kernel)), widest(c.dtype, kernel.dtype)
     if activation is not None:
-        c = (NAMED[activation] if isinstance(activation, str) else activation)(c.astype(acc))
+        c = activate(activation, c.astype(acc))
     over = (((c.ndim - 1,), (0,)), ((), ()))
     out = lax.dot_general(c.astype(common), kernel.astype(common), over, preferred_element_type=acc)
     return out if bias is None else out + bias.astype(acc).reshape((1,) * (out.ndim - 1) + bias.shape)

@@ -38,18 +38,22 @@ def match_types(x: Array, residual: Array) -> tuple[Array, Array]:
     return shard_alike(*pvary_all(x, residual))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def add_rounded(plain: bool, x: Array, residual: Array) -> Array:
-    """x + residual in float32 or wider, rounded once to residual's dtype. Their types match: see `match_types`.
+def _rounded(plain: bool, total: Array, dtype) -> Array:
+    """A sum as the stream of this dtype.
 
     A barrier follows: without it XLA would read both terms, in place of their sum, in every pass of the next norm.
     `plain` leaves it out.
     """
-    wide = widest(accumulator(x), accumulator(residual))
     # Rounded by an instruction: XLA may drop a cast there and back, and what follows would see another stream.
-    new = round_to(x.astype(wide) + residual.astype(wide), residual.dtype)
-    new = new.astype(residual.dtype)
+    new = round_to(total, dtype).astype(dtype)
     return new if plain else lax.optimization_barrier(new)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def add_rounded(plain: bool, x: Array, residual: Array) -> Array:
+    """x + residual in float32 or wider, rounded once to residual's dtype. Their types match: see `match_types`."""
+    wide = widest(accumulator(x), accumulator(residual))
+    return _rounded(plain, x.astype(wide) + residual.astype(wide), residual.dtype)
 
 
 def _add_rounded_jvp(plain, primals, tangents):
@@ -79,8 +83,7 @@ def add_rounded_tangent(dtype, dx: Array | None, dresidual: Array | None) -> Arr
 def add_scaled(plain: bool, factor: float, x: Array, residual: Array) -> Array:
     """x + factor * residual, with the arithmetic, the rounding and the barrier of `add_rounded`."""
     wide = widest(accumulator(x), accumulator(residual))
-    new = round_to(x.astype(wide) + factor * residual.astype(wide), residual.dtype).astype(residual.dtype)
-    return new if plain else lax.optimization_barrier(new)
+    return _rounded(plain, x.astype(wide) + factor * residual.astype(wide), residual.dtype)
 
 
 def _add_scaled_jvp(plain, factor, primals, tangents):
@@ -98,8 +101,7 @@ add_scaled.defjvp(_add_scaled_jvp, symbolic_zeros=True)
 def add_times(plain: bool, factor: Array, x: Array, residual: Array) -> Array:
     """factor * x + residual, with the arithmetic, the rounding and the barrier of `add_rounded`."""
     wide = widest(accumulator(x), accumulator(residual))
-    new = round_to(factor.astype(wide) * x.astype(wide) + residual.astype(wide), residual.dtype).astype(residual.dtype)
-    return new if plain else lax.optimization_barrier(new)
+    return _rounded(plain, factor.astype(wide) * x.astype(wide) + residual.astype(wide), residual.dtype)
 
 
 def _add_times_jvp(plain, primals, tangents):
