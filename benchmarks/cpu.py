@@ -55,7 +55,7 @@ def crews_of(names: tuple[str, ...], allocator: str, worker: type) -> list[Crew]
 
 
 def measure(cases: list[Case], names: tuple[str, ...], allocators: list[str], rounds: int, seconds: float,
-            worker: type = Worker) -> Iterator[list[dict]]:  # fmt: skip
+            worker: type = Worker, name: str = "cpu") -> Iterator[list[dict]]:  # fmt: skip
     """The setting, then the records of one case after another under each allocator."""
     if worker is Worker:
         cpu_devices()
@@ -66,7 +66,7 @@ def measure(cases: list[Case], names: tuple[str, ...], allocators: list[str], ro
             about["versions"] |= crew.versions
             about["missing"] |= crew.missing
         if run == 0:
-            yield [records.setting("cpu", **about)]
+            yield [records.setting(name, **about)]
         for i, case in enumerate(cases, 1):
             print(f"{allocator}, {i} of {len(cases)}: {case}", file=sys.stderr)
             yield [{"allocator": allocator, **record} for record in measured(case, crews, rounds, seconds)]

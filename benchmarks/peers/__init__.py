@@ -1,5 +1,7 @@
 """One class per library: `norm(which, x, scale, bias) -> y`, and what else a benchmark asks of it.
 
+A norm of the family is a method of its name in each class that has it: `ada_layer(x, scale, shift) -> (y,)`.
+
 `make(name)` imports the library. A new library is a class and a line in `PEERS`.
 """
 
@@ -17,6 +19,8 @@ PEERS = {
     "jaxnorm-mosaic_gpu": ("jaxnorm:Jaxnorm", {"backend": "mosaic_gpu"}),
     "jaxnorm-mosaic_tpu": ("jaxnorm:Jaxnorm", {"backend": "mosaic_tpu"}),
     "jaxnorm-composed": ("jaxnorm:Jaxnorm", {"fused": False}),
+    "plain norm": ("jaxnorm:Plain", {}),
+    "jnp": ("written:Written", {}),
     "flax.linen": ("flax:Linen", {}),
     "flax.linen use_fast_variance=False": ("flax:Linen", {"use_fast_variance": False}),
     "flax.nnx": ("flax:NNX", {}),
@@ -29,6 +33,7 @@ PEERS = {
     "torch.compile": ("torch:Torch", {"compiled": True}),
     "liger": ("torch:Liger", {}),
 }
+COMPOSED = ("add_rms", "gated_rms")  # of an RMS norm, by every library that has one
 TORCH = ("torch", "torch-spin", "torch.compile", "liger")
 
 
@@ -45,7 +50,7 @@ class Peer:
     package: str
     norms: tuple[str, ...] = ("layer", "rms", "batch", "group", "instance")
     channels_first = False  # images are NCHW
-    strict = False  # its errors must be those of one rounding
+    strict: bool | None = False  # its errors must be those of one rounding; None: another norm, only timed
     #: masked(which, x, mask) -> y, without parameters, in training. The mask has x's shape for "layer", (batch,) for
     #: "batch". True marks a valid element.
     masked: Callable | None = None
@@ -72,12 +77,11 @@ class Peer:
         raise NotImplementedError
 
     def takes(self, norm: str) -> bool:
-        return norm in self.norms or (norm.endswith("_rms") and "rms" in self.norms)
+        return norm in self.norms or (hasattr(self, norm) and (norm not in COMPOSED or "rms" in self.norms))
 
     def call(self, norm: str) -> Callable:
         """The norm as a call (*args, *consts) -> outputs."""
-        plain = lambda *args: (self.norm(norm, *args),)
-        return {"add_rms": self.add_rms, "gated_rms": self.gated_rms}.get(norm, plain)
+        return getattr(self, norm, lambda *args: (self.norm(norm, *args),))
 
     def add_rms(self, x, scale, residual):
         stream = x + residual

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import jaxnorm as jn
-from benchmarks.harness.case import EPSILON, GROUPS
+from benchmarks.harness.case import EPSILON, GROUPS, HEAD
 from benchmarks.peers import Peer
 
 
@@ -39,6 +39,41 @@ class Jaxnorm(Peer):
     def gated_rms(self, x, gate, scale):
         return (jn.gated_rms_norm(x, gate, scale, **self.options),) if self.fused else super().gated_rms(x, gate, scale)
 
+    def ada_layer(self, x, scale, shift):
+        return (jn.ada_layer_norm(x, {"scale": scale, "shift": shift}, **self.options),)
+
+    def ada_layer_zero(self, x, scale, shift, gate):
+        y, gate = jn.ada_layer_norm_zero(x, {"scale": scale, "shift": shift, "gate": gate}, **self.options)
+        return y, gate[:, 0]
+
+    def ada_rms(self, x, scale, shift):
+        return (jn.ada_rms_norm(x, {"scale": scale, "shift": shift}, parts="scale shift", **self.options),)
+
+    def qk(self, q, q_scale, k, k_scale):
+        return jn.qk_norm(q, k, q_scale, k_scale, **self.options)
+
+    def rms_add(self, x, scale, residual):
+        return (jn.rms_norm_add(x, residual, scale, **self.options),)
+
+    def layer_add(self, x, scale, bias, residual):
+        return (jn.layer_norm_add(x, residual, scale, bias, **self.options),)
+
+    def rms_add_next(self, x, residual, scale, next_scale):
+        y, stream = jn.rms_norm_add(x, residual, scale, next=jn.Affine(next_scale, None), **self.options)
+        return stream, y
+
+    def group_rms(self, x, scale):
+        return (jn.group_rms_norm(x, scale, group_size=HEAD, **self.options),)
+
+    def l2(self, x):
+        return (jn.l2_norm(x, **self.options),)
+
+    def dyt(self, x, alpha, scale, bias):
+        return (jn.dynamic_tanh(x, alpha, scale, bias, implementation=self.options["implementation"]),)
+
+    def derf(self, x, alpha, shift, scale, bias):
+        return (jn.dynamic_erf(x, alpha, shift, scale, bias, implementation=self.options["implementation"]),)
+
     def masked(self, which, x, mask):
         return jn.layer_norm(x, mask=mask, **self.options) if which == "layer" else self._batch_norm(x, mask)[0]
 
@@ -49,3 +84,39 @@ class Jaxnorm(Peer):
     def _batch_norm(self, x, mask, **options):
         norm = jn.BatchNorm(momentum=0.0, **self.options, **options)
         return norm.apply(*norm.init(x.shape[-1]), x, train=True, mask=mask)
+
+
+class Plain(Peer):
+    """The plain norm of the same arrays: what a norm of the family costs that only adds parameters to it."""
+
+    package = "jaxnorm"
+    norms = ()
+    strict = None
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.norm = Jaxnorm(name).norm
+
+    def ada_layer(self, x, scale, shift):
+        return (self.norm("layer", x, scale[0], shift[0]),)
+
+    def ada_layer_zero(self, x, scale, shift, gate):
+        return self.norm("layer", x, scale[0], shift[0]), gate
+
+    def ada_rms(self, x, scale, shift):
+        return (self.norm("rms", x, scale[0]),)
+
+    def qk(self, q, q_scale, k, k_scale):
+        return self.norm("rms", q, q_scale), self.norm("rms", k, k_scale)
+
+    def group_rms(self, x, scale):
+        return (self.norm("rms", x, scale),)
+
+    def l2(self, x):
+        return (self.norm("rms", x),)
+
+    def dyt(self, x, alpha, scale, bias):
+        return (self.norm("layer", x, scale, bias),)
+
+    def derf(self, x, alpha, shift, scale, bias):
+        return (self.norm("layer", x, scale, bias),)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from benchmarks.harness.case import EPSILON, GROUPS
+from benchmarks.harness.case import EPSILON, GROUPS, HEAD
 from benchmarks.peers import Peer
 
 
@@ -35,6 +35,49 @@ class Torch(Peer):
 
     def silu(self, gate):
         return functional.silu(gate)
+
+    # The family as models in torch have it, and as the reference formulas of kernel libraries do.
+
+    def ada_layer(self, x, scale, shift):  # DiT
+        y = functional.layer_norm(x, x.shape[-1:], eps=EPSILON)
+        return (y * (1 + scale[:, None]) + shift[:, None],)
+
+    def ada_layer_zero(self, x, scale, shift, gate):
+        return *self.ada_layer(x, scale, shift), gate
+
+    def ada_rms(self, x, scale, shift):  # Lumina, with a shift
+        return (rms(x) * (1 + scale[:, None]) + shift[:, None],)
+
+    def qk(self, q, q_scale, k, k_scale):  # Qwen 3
+        return q_scale.to(q.dtype) * rms(q), k_scale.to(k.dtype) * rms(k)
+
+    def rms_add(self, x, scale, residual):  # OLMo 2
+        return (residual + scale.to(x.dtype) * rms(x),)
+
+    def layer_add(self, x, scale, bias, residual):  # Swin V2
+        return (residual + self.norm("layer", x, scale, bias),)
+
+    def rms_add_next(self, x, residual, scale, next_scale):  # Gemma 2
+        (stream,) = self.rms_add(x, scale, residual)
+        return stream, next_scale.to(x.dtype) * rms(stream)
+
+    def group_rms(self, x, scale):  # Mamba 2
+        return (scale.to(x.dtype) * rms(x.unflatten(-1, (-1, HEAD))).flatten(-2),)
+
+    def l2(self, x):  # gated DeltaNet
+        return (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + EPSILON),)
+
+    def dyt(self, x, alpha, scale, bias):
+        return (torch.tanh(alpha.to(x.dtype) * x) * scale.to(x.dtype) + bias.to(x.dtype),)
+
+    def derf(self, x, alpha, shift, scale, bias):
+        return (torch.erf(alpha.to(x.dtype) * x + shift.to(x.dtype)) * scale.to(x.dtype) + bias.to(x.dtype),)
+
+
+def rms(x):
+    """As Llama's models have it."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)).to(x.dtype)
 
 
 class Liger(Torch):

@@ -27,8 +27,31 @@ template <class T, class U, bool cast_before_scale> struct Rows {
                                                     Same<A>(scale[d]), Same<A>(bias[d]));
   }
 
+  // run(row, count) for `count` rows, apart() from each other: as many as `most` where there are so many. Rows that are
+  // groups of channels are alike in all but their statistics with those of the lines below. start(first, last) comes
+  // before the runs of these rows, in the order of memory.
+  int64_t apart() const { return view.P == 1 ? view.G : 1; }
+  template <class Start, class Run> void each_set(int64_t first, int64_t last, int most, Start start, Run run) const {
+    const int64_t step = apart(), lines = most * step;
+    for (int64_t row = first; row < last;) {
+      const int rows = step > 1 ? 1 : last - row < most ? int(last - row) : most;
+      const int64_t together = row % step == 0 && last - row >= lines ? lines : rows;
+      start(row, row + together);
+      if (together == lines)
+        for (int64_t group = 0; group < step; ++group) run(row + group, most);
+      else run(row, rows);
+      row += together;
+    }
+  }
+  // Whether these rows have one scale: those of a group, of one example.
+  bool share(int64_t row, int rows) const {
+    const int64_t lines = view.N * view.G;
+    return view.P == 1 && row / lines == (row + (rows - 1) * view.G) / lines;
+  }
+
   // `lines` rows that share their scale, which is then loaded once for all.
   template <bool nontemporal, int lines> void normalize_together(int64_t row, const Statistic<A>* s, const A* r) const {
+    const int64_t step = apart() * n;
     const T* at_x = x + row * n;
     U* y = static_cast<U*>(job.out) + row * n;
     const Each<A> scale{parameter(job.scale, row)}, bias{parameter(job.bias, row)};
@@ -37,10 +60,10 @@ template <class T, class U, bool cast_before_scale> struct Rows {
     over<A, 1>(n, JN_BODY(i, at, u) {
       const V<A> times = scale.at(i, at), plus = bias.at(i, at);
       for (int k = 0; k < lines; ++k) {
-        V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k];
+        V<A> xhat = ((at.load(at_x + k * step + i) - from[k]) - rest[k]) * by[k];
         if constexpr (cast_before_scale) xhat = decoded(U{}, encoded(U{}, xhat));
-        if constexpr (nontemporal) at.store_nontemporal(y + k * n + i, xhat * times + plus);
-        else at.store(y + k * n + i, xhat * times + plus);
+        if constexpr (nontemporal) at.store_nontemporal(y + k * step + i, xhat * times + plus);
+        else at.store(y + k * step + i, xhat * times + plus);
       }
     });
   }
@@ -54,26 +77,24 @@ template <class T, class U, bool cast_before_scale> struct Rows {
   // next.
   template <bool given> void forward(int64_t first, int64_t last) const {
     constexpr int most = 4;
-    const int together = n * int64_t(sizeof(T)) <= 32768 ? most : 1;
-    Statistic<A> s[most];
-    A r[most];
-    for (int64_t row = first; row < last; row += together) {
-      const int rows = last - row < together ? int(last - row) : together;
-      for (int k = 0; k < rows; ++k) s[k] = given ? statistic(row + k) : row_statistic(job, x + (row + k) * n, n);
-      for (int k = 0; k < rows; ++k) {
-        r[k] = rstd<A>(job, s[k].m2);
-        if constexpr (!given) keep(row + k, s[k]);
-      }
+    const int64_t step = apart();
+    const auto start = [&](int64_t from, int64_t to) {
+      if constexpr (!given) moments(from, to);
+    };
+    each_set(first, last, n * int64_t(sizeof(T)) <= 32768 ? most : 1, start, [&](int64_t row, int rows) {
+      Statistic<A> s[most];
+      A r[most];
+      for (int k = 0; k < rows; ++k) s[k] = statistic(row + k * step), r[k] = rstd<A>(job, s[k].m2);
       U* y = static_cast<U*>(job.out) + row * n;
-      if (rows == most && view.P == 1 && view.G == 1 && row / view.N == (row + most - 1) / view.N) {
+      if (rows == most && share(row, rows)) {
         if (can_store_nontemporal<U, A>(job, y, n)) normalize_together<true, most>(row, s, r);
         else normalize_together<false, most>(row, s, r);
-        continue;
+        return;
       }
-      for (int k = 0; k < rows; ++k, y += n)
-        if (can_store_nontemporal<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row + k, s[k], r[k], y);
-        else normalize<false>(row + k, s[k], r[k], y);
-    }
+      for (int k = 0; k < rows; ++k, y += step * n)
+        if (can_store_nontemporal<U, A>(job, y, view.P == 1 ? 0 : view.P)) normalize<true>(row + k * step, s[k], r[k], y);
+        else normalize<false>(row + k * step, s[k], r[k], y);
+    });
     fence(job);
   }
 
@@ -87,14 +108,15 @@ template <class T, class U, bool cast_before_scale> struct Rows {
     T* dx = static_cast<T*>(job.out) + row * n;
     const Each<A> scale{parameter(job.scale, row)};
     const A count = A(part == whole ? n : job.count);
+    const int64_t step = apart(), next = (step > 1 ? 1 : lines) * n;
     V<A> from[lines], rest[lines], by[lines], first[lines], second[lines];
     for (int k = 0; k < lines; ++k) {
-      const Statistic<A> s = statistic(row + k);
+      const Statistic<A> s = statistic(row + k * step);
       const A r = rstd<A>(job, s.m2);
       Pair<A> sums{0, 0};
-      if constexpr (part == dx_alone) sums = {of_h[row + k], of_hx[row + k]};
-      else sums = row_gradient_sums<T, U>(at_x + k * n, g + k * n, n, s, r, scale);
-      if constexpr (part == sums_alone) of_h[row + k] = sums.first, of_hx[row + k] = sums.second;
+      if constexpr (part == dx_alone) sums = {of_h[row + k * step], of_hx[row + k * step]};
+      else sums = row_gradient_sums<T, U>(at_x + k * step * n, g + k * step * n, n, s, r, scale);
+      if constexpr (part == sums_alone) of_h[row + k * step] = sums.first, of_hx[row + k * step] = sums.second;
       from[k] = all(s.mean_hi), rest[k] = all(s.mean_lo), by[k] = all(r);
       first[k] = all(job.centered ? sums.first / count : A(0)), second[k] = all(sums.second / count);
     }
@@ -102,13 +124,14 @@ template <class T, class U, bool cast_before_scale> struct Rows {
       const V<A> times = scale.at(i, at);
       V<A> ds{}, db{};
       for (int k = 0; k < lines; ++k) {
-        __builtin_prefetch(at_x + (k + lines) * n + i, 0, 2);
-        __builtin_prefetch(g + (k + lines) * n + i, 0, 2);
-        const V<A> xhat = ((at.load(at_x + k * n + i) - from[k]) - rest[k]) * by[k], gk = at.load(g + k * n + i);
+        const int64_t at_line = k * step * n + i;
+        __builtin_prefetch(at_x + at_line + next, 0, 2);
+        __builtin_prefetch(g + at_line + next, 0, 2);
+        const V<A> xhat = ((at.load(at_x + at_line) - from[k]) - rest[k]) * by[k], gk = at.load(g + at_line);
         if constexpr (part != sums_alone) {
           const V<A> v = by[k] * (gk * times - first[k] - xhat * second[k]);
-          if constexpr (nontemporal) at.store_nontemporal(dx + k * n + i, v);
-          else at.store(dx + k * n + i, v);
+          if constexpr (nontemporal) at.store_nontemporal(dx + at_line, v);
+          else at.store(dx + at_line, v);
         }
         ds += gk * xhat;
         db += gk;
@@ -141,37 +164,35 @@ template <class T, class U, bool cast_before_scale> struct Rows {
 
   void backward(int64_t first, int64_t last, A* dscale, A* dbias) const {
     constexpr int together = 4;
-    for (int64_t row = first; row < last;) {
+    each_set(first, last, view.P == 1 ? together : 1, [](int64_t, int64_t) {}, [&](int64_t row, int rows) {
       const int64_t group = row % view.G * view.D;
       const bool nontemporal = can_store_nontemporal<T, A>(job, static_cast<T*>(job.out) + row * n, view.P == 1 ? n : view.P);
       if (view.P > 1) {
         if (nontemporal) backward_runs<true>(row, dscale + group, dbias + group);
         else backward_runs<false>(row, dscale + group, dbias + group);
-        ++row;
-      } else if (view.G == 1 && row + together <= last) {
-        if (nontemporal) backward_each<true, together>(row, dscale, dbias);
-        else backward_each<false, together>(row, dscale, dbias);
-        row += together;
+      } else if (rows == together) {
+        if (nontemporal) backward_each<true, together>(row, dscale + group, dbias + group);
+        else backward_each<false, together>(row, dscale + group, dbias + group);
       } else {
-        backward_each<false, 1>(row++, dscale + group, dbias + group);
+        for (int k = 0; k < rows; ++k) backward_each<false, 1>(row + k, dscale + group, dbias + group);
       }
-    }
+    });
     fence(job);
   }
 
   template <Part part> void backward_part(int64_t first, int64_t last, A* dscale, A* dbias, A* h, A* hx) const {
     constexpr int together = 4;
-    for (int64_t row = first; row < last;) {
+    each_set(first, last, together, [](int64_t, int64_t) {}, [&](int64_t row, int rows) {
       const int64_t group = part == dx_alone ? 0 : row % view.G * view.D;
       const bool nontemporal = part == dx_alone && can_store_nontemporal<T, A>(job, static_cast<T*>(job.out) + row * n, n);
-      if (view.G == 1 && row + together <= last && row / view.N == (row + together - 1) / view.N) {
-        if (nontemporal) backward_each<true, together, part>(row, dscale, dbias, h, hx);
-        else backward_each<false, together, part>(row, dscale, dbias, h, hx);
-        row += together;
+      if (rows == together && share(row, rows)) {
+        if (nontemporal) backward_each<true, together, part>(row, dscale + group, dbias + group, h, hx);
+        else backward_each<false, together, part>(row, dscale + group, dbias + group, h, hx);
       } else {
-        backward_each<false, 1, part>(row++, dscale + group, dbias + group, h, hx);
+        for (int k = 0; k < rows; ++k)
+          backward_each<false, 1, part>(row + k * apart(), dscale + group, dbias + group, h, hx);
       }
-    }
+    });
     fence(job);
   }
 };
