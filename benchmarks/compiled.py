@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import peers
 from benchmarks.harness import records
+from benchmarks.harness.case import least
+from benchmarks.harness.family import ROWS, FamilyCase
 from benchmarks.harness.table import section, table
 
 SINGLE, SHARDED = ("h200", "v5e", "v5p", "v6e"), ("h200x8", "v5ex8", "v5px8", "v6ex8", "v5ex256")
@@ -73,6 +75,18 @@ def stream(targets: list[str], which: list[str], libraries: dict) -> Iterator[di
                 yield {"part": "stream", "norm": f.__name__, "library": name, **counted(add, target, x, x, *params)}
 
 
+def family(targets: list[str], which: list[str], libraries: dict) -> Iterator[dict]:
+    """Each norm of the family at its first shape, by XLA: jaxnorm's beside the formula that people write."""
+    written = peers.make("jnp")
+    for norm, (shapes, _) in ROWS.items():
+        data = FamilyCase(norm, shapes[0], "bfloat16").data()
+        args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (*data.args, *data.consts)]
+        for target in [t for t in targets if t in ("h200", "v5e")]:
+            for peer in (libraries["jaxnorm-xla"], written):
+                found = counted(peer.call(norm), target, *args)
+                yield {"part": "family", "norm": norm, "shape": shapes[0], "library": peer.name, **found}
+
+
 def scan(targets: list[str], which: list[str], libraries: dict) -> Iterator[dict]:
     """A scan of 12 transformer blocks, forward and backward, with the norms of jaxnorm and of flax."""
     for target in [t for t in targets if t in SINGLE]:
@@ -92,7 +106,7 @@ def stage(targets: list[str], which: list[str], libraries: dict) -> Iterator[dic
             yield {"part": "stage", "target": target, "library": name, **attempt(lambda run=run: run().asdict())}
 
 
-PARTS = {"norms": norms, "stream": stream, "scan": scan, "stage": stage}
+PARTS = {"norms": norms, "stream": stream, "family": family, "scan": scan, "stage": stage}
 
 
 def page(found: list[dict]) -> str:
@@ -107,6 +121,11 @@ def page(found: list[dict]) -> str:
         shape = "x".join(map(str, cases.NORMS[norm if norm in cases.NORMS else "rms"]))
         title = f"{norm} norm, {shape}, {target}" if norm in cases.NORMS else f"`{norm}`, {shape}, {target}"
         parts.append(section(title, table(["library", *PASSES, "keeps"], rows)))
+    for (target,), of in records.grouped(by_part.get("family", []), "target").items():
+        limit = lambda r: " + ".join(f"{2 * least(r['norm'], which):g}" for which in ("forward", "backward"))
+        rows = [[f"{r['norm']} {'x'.join(map(str, r['shape']))}", limit(r), r["library"],
+                 *(cell(r.get(which)) for which in PASSES)] for r in of]  # fmt: skip
+        parts.append(section(f"The family, {target}", table(["", "least", "library", *PASSES], rows)))
     if "scan" in by_part:
         by_target = records.grouped(by_part["scan"], "target").items()
         rows = [(target, *[*map(mib, of), "-"][:2]) for (target,), of in by_target]

@@ -11,6 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+from benchmarks import peers
+from benchmarks.harness.case import least
+from benchmarks.harness.family import ROWS, FamilyCase
 
 pytestmark = pytest.mark.compiled
 
@@ -87,6 +90,22 @@ def test_groups_and_instances_read_x_once_for_their_statistics(which):
         if target == "h200":
             assert found["backward"].traffic <= 5.2
             assert found["backward"].temp < 0.1
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+@pytest.mark.parametrize("which", ["ada_layer", "qk", "rms_add", "dyt"])
+@jax.numpy_dtype_promotion("standard")  # for what people write
+@jax.numpy_rank_promotion("allow")
+def test_the_family_moves_no_more_than_the_norm_it_is_made_of(which, target):
+    """Arrays of its own once each, and like every norm x once for its statistics, x and g once more for those sums."""
+    case = FamilyCase(which, ROWS[which][0][0], "bfloat16")
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for part in case.data()[1:] for a in part]
+    norm, whole = peers.make("jaxnorm-xla").call(which), 1.25 if which == "qk" else 1.0  # and k, of a quarter
+    found = compiled.passes(norm, needs(target), *args, which=["forward", "backward"])
+    for_statistics = 0 if which == "dyt" else whole
+    assert found["forward"].traffic <= 2 * least(which, "forward") + for_statistics + 0.2
+    again = 2 + 2 * (which == "rms_add")  # and the residual's gradient, which the program returns beside x's
+    assert found["backward"].traffic <= 2 * least(which, "backward") + (again + 0.4) * whole
 
 
 @pytest.mark.parametrize("which", cases.NORMS)
