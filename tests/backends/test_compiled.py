@@ -103,7 +103,7 @@ def test_the_family_moves_no_more_than_the_norm_it_is_made_of(which, target):
     norm, whole = peers.make("jaxnorm-xla").call(which), 1.25 if which == "qk" else 1.0  # and k, of a quarter
     found = compiled.passes(norm, needs(target), *args, which=["forward", "backward"])
     for_statistics = 0 if which == "dyt" else whole
-    assert found["forward"].traffic <= 2 * least(which, "forward") + for_statistics + 0.2
+    assert found["forward"].traffic <= 2 * least(which, "forward") + for_statistics + 0.3
     again = 2 + 2 * (which == "rms_add")  # and the residual's gradient, which the program returns beside x's
     assert found["backward"].traffic <= 2 * least(which, "backward") + (again + 0.4) * whole
 
