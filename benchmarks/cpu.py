@@ -131,7 +131,8 @@ def main() -> None:
         parser.error(f"none of {options.norms} takes arrays of the rank of these shapes")
     names = options.only or ("jaxnorm-native", "jaxnorm-xla", "flax.linen") if options.small else options.only or NAMES
     given = tuple(names), options.allocators, options.rounds, options.seconds
-    records.publish("small" if options.small else "cpu", options, lambda: measure(cases, *given), page, table.draw)
+    name, draw = ("small", table.draw_sweep) if options.small else ("cpu", table.draw)
+    records.publish(name, options, lambda: measure(cases, *given), page, draw)
 
 
 if __name__ == "__main__":

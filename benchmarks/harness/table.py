@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -99,4 +100,37 @@ def draw(records: list[dict], path: Path) -> None:
         axes.set_title(title, pad=18, loc="left", weight="bold", fontsize=10.5)
         axes.set_xlabel(f"{which}, in copies of x")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def draw_sweep(records: list[dict], path: Path) -> None:
+    """Small arrays: how many times as long as jaxnorm flax takes, against the bytes of x. Below 1, jaxnorm is slower."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    size = lambda r: math.prod(map(int, r["shape"].split("x"))) * (4 if r["dtype"] == "float32" else 2)
+    lines: dict = {}
+    for (norm, dtype), found in grouped(results(records), "norm", "dtype").items():
+        cases = list(grouped(found, *CASE).values())
+        for which, name in itertools.product(("forward", "forward+backward"), ("jaxnorm-native", "jaxnorm-xla")):
+            both = [(size(case[0]), *(copies_of(case, which, [n]) for n in ("flax.linen", name))) for case in cases]
+            ratios = sorted((n, theirs / ours) for n, theirs, ours in both if theirs and ours)
+            lines.setdefault((norm, which), []).append((f"{name.removeprefix('jaxnorm-')}, {dtype}", ratios))
+    figure = Figure(figsize=(10.4, 7.6), dpi=160, facecolor="white", layout="constrained")
+    panels = figure.subplots(math.ceil(len(lines) / 2), 2, sharex=True, squeeze=False)
+    colours = {"native": "#0072B2", "xla": "#b8bcc4"}
+    for axes, ((norm, which), of) in zip(panels.flat, lines.items(), strict=False):
+        for label, ratios in of:
+            sizes, ratio = zip(*ratios, strict=True)
+            style = "-" if label.endswith("float32") else "--"
+            axes.plot(sizes, ratio, style, marker=".", color=colours[label.split(",")[0]], label=label)
+        axes.axhline(1, color="#D55E00", linewidth=1)
+        axes.set(xscale="log", yscale="log", title=f"{norm} norm, {which}", ylabel="flax / jaxnorm")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(fontsize=8, frameon=False)
+    for axes in panels[-1]:
+        axes.set_xlabel("bytes of x")
     figure.savefig(path)
