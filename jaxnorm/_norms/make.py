@@ -36,7 +36,8 @@ def make(norm: str, **options: Any) -> Any:
     Args:
       norm: a name in `jaxnorm.catalogue()`, or that of the function or of the spec.
       options: those of the spec. Values may be as a YAML or JSON file has them: a dtype is its name, a tuple a list,
-        and a policy such as `EMA` a dict with its name under "policy".
+        a number may be a string ("1e-6", as YAML reads 1e-6), and a policy such as `EMA` is a dict with its name under
+        "policy".
 
     Returns:
       A spec, such as `RMSNorm(...)`.
@@ -60,7 +61,17 @@ def make(norm: str, **options: Any) -> Any:
         near = list(dict.fromkeys(_short(kinds[by_lower[name]]) for name in close))
         write = " or ".join(f'make("{name}")' for name in near or ["rms"])
         raise ValueError(f"make: there is no norm {shown(norm)}. Write {write}. jaxnorm.catalogue() has all names.")
-    return kinds[norm](**{name: _made(value) for name, value in options.items()})
+    kind = kinds[norm]
+    numbers = {f.name for f in dataclasses.fields(kind) if str(f.type).startswith("float")}
+    return kind(**{name: _made(_number(value) if name in numbers else value) for name, value in options.items()})
+
+
+def _number(value: Any) -> Any:
+    """A number that came as a string: YAML reads 1e-6 as one, and 1.0e-6 as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value  # the spec says what is wrong
 
 
 def as_dict(norm: Norm) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 
 import jax
 import pytest
+import yaml
 from catalogue import ROWS
 
 import jaxnorm as jn
@@ -18,6 +19,47 @@ def test_the_catalogue_has_every_norm():
         options = {"num_groups": 2} if "group" in name else {}
         spec = jn.make(name, **options)
         assert spec == jn.make(kind.__name__, **options) == jn.make(kind.function.__name__, **options)
+
+
+# A value that is not the default, for each option that is no number and no bool; and what else must be given with it.
+OTHER = {
+    "activation": "relu", "axis": -2, "axis_index_groups": [[0, 1], [2, 3]], "axis_name": ["data", "model"],
+    "cast": "before_scale", "condition_activation": "gelu", "condition_features": 3, "dtype": "bfloat16",
+    "epsilon_mode": "max", "group_size": 4, "implementation": "xla", "init_k_heads": 2, "init_alpha": 0.25,
+    "inner": jn.GroupNorm(num_groups=2, dtype="float16"), "kind": "l2", "min_count": 2.0, "num_classes": 5,
+    "num_groups": 3, "num_segments": 4, "param_dtype": "float16", "parts": "gate scale shift",
+    "reduction_axes": [1, 2], "running": jn.EMA(momentum=0.5), "share": jn.Devices("data", 2), "size": 7, "sync": 2,
+    "virtual_batch_size": 8, "act.activation": None, "partial_rms.epsilon_mode": "outside",
+    "pixel.epsilon_mode": "outside", "scale.epsilon_mode": "inside", "segment.kind": "rms",
+}  # fmt: skip
+NEEDS = {
+    "segment.num_groups": {"kind": "group"},
+    "segment.group_size": {"kind": "group"},
+    "batch.sync": {"axis_name": "d"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(jn.catalogue()))
+def test_every_option_comes_back_from_yaml_and_json(name):
+    kind = jn.catalogue()[name]
+    for field in dataclasses.fields(kind):
+        one = f"{name}.{field.name}"
+        value = not field.default if isinstance(field.default, bool) else field.default
+        value = value / 2 + 0.125 if isinstance(value, float) else value
+        value = value if isinstance(value, bool) else OTHER.get(one, OTHER.get(field.name, value))
+        needs = {"num_groups": 2} if "group" in name and field.name != "group_size" else {}
+        spec = kind(**{**needs, **NEEDS.get(one, {}), field.name: value})
+        config = jn.as_dict(spec)
+        assert field.name in config or one == "act.activation"  # it has no inverse: there is None alone
+        assert jn.make(**json.loads(json.dumps(config))) == spec
+        assert jn.make(**yaml.safe_load(yaml.safe_dump(config))) == spec
+
+
+def test_numbers_as_people_write_them_in_yaml():
+    assert jn.make(**yaml.safe_load("{norm: rms, epsilon: 1e-6}")) == jn.RMSNorm(epsilon=1e-6)
+    assert jn.make(**yaml.safe_load("{norm: batch, momentum: null, axis_name: data}")).momentum is None
+    with pytest.raises(ValueError, match=r"epsilon must be a number >= 0, got 'small'"):
+        jn.make("rms", epsilon="small")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
