@@ -104,7 +104,7 @@ def draw(records: list[dict], path: Path) -> None:
 
 
 def draw_sweep(records: list[dict], path: Path) -> None:
-    """Small arrays: how many times as long as jaxnorm flax takes, against the bytes of x. Below 1, jaxnorm is slower."""
+    """Small arrays: the time of flax over that of jaxnorm, against the bytes of x. Below 1, jaxnorm is slower."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
