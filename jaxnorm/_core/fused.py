@@ -65,15 +65,12 @@ def fused_on_cpu(x: Array, n: Array, reduction: Reduction, epsilon: float) -> Ar
     """(x - mean) / sqrt(var + epsilon) for one loop of XLA's over each row: no select, and each sum is used once.
 
     The mean is taken about the first element, so that of a constant row each difference is 0, and the variance about
-    that mean. A row whose squares overflow has a NaN.
+    that mean. Of 16 bits a sum of equal elements is exact: their mean needs nothing to be taken about. A row whose
+    squares overflow has a NaN.
     """
-    first = first_along(_as_bits(x), reduction.axes)
-    d = x.astype(accumulator(x)) - lax.bitcast_convert_type(first, x.dtype).astype(accumulator(x))
+    d = x.astype(accumulator(x))
+    if x.dtype.itemsize > 2:
+        d = d - first_along(d, reduction.axes)
     scaled = (d - total_over(d, reduction.axes) / n) * reduction.prescale
     v = total_over(lax.square(scaled), reduction.axes) / n + epsilon * reduction.prescale**2
     return (scaled + 0.0 * (n * lax.square(scaled))) * lax.rsqrt(v)
-
-
-def _as_bits(x: Array) -> Array:
-    """x of 16 bits as integers: of a slice of floats XLA for CPU would first widen all of x, into memory."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
