@@ -217,6 +217,8 @@ def batch_norm(
     Warns:
       UserWarning: one element per channel in training, where the output is the bias alone.
 
+    Used by ResNet and most convolutional networks.
+
     Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167. Ghost batches: Hoffer, Hubara, Soudry,
     "Train longer, generalize better" (2017), arXiv:1705.08741.
 

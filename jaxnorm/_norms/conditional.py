@@ -98,9 +98,10 @@ def conditional_norm(
       ValueError: labels that do not fit x or the tables; and what the norm raises.
       TypeError: params that are not those; labels that are neither integers nor weights.
 
+    Used by style transfer and class-conditional GANs.
+
     Source: Dumoulin, Shlens, Kudlur, "A Learned Representation for Artistic Style" (2016), arXiv:1610.07629; with batch
-    norm de Vries et al. (2017), arXiv:1707.00683, and Brock, Donahue, Simonyan, BigGAN (2018), arXiv:1809.11096. Used
-    by style transfer and class-conditional GANs.
+    norm de Vries et al. (2017), arXiv:1707.00683, and Brock, Donahue, Simonyan, BigGAN (2018), arXiv:1809.11096.
 
     >>> import jaxnorm as jn, numpy as np
     >>> params = jn.Affine(np.array([[1.], [2.]]), np.array([[0.], [5.]]))

@@ -99,6 +99,8 @@ def dynamic_erf(
       ValueError: a bad axis or backend; an alpha, shift, scale, bias or mask that fits x nowhere.
       TypeError: a complex x; alpha or shift is None; a dtype that cannot hold the result.
 
+    Used by x-transformers and streaming audio codecs.
+
     Source: Chen et al., "Stronger Normalization-Free Transformers" (2025), arXiv:2512.10938.
 
     >>> import jaxnorm as jn, numpy as np

@@ -96,6 +96,8 @@ def dynamic_tanh(
       ValueError: a bad axis or backend; an alpha, scale, bias or mask that fits x nowhere.
       TypeError: alpha is None; a dtype that cannot hold the result.
 
+    Used by DyT's vision, language and diffusion transformers, Liger and x-transformers.
+
     Source: Zhu, Chen, He, LeCun, Liu, "Transformers without Normalization" (2025), arXiv:2503.10622.
 
     >>> import jaxnorm as jn, numpy as np

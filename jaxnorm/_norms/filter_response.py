@@ -103,6 +103,8 @@ def filter_response_norm(
       TypeError: a complex x with a threshold; a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by timm's models and Bayesian deep learning, as a batch norm without a batch.
+
     Source: Singh, Krishnan, "Filter Response Normalization Layer" (2019), arXiv:1911.09737.
 
     >>> import jaxnorm as jn, numpy as np

@@ -113,6 +113,8 @@ def gated_rms_norm(
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by Mamba-2 (gate first), Qwen3-Next and RetNet (norm first).
+
     Source: Dao, Gu, "Transformers are SSMs" (2024), arXiv:2405.21060, section 7; for the norm before the gate Sun et
     al., "Retentive Network" (2023), arXiv:2307.08621.
 

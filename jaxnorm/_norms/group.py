@@ -89,6 +89,8 @@ def group_norm(
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by UNets of diffusion models, detection and segmentation with small batches.
+
     Source: Wu, He, "Group Normalization" (2018), arXiv:1803.08494.
 
     >>> import jaxnorm as jn, numpy as np

@@ -67,6 +67,8 @@ def instance_norm(
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by style transfer and image-to-image translation.
+
     Source: Ulyanov, Vedaldi, Lempitsky, "Instance Normalization" (2016), arXiv:1607.08022.
 
     >>> import jaxnorm as jn, numpy as np

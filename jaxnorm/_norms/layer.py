@@ -68,6 +68,8 @@ def layer_norm(
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by GPT-2, BERT, ViT and most transformers before Llama.
+
     Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450; `output_scale`: Sun et al., "The Curse of
     Depth in Large Language Models" (2025), arXiv:2502.05795.
 

@@ -88,6 +88,8 @@ def positional_norm(
     Used for image translation and generation. The variance is the biased one, as everywhere here; the paper's code has
     the unbiased one, which is C / (C - 1) times as large.
 
+    Used by image-to-image translation.
+
     Source: Li, Wu, Weinberger, Belongie, "Positional Normalization" (2019), arXiv:1907.04312.
 
     >>> import jaxnorm as jn, numpy as np

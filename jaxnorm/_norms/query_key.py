@@ -161,6 +161,8 @@ def qk_norm(
     Used per head by Qwen3, Gemma 3, Qwen3-Next, FLUX and SD 3.5, without scale by Llama 4; over all heads by OLMo 2 and
     Wan; as layer norm by ViT-22B; as L2 norm by gated DeltaNet.
 
+    Used by Qwen3, Gemma 3, OLMo 2 and 3, Llama 4, FLUX, Stable Diffusion 3.5, Wan, ViT-22B.
+
     Source: Henry, Dachapally, Pawar, Chen, "Query-Key Normalization for Transformers" (2020), arXiv:2010.04245;
     Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters" (2023), arXiv:2302.05442.
 

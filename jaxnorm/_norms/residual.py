@@ -103,6 +103,8 @@ def add_rms_norm(
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by Llama, Mistral, Qwen and most pre-norm transformers since.
+
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467, before each part as in
     Xiong et al., "On Layer Normalization in the Transformer Architecture" (2020), arXiv:2002.04745.
 
@@ -186,6 +188,8 @@ def add_layer_norm(
       ValueError: a residual of another shape; and what `layer_norm` raises.
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
+
+    Used by GPT-2 and ViT, before a part; BERT, after it.
 
     Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450; before or after each part: Xiong et al.,
     "On Layer Normalization in the Transformer Architecture" (2020), arXiv:2002.04745.

@@ -76,6 +76,8 @@ def rms_norm(
       TypeError: a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by Llama, Mistral, Qwen, Gemma, DeepSeek, OLMo, T5: see `jaxnorm.presets`.
+
     Source: Zhang, Sennrich, "Root Mean Square Layer Normalization" (2019), arXiv:1910.07467; `output_scale`: Sun et
     al., "The Curse of Depth in Large Language Models" (2025), arXiv:2502.05795.
 

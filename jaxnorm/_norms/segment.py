@@ -119,6 +119,8 @@ def segment_norm(
       TypeError: ids that are not integers; a dtype that cannot hold the result.
       NameError: axis_name is not bound here.
 
+    Used by graph networks and packed sequences.
+
     Source: Fey, Lenssen, "Fast Graph Representation Learning with PyTorch Geometric" (2019), arXiv:1903.02428; its
     `LayerNorm` and `InstanceNorm` with a batch vector.
 

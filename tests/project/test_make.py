@@ -21,6 +21,13 @@ def test_the_catalogue_has_every_norm():
         assert spec == jn.make(kind.__name__, **options) == jn.make(kind.function.__name__, **options)
 
 
+@pytest.mark.parametrize("name", sorted(jn.catalogue()))
+def test_the_documentation_of_a_norm_is_complete(name):
+    text = " ".join(jn.catalogue()[name].function.__doc__.split())
+    missing = [part for part in ("Args:", "Returns:", "Raises:", "sed by ", "Source: ", ">>> ") if part not in text]
+    assert not missing
+
+
 # A value that is not the default, for each option that is no number and no bool; and what else must be given with it.
 OTHER = {
     "activation": "relu", "axis": -2, "axis_index_groups": [[0, 1], [2, 3]], "axis_name": ["data", "model"],
