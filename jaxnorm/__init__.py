@@ -5,6 +5,11 @@ The list of norms is in `_norms/__init__.py`: one line for each.
 
 from ._backends.select import Backend as Backend
 from ._backends.select import backends as backends
+from ._core.formats import Fp8 as Fp8
+from ._core.formats import Int8 as Int8
+from ._core.formats import MxFp8 as MxFp8
+from ._core.formats import NvFp4 as NvFp4
+from ._core.quantized import Quantized as Quantized
 from ._core.types import Affine as Affine
 from ._core.types import Moments as Moments
 from ._core.types import RunningStats as RunningStats

@@ -20,7 +20,8 @@ FORWARD = ("x", "scale", "bias")
 TANGENT = ("x", "mean_hi", "mean_lo", "m2", "scale", "dx", "dscale", "dbias")
 BACKWARD = ("x", "mean_hi", "mean_lo", "m2", "scale", "g")
 FORWARD_OF_SUM, BACKWARD_OF_SUM = (*FORWARD, "residual"), (*BACKWARD, "g_stream")
-_PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias"})  # these broadcast against x
+QUANTIZE = (*FORWARD, "given")  # the scale of a tensor, where the format has one
+_PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias", "given"})  # these broadcast against x
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def _shardy_rule(call: Call, operands: Sequence, results: Sequence) -> str:
         sizes[i:] = [n, *sizes[i + 1 :]]
         return _symbol(i)
 
-    word = lambda a, own: f"[{', '.join(factor(i, n, own) for i, n in enumerate(a.shape))}]"
+    of_x = operands[0].shape
+    word = lambda a, own: f"[{', '.join(factor(i, n, own or n != of_x[i]) for i, n in enumerate(a.shape))}]"
     given = (word(a, call.is_parameter(i)) for i, a in enumerate(operands))
     rule = f"({', '.join(given)})->({', '.join(word(a, False) for a in results)})"
     return f"#sdy.op_sharding_rule<{rule} {{{', '.join(f'{_symbol(i)}={n}' for i, n in enumerate(sizes))}}}, custom>"
@@ -132,7 +133,7 @@ def _partitioned(shapes, shardings, result_shape, result_sharding, text: bytes):
     """The program of one device, and the shardings that its operands and results have."""
     backend, platform, call, collectives = _sharded[bytes(text)]
     operands, results = _sizes(shapes), _sizes(_parts(result_shape))
-    mesh, spec = _spread(operands[0], shardings[0])
+    mesh, spec = _spread(operands[0], shardings[0], results)
     tiles = [math.prod(mesh.shape[name] for name in names) for names in spec]
     local = lambda shape: tuple(n if n == 1 else n // t for n, t in zip(shape, tiles, strict=True))
     names = lambda axes: tuple(name for a in axes for name in spec[a])
@@ -157,10 +158,10 @@ def _partitioned(shapes, shardings, result_shape, result_sharding, text: bytes):
 
 def _inferred(shapes, shardings, result_shape, text: bytes):
     """GSPMD's question: the shardings of results, from those of operands."""
-    operands = _sizes(shapes)
+    operands, results = _sizes(shapes), _sizes(_parts(result_shape))
     known = [s for n, s in zip(operands, shardings, strict=True) if n == operands[0] and s is not None]
-    mesh, spec = _spread(operands[0], known[0] if known else None)
-    return _packed(result_shape, [_hlo_sharding(mesh, n, spec) for n in _sizes(_parts(result_shape))])
+    mesh, spec = _spread(operands[0], known[0] if known else None, results)
+    return _packed(result_shape, [_hlo_sharding(mesh, n, spec) for n in results])
 
 
 def _propagated(sharding, shape, text: bytes):
@@ -205,12 +206,12 @@ def without_mesh(f: Callable) -> Callable:
 # --- shardings --------------------------------------------------------------------------------------------------------
 
 
-def _spread(shape: Shape, sharding) -> tuple[AbstractMesh, list[tuple[str, ...]]]:
+def _spread(shape: Shape, sharding, results: Sequence[Shape]) -> tuple[AbstractMesh, list[tuple[str, ...]]]:
     """A mesh of all devices, and which of its axes each axis of x is spread over, the slowest first.
 
     The axes have prime sizes, since XLA may spread an axis of x over a part of the user's mesh axis: four devices along
     the channels of group norm in two groups are two devices for each group. An axis of x whose size the devices do not
-    divide is spread over none, since padded parts have no true sums.
+    divide is spread over none, since padded parts have no true sums. Nor is one of a result, such as blocks of channels.
     """
     whole = AbstractMesh((), ()), [()] * len(shape)
     if sharding is None:
@@ -229,7 +230,8 @@ def _spread(shape: Shape, sharding) -> tuple[AbstractMesh, list[tuple[str, ...]]
         if np.array_equal(digits @ along, coordinates):
             named = lambda a: sorted(np.flatnonzero(along[:, a]), key=lambda i: -along[i, a])  # noqa: B023
             spec = [tuple(f"axis{i}" for i in named(a)) for a in range(len(shape))]
-            even = [names if n % t == 0 else () for names, n, t in zip(spec, shape, tiles, strict=False)]
+            parts = lambda a: shape[a] % tiles[a] == 0 and all(s[a] == 1 or s[a] % tiles[a] == 0 for s in results)
+            even = [names if parts(a) else () for a, names in enumerate(spec)]
             return AbstractMesh(sizes, tuple(f"axis{i}" for i in range(len(sizes)))), even
     return whole
 

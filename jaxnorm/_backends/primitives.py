@@ -4,6 +4,10 @@
     tangent(x, statistics, scale, dx, dscale, dbias) -> dy   linear in the last three
     backward(x, statistics, scale, g) -> dx, dscale, dbias   its transpose
 
+Of a plan with a format, forward is another primitive:
+
+    quantize(x, scale, bias, given) -> data, found, mean_hi, mean_lo, m2    see `_ops.quantize.quantized_rows`
+
 With a residual stream, which backends that know of none never see, they are those of the norm of a sum:
 
     forward(x, scale, bias, residual) -> y, mean_hi, mean_lo, m2, new               new = x + residual, rounded
@@ -20,6 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +38,7 @@ from jax.sharding import PartitionSpec as P
 from .._core.dtypes import accumulator
 from .._core.types import Plan, Statistics
 from .._core.vma import is_explicit, pvary_all, pvary_like, shard_like, with_leading_axis
-from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, TANGENT, Call, packed
+from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, QUANTIZE, TANGENT, Call, packed
 from .partition import Collectives
 from .registry import by_devices, check_platform, register
 
@@ -47,12 +52,17 @@ class Fused:
       output: (recipe, x, scale, bias) -> (y, Statistics), one device's.
       tangent: (recipe, x, statistics, scale, (dx, dscale, dbias)) -> dy, linear in the last; None is a tangent of zero.
       add: (x, residual) -> the new stream.
+      quantized: (plan, x, scale, bias, given) -> ((data, found), Statistics), one device's.
       collectives: what merges statistics and sums over mesh axes.
     """
 
-    def __init__(self, output: Callable, tangent: Callable, add: Callable, collectives: Collectives):
+    def __init__(
+        self, output: Callable, tangent: Callable, add: Callable, quantized: Callable, collectives: Collectives
+    ):
         self._output, self._tangent, self._add, self._collectives = output, tangent, add, collectives
+        self._quantized = quantized
         self._forward_p = self._primitive("norm_forward", self._forward_formula, _forward_types, "forward")
+        self._quantize_p = self._primitive("norm_quantize", self._quantize_formula, _quantize_types, "quantize")
         self._tangent_p = self._primitive("norm_tangent", self._tangent_formula, _tangent_types)
         self._backward_p = self._primitive("norm_backward", self._backward_formula, _backward_types, "backward")
         ad.primitive_jvps[self._tangent_p] = self._tangent_jvp
@@ -62,8 +72,11 @@ class Fused:
 
     # --- what is called -----------------------------------------------------------------------------------------------
 
-    def forward(self, plan: Plan, x, scale, bias, residual=None) -> tuple[Array, Statistics, Array | None]:
-        """y, the statistics, and the new stream where there is a residual."""
+    def forward(self, plan: Plan, x, scale, bias, residual=None, given=None) -> tuple[Any, Statistics, Array | None]:
+        """y, the statistics, and the new stream where there is a residual. y of a plan with a format is (data, found)."""
+        if plan.quantize is not None:
+            data, found, *stats = _bind(self._quantize_p, plan, QUANTIZE, x, scale, bias, given)
+            return (data, found), Statistics(_count(plan, x), *stats), None
         y, mean_hi, mean_lo, m2, *sums = _bind(self._forward_p, plan, FORWARD_OF_SUM, x, scale, bias, residual)
         new = sums[0] if sums else None
         return y, Statistics(_count(plan, x if new is None else new), mean_hi, mean_lo, m2), new
@@ -83,6 +96,10 @@ class Fused:
         x = x if residual is None else self._add(x, residual)
         y, stats = self._output(call.plan, x, scale, bias)
         return y, *stats[1:], *[x] * (residual is not None)
+
+    def _quantize_formula(self, *operands, call: Call):
+        (data, found), stats = self._quantized(call.plan, *call.unpacked(operands, QUANTIZE))
+        return data, found, *stats[1:]
 
     def _tangent_formula(self, *operands, call: Call):
         x, *stats, scale, dx, dscale, dbias = call.unpacked(operands, TANGENT)
@@ -220,8 +237,8 @@ def _like(gradient: Array, aval) -> Array:
 
 
 def _typed(x, shape: tuple[int, ...], dtype):
-    """x's type in another shape of its rank: axes of size 1 are not sharded."""
-    spec = P(*(None if n == 1 else s for n, s in zip(shape, x.sharding.spec, strict=True)))
+    """x's type in another shape of its rank: axes of size 1, or of another size than x's, are not sharded."""
+    spec = P(*(s if n == m and n != 1 else None for n, m, s in zip(shape, x.shape, x.sharding.spec, strict=True)))
     return x.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(x.sharding.mesh, spec))
 
 
@@ -231,6 +248,14 @@ def _forward_types(*operands, call: Call):
     new = x if residual is None else _typed(x, x.shape, residual.dtype)
     statistics = [_typed(x, reduced, accumulator(new))] * 3
     return [_typed(x, x.shape, call.plan.dtype), *statistics, *[new] * (residual is not None)]
+
+
+def _quantize_types(x, *rest, call: Call):
+    fmt, axes = call.plan.quantize, call.plan.reduction.axes
+    reduced = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    blocks = (*x.shape[:-1], x.shape[-1] // fmt.block)
+    found = _typed(x, blocks if fmt.per == "block" else reduced, fmt.found)
+    return [_typed(x, x.shape, fmt.kind), found, *[_typed(x, reduced, accumulator(x))] * 3]
 
 
 def _tangent_types(x, *rest, call: Call):

@@ -46,6 +46,7 @@ class Request(NamedTuple):
     bias: Any = None
     mask: Any = None
     weights: Any = None
+    quantize: Any = None  # the format of the output
 
     @property
     def varying(self) -> frozenset[int]:
@@ -79,6 +80,11 @@ class KernelBackend(Protocol):
     @property
     def fuses_add(self) -> bool:
         """Whether its kernels add x to a residual stream; else XLA adds, and they get the sum."""
+        ...
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether its kernels write quantized outputs: then it has a third one, `quantize`."""
         ...
 
     def available(self) -> Support:

@@ -38,6 +38,12 @@ def supports(name: str | None, request: Request) -> Support:
     return answer
 
 
+def quantizes(name: str | None, request: Request) -> bool:
+    """Whether the named backend, or one that is the default of a platform, quantizes the output of this norm."""
+    found = [BACKENDS[each] for each in (DEFAULTS.values() if name is None else (name,)) if each in BACKENDS]
+    return any([backend.quantizes and backend.supports(request).ok for backend in found])
+
+
 def is_default(backend: KernelBackend) -> bool:
     return DEFAULTS.get(backend.platform) == backend.name
 
@@ -54,11 +60,14 @@ def fuses_add(name: str | None) -> bool:
 
 
 def register(primitive: Primitive, kernel: str, formula: Callable, add: Callable, collectives: Collectives) -> None:
-    """Lower `primitive` to the `kernel` ("forward" or "backward") of a backend that supports it, else to `formula`."""
+    """Lower `primitive` to the `kernel` ("forward", "backward", "quantize") of a backend that supports it, else to
+    `formula`."""
     for name, backend in BACKENDS.items():
         if backend.platform != "cpu" or backend.available().ok:
+            if kernel == "quantize" and not backend.quantizes:
+                continue
             run = getattr(backend, kernel)
-            if not backend.fuses_add:
+            if not backend.fuses_add and kernel != "quantize":
                 run = _forward_adding(run, add) if kernel == "forward" else _backward_adding(run)
             rule = _lowering(backend, f"{name} {kernel}", run, formula, collectives)
             mlir.register_lowering(primitive, rule, platform=backend.platform)
@@ -94,7 +103,7 @@ def _lowering(
     backend: KernelBackend, name: str, kernel: Callable, formula: Callable, collectives: Collectives
 ) -> Callable:
     def merging(call: Call, names, collectives: Collectives, *operands):
-        if names and not backend.merges_shards:
+        if names and (not backend.merges_shards or call.plan.quantize is not None):
             return formula(*operands, call=call.over(names))
         return kernel(call, names, collectives, *operands)
 

@@ -103,6 +103,13 @@ def _pmax_grouped(a: Array, keep: Array, axis_name: AxisName, groups) -> Array:
     return lax.complex(*tops) if jnp.iscomplexobj(a) else tops[0]
 
 
+def max_over_devices(a: Array, axis_name: AxisName | None, groups) -> Array:
+    """The largest values over devices, of an array without a derivative."""
+    if axis_name is None:
+        return a
+    return lax.pmax(a, axis_name) if groups is None else _pmax_grouped(a, jnp.ones((), bool), axis_name, groups)
+
+
 def _in_groups(collective, parts, empty, axis_name, groups):
     size = lax.axis_size(axis_name)
     mine = jnp.asarray(_group_of(groups, size))[lax.axis_index(axis_name)]

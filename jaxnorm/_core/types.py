@@ -60,6 +60,8 @@ class Plan:
     )
     gate: str | None = None  # f(gate) multiplies "before" or "after" the norm; None: f is of the output
     within: bool = False  # this is the norm inside of an activation or a gate
+    cast_dtype: Any = None  # what `cast_before_scale` rounds to; None: dtype
+    quantize: Any = None  # a format of `formats`, of a norm whose kernel quantizes; dtype is that of the plain output
 
 
 class Statistics(NamedTuple):

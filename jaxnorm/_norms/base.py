@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from .._core.arrays import as_dtype, canonicalize_axes
 from .._core.checks import canonicalize_epsilon, canonicalize_flags, canonicalize_number, refuse_array
 from .._core.explain import explained
+from .._core.formats import Format, check_format
 from .._core.messages import shown, to_python
 from .._core.types import Affine, Features, Params
 from .._ops.activation import Activation, check_activation_name
@@ -212,3 +213,29 @@ class RowSpec(Spec):
     if TYPE_CHECKING:
 
         def init(self, features: Features) -> tuple[Affine, tuple[()]]: ...
+
+
+@spec
+class QuantizableSpec(RowSpec):
+    """What the norms have in common whose output can be quantized.
+
+    Args:
+      quantize: the format of y: `jaxnorm.Fp8`, `Int8`, `MxFp8` or `NvFp4`. y is then a `jaxnorm.Quantized`. None is a
+        y in `dtype`.
+      quantize_scale: the scale of the tensor, for a format that has one and does not say it: one number, from delayed
+        scaling or calibration. None takes it from y.
+    """
+
+    quantize: Format | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_format(type(self).__name__, self.quantize, None)
+
+    @explained("apply")
+    def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None,
+        quantize_scale: ArrayLike | None = None,
+    ) -> tuple[Any, S]:  # fmt: skip
+        """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
+        return self._applied(params, state, x, mask=mask, quantize_scale=quantize_scale), state

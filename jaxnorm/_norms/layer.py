@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._ops.rows import normalize_scaled
-from .base import RowSpec
+from .base import QuantizableSpec
 from .declare import function_of, spec
 
 Array = jax.Array
 
 
 @spec
-class LayerNorm(RowSpec):
+class LayerNorm(QuantizableSpec):
     """The hyperparameters of `layer_norm`. See `jaxnorm.Norm` for what a spec does.
 
     Args:
@@ -49,8 +49,9 @@ def layer_norm(
     *,
     axis,
     mask: ArrayLike | None = None,
+    quantize_scale: ArrayLike | None = None,
     **options,
-) -> Array:
+) -> Any:
     """Layer normalization.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias,   mean and var over `axis`
@@ -61,7 +62,7 @@ def layer_norm(
       bias: the same; None is 0.
 
     Returns:
-      An array of x's shape.
+      An array of x's shape; with `quantize` a `jaxnorm.Quantized`.
 
     Raises:
       ValueError: a bad axis, epsilon, output_scale, or backend; a scale, bias or mask that fits x nowhere.
@@ -80,5 +81,5 @@ def layer_norm(
     x = as_float_array("layer_norm", x, rank=1, layout="the normalized axes among its own")
     axes = canonicalize_axes("layer_norm", x.ndim, axis)
     return normalize_scaled(
-        "layer_norm", x, scale, bias, axes, mask=mask, **options,
+        "layer_norm", x, scale, bias, axes, mask=mask, quantize_scale=quantize_scale, **options,
     )  # fmt: skip

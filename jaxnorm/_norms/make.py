@@ -8,12 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from .._core.formats import FORMATS
 from .._core.messages import shown
 from .._ops.policy import EMA, Cumulative, Devices
 from . import SPECS
 from .base import Norm, Spec
 
-_POLICIES = {policy.__name__: policy for policy in (EMA, Cumulative, Devices)}
+_POLICIES = {policy.__name__: policy for policy in (EMA, Cumulative, Devices, *FORMATS)}
 
 
 def catalogue() -> dict[str, Any]:
@@ -36,8 +37,8 @@ def make(norm: str, **options: Any) -> Any:
     Args:
       norm: a name in `jaxnorm.catalogue()`, or that of the function or of the spec.
       options: those of the spec. Values may be as a YAML or JSON file has them: a dtype is its name, a tuple a list,
-        a number may be a string ("1e-6", as YAML reads 1e-6), and a policy such as `EMA` is a dict with its name under
-        "policy".
+        a number may be a string ("1e-6", as YAML reads 1e-6), and a policy such as `EMA` or a format such as `Fp8` is a
+        dict with its name under "policy".
 
     Returns:
       A spec, such as `RMSNorm(...)`.

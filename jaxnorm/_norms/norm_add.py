@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from .._core.explain import explained
 from .._core.types import Affine, Features, Params
 from .._ops.branch import add_normalized, check_cast
-from .base import RowSpec
+from .base import QuantizableSpec
 from .declare import S, as_params, function_of, refuse_params_as_state, spec
 
 Array = jax.Array
@@ -30,7 +30,7 @@ class NormAddParams(NamedTuple):
 
 
 @spec
-class _NormAdd(RowSpec):
+class _NormAdd(QuantizableSpec):
     """What the two have in common.
 
     Args:
@@ -69,7 +69,7 @@ class _NormAdd(RowSpec):
     @explained("apply")
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, params: Any, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None,
-        gate: ArrayLike | None = None,
+        gate: ArrayLike | None = None, quantize_scale: ArrayLike | None = None,
     ) -> tuple[Any, S]:  # fmt: skip
         """The new stream (with `use_next` after the next norm's output), and the state `()` as it came."""
         name = type(self).__name__
@@ -77,7 +77,8 @@ class _NormAdd(RowSpec):
         scale, bias, *others = as_params(name, params, self.Params, self.paths)
         following = Affine(*others) if self.use_next else None
         function = type(self).function
-        out = function(x, residual, scale, bias, gate=gate, next=following, mask=mask, **self.options())
+        more = dict(gate=gate, next=following, mask=mask, quantize_scale=quantize_scale)
+        out = function(x, residual, scale, bias, **more, **self.options())
         return out, state
 
 
@@ -108,6 +109,7 @@ def rms_norm_add(
     gate: ArrayLike | None = None,
     next: Params = None,
     mask: ArrayLike | None = None,
+    quantize_scale: ArrayLike | None = None,
     **options,
 ) -> Any:
     """RMS norm of x, added to the residual stream: the mirror image of `add_rms_norm`.
@@ -131,7 +133,7 @@ def rms_norm_add(
       dtype: of y; None is x's. That of new_residual is residual's.
 
     Returns:
-      new_residual; with `next`, y and new_residual. Each is of x's shape.
+      new_residual; with `next`, y and new_residual. Each is of x's shape; with `quantize` y is a `jaxnorm.Quantized`.
 
     Raises:
       ValueError: a residual or gate of another shape; a bad cast; an activation without `next`; and what `rms_norm`
@@ -150,7 +152,8 @@ def rms_norm_add(
     ([[2.0, 1.0]], [[3.0, 3.0]])
     """
     norm, following = "rms_norm_add", None if next is None else as_params("rms_norm_add", next)
-    return add_normalized(norm, x, residual, scale, bias, gate, following, centered=False, mask=mask, **options)
+    more = dict(quantize_scale=quantize_scale)
+    return add_normalized(norm, x, residual, scale, bias, gate, following, centered=False, mask=mask, **more, **options)
 
 
 @spec
@@ -180,6 +183,7 @@ def layer_norm_add(
     gate: ArrayLike | None = None,
     next: Params = None,
     mask: ArrayLike | None = None,
+    quantize_scale: ArrayLike | None = None,
     **options,
 ) -> Any:
     """Layer norm of x, added to the residual stream: the mirror image of `add_layer_norm`.
@@ -200,7 +204,7 @@ def layer_norm_add(
       dtype: of y; None is x's. That of new_residual is residual's.
 
     Returns:
-      new_residual; with `next`, y and new_residual. Each is of x's shape.
+      new_residual; with `next`, y and new_residual. Each is of x's shape; with `quantize` y is a `jaxnorm.Quantized`.
 
     Raises:
       ValueError: a residual or gate of another shape; a bad cast; an activation without `next`; and what `layer_norm`
@@ -217,4 +221,5 @@ def layer_norm_add(
     [[9.5, 10.5]]
     """
     norm, following = "layer_norm_add", None if next is None else as_params("layer_norm_add", next)
-    return add_normalized(norm, x, residual, scale, bias, gate, following, centered=True, mask=mask, **options)
+    more = dict(quantize_scale=quantize_scale)
+    return add_normalized(norm, x, residual, scale, bias, gate, following, centered=True, mask=mask, **more, **options)

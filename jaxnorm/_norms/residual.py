@@ -18,14 +18,14 @@ from .._core.types import Params
 from .._core.vma import shard_like
 from .._ops.residual import add_times, as_residual, match_types
 from .._ops.rows import normalize_rows, normalize_stream
-from .base import RowSpec
+from .base import QuantizableSpec
 from .declare import S, function_of, spec
 
 Array = jax.Array
 
 
 @spec
-class AddRMSNorm(RowSpec):
+class AddRMSNorm(QuantizableSpec):
     """The hyperparameters of `add_rms_norm`. The residual stream is an argument of `apply`, after x.
 
     Args:
@@ -56,10 +56,11 @@ class AddRMSNorm(RowSpec):
     @explained("apply")
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None,
-        branch_scale: Any = None,
-    ) -> tuple[tuple[Array, Array], S]:  # fmt: skip
+        branch_scale: Any = None, quantize_scale: ArrayLike | None = None,
+    ) -> tuple[tuple[Any, Array], S]:  # fmt: skip
         """The normalized sum and the new stream, and the state `()` as it came."""
-        return self._applied(params, state, x, residual, mask=mask, branch_scale=branch_scale), state
+        more = dict(branch_scale=branch_scale, quantize_scale=quantize_scale)
+        return self._applied(params, state, x, residual, mask=mask, **more), state
 
 
 @function_of(AddRMSNorm, inline=True)  # x and residual have one cotangent, which a call would return twice
@@ -73,8 +74,9 @@ def add_rms_norm(
     cast,
     mask: ArrayLike | None = None,
     branch_scale: ArrayLike | None = None,
+    quantize_scale: ArrayLike | None = None,
     **options,
-) -> tuple[Array, Array]:
+) -> tuple[Any, Array]:
     """Add x to the residual stream and apply RMS norm to the sum.
 
         new_residual = x + residual;   y = rms_norm(new_residual, scale, bias, ...)
@@ -96,7 +98,7 @@ def add_rms_norm(
       branch_scale: multiplies x before it is added, as LayerScale's gamma: like scale; None is 1.
 
     Returns:
-      y and new_residual, each of x's shape.
+      y and new_residual, each of x's shape; with `quantize` y is a `jaxnorm.Quantized`.
 
     Raises:
       ValueError: a residual of another shape; and what `rms_norm` raises.
@@ -115,13 +117,14 @@ def add_rms_norm(
     """
     check_cast("add_rms_norm", cast)
     return _normalized(
-        "add_rms_norm", x, residual, scale, bias, axis, branch_scale, mask=mask, **options,
+        "add_rms_norm", x, residual, scale, bias, axis, branch_scale, mask=mask, quantize_scale=quantize_scale,
+        **options,
         centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip
 
 
 @spec
-class AddLayerNorm(RowSpec):
+class AddLayerNorm(QuantizableSpec):
     """The hyperparameters of `add_layer_norm`. The residual stream is an argument of `apply`, after x.
 
     Args:
@@ -145,10 +148,11 @@ class AddLayerNorm(RowSpec):
     @explained("apply")
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, params: Params, state: S, x: ArrayLike, residual: ArrayLike, *, train: Any = None, mask: Any = None,
-        branch_scale: Any = None,
-    ) -> tuple[tuple[Array, Array], S]:  # fmt: skip
+        branch_scale: Any = None, quantize_scale: ArrayLike | None = None,
+    ) -> tuple[tuple[Any, Array], S]:  # fmt: skip
         """The normalized sum and the new stream, and the state `()` as it came."""
-        return self._applied(params, state, x, residual, mask=mask, branch_scale=branch_scale), state
+        more = dict(branch_scale=branch_scale, quantize_scale=quantize_scale)
+        return self._applied(params, state, x, residual, mask=mask, **more), state
 
 
 @function_of(AddLayerNorm, inline=True)  # x and residual have one cotangent, which a call would return twice
@@ -161,8 +165,9 @@ def add_layer_norm(
     axis,
     mask: ArrayLike | None = None,
     branch_scale: ArrayLike | None = None,
+    quantize_scale: ArrayLike | None = None,
     **options,
-) -> tuple[Array, Array]:
+) -> tuple[Any, Array]:
     """Add x to the residual stream and apply layer norm to the sum.
 
         new_residual = x + residual;   y = layer_norm(new_residual, scale, bias, ...)
@@ -182,7 +187,7 @@ def add_layer_norm(
       branch_scale: multiplies x before it is added, as LayerScale's gamma: like scale; None is 1.
 
     Returns:
-      y and new_residual, each of x's shape.
+      y and new_residual, each of x's shape; with `quantize` y is a `jaxnorm.Quantized`.
 
     Raises:
       ValueError: a residual of another shape; and what `layer_norm` raises.
@@ -200,11 +205,12 @@ def add_layer_norm(
     ([[-1.0, 1.0]], [[2.0, 6.0]])
     """
     return _normalized(
-        "add_layer_norm", x, residual, scale, bias, axis, branch_scale, mask=mask, **options,
+        "add_layer_norm", x, residual, scale, bias, axis, branch_scale, mask=mask, quantize_scale=quantize_scale,
+        **options,
     )  # fmt: skip
 
 
-def _normalized(norm: str, x, residual, scale, bias, axis, branch_scale, *, dtype, **options) -> tuple[Array, Array]:
+def _normalized(norm: str, x, residual, scale, bias, axis, branch_scale, *, dtype, **options) -> tuple[Any, Array]:
     x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
     residual = as_residual(norm, x, residual)
     out = canonicalize_dtype(norm, dtype, x, residual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import ArrayLike
@@ -11,14 +11,14 @@ from jax.typing import ArrayLike
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.checks import check_cast
 from .._ops.rows import normalize_scaled
-from .base import RowSpec
+from .base import QuantizableSpec
 from .declare import function_of, spec
 
 Array = jax.Array
 
 
 @spec
-class RMSNorm(RowSpec):
+class RMSNorm(QuantizableSpec):
     """The hyperparameters of `rms_norm`. There is no bias unless `use_bias=True`.
 
     Args:
@@ -57,8 +57,9 @@ def rms_norm(
     axis,
     cast,
     mask: ArrayLike | None = None,
+    quantize_scale: ArrayLike | None = None,
     **options,
-) -> Array:
+) -> Any:
     """Root mean square layer normalization.
 
         y = x / sqrt(mean(|x|^2) + epsilon) * (scale + scale_offset) + bias,   mean over `axis`
@@ -69,7 +70,7 @@ def rms_norm(
       bias: the same; None is 0.
 
     Returns:
-      An array of x's shape.
+      An array of x's shape; with `quantize` a `jaxnorm.Quantized`.
 
     Raises:
       ValueError: a bad axis, epsilon, output_scale, cast, or backend; a scale, bias or mask that fits x nowhere.
@@ -89,6 +90,6 @@ def rms_norm(
     x = as_float_array("rms_norm", x, rank=1, layout="the normalized axes among its own")
     axes = canonicalize_axes("rms_norm", x.ndim, axis)
     return normalize_scaled(
-        "rms_norm", x, scale, bias, axes, mask=mask, **options,
+        "rms_norm", x, scale, bias, axes, mask=mask, quantize_scale=quantize_scale, **options,
         centered=False, cast_before_scale=cast == "before_scale",
     )  # fmt: skip

@@ -25,15 +25,16 @@ def check_cast(norm: str, cast: Any) -> None:
 
 def add_normalized(
     norm: str, x, residual, scale, bias, gate, following: Affine | None, *, axis, cast, dtype, mask, activation,
-    implementation, centered, **options,
+    implementation, centered, quantize, quantize_scale, **options,
 ) -> Any:  # fmt: skip
     """residual + gate * norm(x), and with the parameters of a following norm the output of that as well."""
     check_cast(norm, cast)
-    if activation is not None and following is None:
-        raise ValueError(
-            f"{norm}: activation={shown(activation)} is of the next norm, and there is none. Write activation=None, or "
-            "next=jaxnorm.Affine(scale, bias)."
-        )
+    for what, option in dict(activation=activation, quantize=quantize).items() if following is None else ():
+        if option is not None:
+            raise ValueError(
+                f"{norm}: {what}={shown(option)} is of the next norm, and there is none. Write {what}=None, or "
+                "next=jaxnorm.Affine(scale, bias)."
+            )
     x = as_float_array(norm, x, rank=1, layout="the normalized axes among its own")
     residual = as_residual(norm, x, residual)
     out = canonicalize_dtype(norm, dtype, x, residual)
@@ -47,7 +48,8 @@ def add_normalized(
     stream = add_rounded(implementation == "lax", *match_types(branch, residual))
     if following is None:
         return stream
-    y = normalize_rows(norm, stream, *following, axes, axes, dtype=out, activation=activation, **given)
+    given |= dict(dtype=out, activation=activation, quantize=quantize, quantize_scale=quantize_scale)
+    y = normalize_rows(norm, stream, *following, axes, axes, **given)
     return y, stream
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._backends import registry
 from .._backends.partition import Collectives
 from .._backends.primitives import Fused
-from .._backends.protocol import Request
+from .._backends.protocol import Request, Support
 from .._core.collectives import merge_over_devices, psum_grouped
 from .._core.dtypes import accumulator
 from .._core.types import Plan, Statistics
 from .._core.vma import tangent_like
 from .by_formula import standardize_by_formula
 from .formula import effective_scale, output_tangent
+from .quantize import as_quantized, quantized_rows, unquantized
 from .residual import add_rounded, add_rounded_tangent
 from .statistics import drop_symbolic_zeros, statistics_tangent
 
@@ -30,11 +33,21 @@ def backend_supports(norm: str, plan: Plan, x, scale, bias, mask, weights) -> bo
         return False
     request = Request(x, plan.reduction, plan.dtype, scale, bias, mask, weights)
     support = registry.supports(plan.backend, request)
+    if plan.cast_dtype is not None:
+        support = Support.no("no kernel rounds before the scale to another dtype than that of its output")
     if not support.ok and plan.backend is not None:
         raise ValueError(
             f"{norm}: implementation={plan.backend!r} cannot run here: {support.reason}. Write implementation=None."
         )
     return support.ok
+
+
+def backend_quantizes(plan: Plan, x, scale, bias) -> bool:
+    """Whether a kernel backend writes this norm in the plan's format."""
+    if plan.backend in ("xla", "lax"):
+        return False
+    request = Request(x, plan.reduction, plan.dtype, scale, bias, quantize=plan.quantize)
+    return registry.quantizes(plan.backend, request)
 
 
 def prepare_for_kernel(plan: Plan, x, scale, bias) -> tuple[Plan, Array | None, Array | None]:
@@ -47,12 +60,19 @@ def prepare_for_kernel(plan: Plan, x, scale, bias) -> tuple[Plan, Array | None, 
 # Devices of a CPU share memory: from here on two all-reduces of what is merged are faster than one of all slots.
 _SLOT_BYTES = 1 << 15
 
+
+def _quantized(plan: Plan, x, scale, bias, given):
+    y, stats = standardize_by_formula(unquantized(plan.quantize, plan, x), x, scale, bias, None, None)
+    return quantized_rows(plan.quantize, as_quantized(plan.quantize, y, plan.dtype), plan.reduction, given), stats
+
+
 primitives = Fused(
     output=lambda plan, x, scale, bias: standardize_by_formula(plan, x, scale, bias, None, None),
     tangent=lambda plan, x, stats, scale, tangents: output_tangent(
         plan, x, None, None, stats, scale, (*tangents, None)
     ),
     add=functools.partial(add_rounded, False),
+    quantized=_quantized,
     collectives=Collectives(
         merged=lambda stats, names, reduction: merge_over_devices(stats, names, None, reduction, _SLOT_BYTES),
         summed=lambda parts, names: psum_grouped(parts, names, None),
@@ -61,9 +81,28 @@ primitives = Fused(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def standardize_by_kernel(plan: Plan, x, scale, bias, residual) -> tuple[Array, Statistics, Array | None]:
-    """y, the statistics, and, where there is a residual, its sum with x, which is then what y and they are of."""
-    return primitives.forward(plan, x, scale, bias, residual)
+def standardize_by_kernel(plan: Plan, x, scale, bias, residual, given=None) -> tuple[Any, Statistics, Array | None]:
+    """y, the statistics, and, where there is a residual, its sum with x, which is then what y and they are of.
+
+    If the plan has a format, y is data and what was found; see `quantize.quantized_rows`, which says what `given` is.
+    With a gradient a third, zeros that have the tangent of y.
+    """
+    return _forward(plan, x, scale, bias, residual, given)
+
+
+def _forward(plan: Plan, x, scale, bias, residual, given) -> tuple[Any, Statistics, Array | None]:
+    y, stats, new = primitives.forward(plan, x, scale, bias, residual, given)
+    if plan.quantize is not None and plan.quantize.straight_through:
+        y = (*y, tangent_like(x, jnp.zeros(x.shape, plan.dtype)))
+    return y, stats, new
+
+
+def _tangent_of_output(y: Any, dy: Array) -> Any:
+    """The tangent of y, where it is quantized that of its last part."""
+    if not isinstance(y, tuple):
+        return tangent_like(y, dy)
+    still = lambda a: jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.inexact) else np.zeros(a.shape, jax.dtypes.float0)
+    return (*map(still, y[:-1]), tangent_like(y[-1], dy))
 
 
 @functools.partial(standardize_by_kernel.defjvp, symbolic_zeros=True)
@@ -74,10 +113,10 @@ def _(plan, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def standardize_by_kernel_differentiable(
-    plan: Plan, x, scale, bias, residual
-) -> tuple[Array, Statistics, Array | None]:
+    plan: Plan, x, scale, bias, residual, given=None
+) -> tuple[Any, Statistics, Array | None]:
     """The same, the statistics with their derivatives: what derivatives of higher order are made of."""
-    return primitives.forward(plan, x, scale, bias, residual)
+    return _forward(plan, x, scale, bias, residual, given)
 
 
 @functools.partial(standardize_by_kernel_differentiable.defjvp, symbolic_zeros=True)
@@ -90,12 +129,13 @@ def _(plan, primals, tangents):
 
 def _by_kernel_with_tangent(plan: Plan, primals, tangents):
     """What the backend gives; what is normalized, and its tangent; the tangents of y and of the new stream."""
-    (x, scale, _, residual), (dx, dscale, dbias, dresidual) = primals, tangents
+    (x, scale, _, residual, _), (dx, dscale, dbias, dresidual, _) = primals, tangents
     plan = replace(plan, for_backward=True)
     y, stats, new = standardize_by_kernel_differentiable(plan, *primals)
+    plan = replace(plan, quantize=None)
     if new is None:
         dy = primitives.tangent(plan, x, stats, scale, (dx, dscale, dbias))
-        return (y, stats, None), (x, dx), (tangent_like(y, dy), None)
+        return (y, stats, None), (x, dx), (_tangent_of_output(y, dy), None)
     dx = add_rounded_tangent(residual.dtype, dx, dresidual)
     if dx is None:
         dy, dnew = primitives.tangent(plan, new, stats, scale, (None, dscale, dbias)), jnp.zeros_like(new)

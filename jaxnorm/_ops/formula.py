@@ -92,9 +92,9 @@ def _(epsilon, primals, tangents):
     return share_of_root(*primals, epsilon), -2.0 * (least * r) * (least * dr)
 
 
-def affine(xhat, scale, bias, scale_offset: float, dtype, cast_before_scale: bool = False) -> Array:
-    """y = xhat (scale + scale_offset) + bias, rounded once (or also before scale)."""
-    y = round_to(xhat, dtype) if cast_before_scale else xhat
+def affine(xhat, scale, bias, scale_offset: float, dtype, cast_dtype: Any = None) -> Array:
+    """y = xhat (scale + scale_offset) + bias, rounded once (or also before scale, to `cast_dtype`)."""
+    y = xhat if cast_dtype is None else round_to(xhat, cast_dtype)
     if scale is not None or scale_offset:
         s = effective_scale(scale, scale_offset, y.dtype)
         y = y.astype(s.dtype) * s
@@ -124,7 +124,8 @@ def affine_times(factor: float | Array, scale, bias, scale_offset: float, dtype)
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias, ids=None) -> Array:
     xhat = (_xhat if plan.for_backward else _xhat_alone)(plan, x, mask, weights, stats, ids)
-    return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, plan.cast_before_scale)
+    cast = (plan.cast_dtype or plan.dtype) if plan.cast_before_scale else None
+    return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, cast)
 
 
 def _xhat(plan: Plan, x, mask, weights, stats: Statistics, ids) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
 from .._core.dtypes import accumulator, widest
+from .._core.formats import check_format
 from .._core.masks import finite_padding
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.over import Axes, Segments
@@ -20,8 +21,9 @@ from .._core.vma import shard_like
 from .activation import check_activation
 from .formula import affine_times
 from .plan import check_implementation, make_plan
+from .quantize import check_quantize, scale_of_tensor
 from .residual import add_rounded, match_types
-from .standardize import add_and_standardize, can_fuse_add, standardize
+from .standardize import add_and_standardize, can_fuse_add, standardize, standardize_quantized
 
 Array = jax.Array
 
@@ -31,14 +33,14 @@ def _zero_masked_rows(mask: Array, x: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **options) -> Array:
+def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **options) -> Any:
     """A norm by each example's own statistics; the options are those of `normalize_stream`."""
     return normalize_stream(norm, x, None, scale, bias, axes, feature_axes, **options)[0]
 
 
 def normalize_scaled(
     norm: str, x: Array, scale, bias, axes: tuple[int, ...], *, output_scale, scale_offset, **options
-) -> Array:
+) -> Any:
     """`normalize_rows`, and its output times a number. For 1 the program is the same."""
     output_scale = canonicalize_number(norm, "output_scale", output_scale, "1.0")
     if output_scale != 1.0:
@@ -58,20 +60,21 @@ def normalize_stream(
     norm: str, x: Array, residual: Array | None, scale, bias, axes, feature_axes, *,
     epsilon, scale_offset, mask, axis_name, axis_index_groups, dtype, implementation, activation=None,
     centered=True, cast_before_scale=False, gate=None, gate_where=None, view: Callable[[Array], Array] = _identity,
-    spans_devices=False, segments: tuple[Segments, Array] | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    spans_devices=False, segments: tuple[Segments, Array] | None = None, quantize: Any = None, quantize_scale=None,
+) -> tuple[Any, Array]:  # fmt: skip
     """Add x to `residual` if there is one, normalize, and return (normalized, sum).
 
     Arguments are checked and brought to x's rank for `standardize`. `view` maps x, and what broadcasts against it, to
     the shape whose `axes` are the ones reduced. A `gate`, which has x's rank, multiplies what it is asked to
     (`gate_where` is "before" or "after") by its activation. `spans_devices`: the view splits an axis where types of an
     Explicit mesh cannot follow, so that jit partitions the norm, as it does on an Auto mesh. `segments`: these are
-    reduced instead of `axes`, by ids of x's rank.
+    reduced instead of `axes`, by ids of x's rank. `quantize` is the format of the output, which then is a `Quantized`.
     """
     check_implementation(norm, implementation)
     scale = align_param(norm, "scale", scale, x.shape, feature_axes)
     bias = align_param(norm, "bias", bias, x.shape, feature_axes)
     check_axis_name(norm, axis_name)
+    check_format(norm, quantize, quantize_scale)
     scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
     if residual is not None:
         x, residual = match_types(x, residual)
@@ -89,13 +92,15 @@ def normalize_stream(
     viewed = what if view is _identity else jax.eval_shape(view, what)
     plan = make_plan(viewed, names or (), epsilon, scale_offset, out, reduction, implementation, **more)
     lax_alone = plan.reduction.plain
+    if quantize is not None:
+        check_quantize(norm, quantize, what, axes, out)
     if residual is not None:
-        if can_fuse_add(norm, plan, x, residual, scale, bias, mask):
+        if quantize is None and can_fuse_add(norm, plan, x, residual, scale, bias, mask):
             return add_and_standardize(plan, x, residual, scale, bias)
         x = add_rounded(lax_alone, x, residual)
     stream = x
     x, mask = align_boolean_mask(norm, x, mask)
-    mask = over.present(mask, ids)
+    mask = keep = over.present(mask, ids)
     x, gate = finite_padding(x, mask), None if gate is None else finite_padding(gate, mask)
     if mask is not None and names is None and segments is None:
         untyped = jax.ShapeDtypeStruct(mask.shape, mask.dtype)  # its type's sharding may be one that the view splits
@@ -107,6 +112,11 @@ def normalize_stream(
             of_gate = () if gate is None else tuple(a for a, n in enumerate(gate.shape) if n == 1)
             gate = None if gate is None else kept_rows(mask.any(of_gate, keepdims=True), gate)
             x, mask = kept_rows(mask, x), None
+
+    if quantize is not None:
+        given = scale_of_tensor(norm, quantize, quantize_scale)
+        with explain_unbound_axis(norm, axis_name):
+            return standardize_quantized(norm, quantize, plan, x, scale, bias, mask, keep, given), stream
 
     def normalized(*args) -> Array:
         x, scale, bias, mask, gate, ids = jax.tree.map(view, args)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .._backends import registry
+from .._core.formats import NvFp4
+from .._core.quantized import Quantized
 from .._core.types import Plan, Statistics
 from .._core.vma import varying
 from . import activation as _activation
 from .by_formula import in_channels, standardize_by_formula
-from .by_kernel import backend_supports, prepare_for_kernel, standardize_by_kernel
+from .by_kernel import backend_quantizes, backend_supports, prepare_for_kernel, standardize_by_kernel
 from .epilogue import inner_plan, standardize_with_epilogue
+from .quantize import (
+    assembled, carrier, largest_of_all, needs_amax, quantize_array, refuse_gradient, unquantized,
+)  # fmt: skip
 
 Array = jax.Array
 
@@ -48,6 +55,42 @@ def standardize(
         plan, scale, bias = prepare_for_kernel(plan, x, scale, bias)
         return standardize_by_kernel(plan, x, scale, bias, None)[:2]
     return standardize_by_formula(plan, x, scale, bias, mask, weights, ids)
+
+
+def standardize_quantized(
+    norm: str, fmt: Any, plan: Plan, x: Array, scale, bias, mask, keep, given, gate=None, ids=None
+) -> Quantized:
+    """`standardize`, its output in a format. `given` is the scale of a tensor; elements that `keep` leaves out do not
+    count in its largest value.
+
+    By a kernel that quantizes, or else by XLA's formula, unless a backend is named.
+    """
+    if not fmt.straight_through:
+        x, scale, bias = (None if a is None else refuse_gradient(norm, a) for a in (x, scale, bias))
+    by_kernel = replace(plan, quantize=fmt)
+    plain = mask is None and keep is None and plan.activation is None and not isinstance(fmt, NvFp4)
+    if plain and backend_quantizes(by_kernel, x, scale, bias):
+        by_kernel, scale, bias = prepare_for_kernel(by_kernel, x, scale, bias)
+        run = lambda given, *args: standardize_by_kernel(by_kernel, *args, None, _of_rank(x, given))[0]
+        amax = None
+        if needs_amax(fmt, given):
+            still = jax.lax.stop_gradient((x, scale, bias))
+            amax = largest_of_all(fmt, run(jnp.ones((), jnp.float32), *still)[1], plan.reduction)
+            given = fmt.scale_for(amax)
+        data, found, *gradient = run(given, x, scale, bias)
+        if fmt.of_tensor and amax is None:
+            amax = largest_of_all(fmt, found, plan.reduction)
+        made = assembled(fmt, data, found, given, amax)
+        return replace(made, gradient=gradient[0] if gradient else None)
+    plain = unquantized(fmt, plan, x)
+    plain = replace(plain, backend="xla") if plain.backend is None else plain
+    y, _ = standardize(norm, plain, x, scale, bias, mask, gate=gate, ids=ids)
+    made = quantize_array(fmt, y, plan.reduction, given, keep, plan.dtype)
+    return replace(made, gradient=carrier(y.astype(plan.dtype))) if fmt.straight_through else made
+
+
+def _of_rank(x: Array, scalar: Array | None) -> Array | None:
+    return None if scalar is None else scalar.reshape((1,) * x.ndim)
 
 
 def can_fuse_add(norm: str, plan: Plan, x, residual, scale, bias, mask) -> bool:

@@ -18,7 +18,7 @@ class Native:
     """The C++ kernels for CPU."""
 
     name, platform = "native", "cpu"
-    merges_shards, partitions, fuses_add = True, True, False
+    merges_shards, partitions, fuses_add, quantizes = True, True, False, False
 
     def available(self) -> Support:
         return Support(*cpu.library()[:2])

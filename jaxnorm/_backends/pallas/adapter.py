@@ -54,6 +54,7 @@ class Mosaic:
     partitions: bool  # libtpu has no custom partitioning
     fuses_add: bool = True
     merges_shards: bool = False
+    quantizes: bool = False  # XLA fuses the formula: see docs/quantized.md
 
     def available(self) -> Support:
         kernels = _loaded(self.name)
@@ -74,6 +75,8 @@ class Mosaic:
         if not (plain := only_plain(request)).ok:
             return plain
         x, axes = request.x, request.reduction.axes
+        if request.quantize is not None:
+            return Support.no("its kernels write no quantized outputs")
         shape = rows_of(x.shape, axes, request.varying)
         if shape is None:
             return Support.no(

@@ -1,0 +1,223 @@
+"""The output of a norm in a few bits: scales from the largest values of y, and y divided by them.
+
+Legend: y is what the norm gives, in float32, before it is rounded; C is its last axis, along which blocks lie.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .._core.collectives import max_over_devices
+from .._core.dtypes import accumulator, are_static, round_to
+from .._core.formats import Fp8, Int8, MxFp8, NvFp4, data_of
+from .._core.messages import shown
+from .._core.quantized import Quantized
+from .._core.types import Plan, Reduction
+from .._core.vma import by_jit, spec_of
+
+Array = jax.Array
+
+
+def check_quantize(norm: str, fmt: Any, x: Array, axes: tuple[int, ...], dtype) -> None:
+    """Raise if this x cannot be quantized so."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{norm}: quantize={_name(fmt)} is for real x, got {dtype}. Write quantize=None.")
+    if fmt.per != "block":
+        return
+    last = x.ndim - 1
+    if last not in axes or not are_static(x.shape[last]) or x.shape[last] % fmt.block:
+        raise ValueError(
+            f"{norm}: quantize={_name(fmt)} has blocks of {fmt.block} along the last axis, which must be normalized "
+            f"over and a multiple of that; got x of shape {x.shape} and axis={shown(axes)}. "
+            'Write quantize=jaxnorm.Fp8(per="row").'
+        )
+    if getattr(fmt, "transposed_scale", False) and x.ndim < 2:
+        raise ValueError(f"{norm}: transposed_scale needs x of rank 2 or more, got {x.shape}. Write x[None].")
+
+
+def scale_of_tensor(norm: str, fmt: Any, given: Any) -> Array | None:
+    """The scale that the format or the call gives, a scalar in float32, without a derivative."""
+    given = getattr(fmt, "scale", None) if given is None else given
+    if given is None:
+        return None
+    given = lax.stop_gradient(jnp.asarray(given, jnp.float32))
+    if given.size != 1:
+        raise ValueError(
+            f"{norm}: quantize_scale must be one number, got shape {given.shape}. "
+            'Write quantize=jaxnorm.Fp8(per="row") for a scale of each row.'
+        )
+    return given.reshape(())
+
+
+def _name(fmt: Any) -> str:
+    return f"{type(fmt).__name__}()"
+
+
+# --- one device's part, and what it means on all ---------------------------------------------------------------------
+
+
+def quantized_rows(fmt: Any, y: Array, reduction: Reduction, given: Array | None, keep: Array | None = None):
+    """Data, and what was found on the way: the scales of rows or blocks, or of a `given` scale the largest of each row.
+
+    Rows are what the norm reduces; over devices where it does. Elements where `keep` is False do not count.
+    """
+    top = lambda a: _largest(a, reduction.axes, keep)
+    if given is not None:
+        found = max_over_devices(top(y), reduction.axis_name, reduction.groups)
+        return _divided(fmt, y, given), found
+    if fmt.per == "row":
+        amax = max_over_devices(top(y), reduction.axis_name, reduction.groups)
+        scale = _linear_scale(fmt, amax)
+        return _divided(fmt, y, scale), scale
+    return _by_blocks(fmt, y, keep, _mx_block if isinstance(fmt, MxFp8) else _linear_block)
+
+
+def _largest(y: Array, axes, keep: Array | None) -> Array:
+    size = jnp.abs(y)
+    return (size if keep is None else jnp.where(keep, size, 0.0)).max(axes, keepdims=True, initial=0.0)
+
+
+def _linear_scale(fmt: Any, amax: Array) -> Array:
+    upper = float(jnp.finfo(jnp.float32).max) if fmt.upper is None else fmt.upper
+    return jnp.maximum(jnp.minimum(amax, upper) * jnp.float32(1.0 / fmt.largest), fmt.floor)
+
+
+def _divided(fmt: Any, y: Array, scale: Array) -> Array:
+    """Floats are divided by the scale, integers multiplied by its reciprocal, as vLLM does."""
+    return data_of(fmt, y * (1.0 / scale) if fmt.kind == jnp.int8 else y / scale)
+
+
+def _by_blocks(fmt: Any, y: Array, keep: Array | None, one: Callable) -> tuple[Array, Array]:
+    """Data and scales (..., C / block), by a function of y and keep as (..., C / block, block)."""
+    split = lambda a: a.reshape(*a.shape[:-1], a.shape[-1] // fmt.block, fmt.block)
+    keep = None if keep is None else jnp.broadcast_to(keep, y.shape)
+    given = (y,) if keep is None else (y, keep)
+    whole = lambda *given: one(fmt, *map(split, given))
+    data = by_jit(lambda *given: whole(*given)[0].reshape(given[0].shape), spec_of(y), *given)
+    scale = by_jit(lambda *given: whole(*given)[1].squeeze(-1), (*spec_of(y)[:-1], None), *given)
+    return data, scale
+
+
+def _linear_block(fmt: Any, y: Array, keep: Array | None = None) -> tuple[Array, Array]:
+    scale = _linear_scale(fmt, _largest(y, (-1,), keep))
+    return _divided(fmt, y, scale), scale
+
+
+def _mx_block(fmt: Any, y: Array, keep: Array | None = None) -> tuple[Array, Array]:
+    """Data, and the bits of float8_e8m0fnu. amax is m 2**e, and 1.75 2**emax the largest number of both float8 formats."""
+    top = jnp.minimum(_largest(y, (-1,), keep), jnp.finfo(jnp.float32).max)  # an infinity is clipped; NaN stays
+    bits = lax.bitcast_convert_type(top, jnp.int32)
+    emax = int(np.log2(fmt.largest))
+    code = (bits >> 23) - emax
+    if fmt.rounding == "up":
+        code = code + ((bits & 0x7FFFFF) > 0x600000)
+    code = jnp.maximum(code, 0)
+    code = jnp.where(top == top, code, 255)
+    inverse = lax.bitcast_convert_type(jnp.where(code == 255, 0x7FC00000, (254 - code) << 23), jnp.float32)
+    return data_of(fmt, y * inverse), code.astype(jnp.uint8)
+
+
+def _nv_block(fmt: Any, y: Array, keep: Array | None = None) -> tuple[Array, Array]:
+    """Of y divided by the global scale. y is divided by the scale as it is rounded."""
+    scale = jnp.clip(_largest(y, (-1,), keep) / jnp.float32(fmt.largest), 0.0, 448.0)
+    rounded = round_to(scale, jnp.float8_e4m3fn)  # by an instruction: XLA may drop a cast there and back
+    divisor = jnp.where(rounded == 0.0, 1.0, rounded)
+    data = data_of(fmt, jnp.where(rounded == 0.0, 0.0, y) / divisor)
+    return data, rounded.astype(jnp.float8_e4m3fn)
+
+
+def unquantized(fmt: Any, plan: Plan, x: Any) -> Plan:
+    """The plan of a norm of x whose output is y. `dtype` is that of the output without quantization."""
+    plan = replace(plan, quantize=None)
+    if fmt.round_first:
+        return plan
+    return replace(plan, dtype=accumulator(x), cast_dtype=plan.dtype if plan.cast_before_scale else None)
+
+
+def as_quantized(fmt: Any, y: Array, dtype) -> Array:
+    """y in float32. Rounded by an instruction where it is rounded first: XLA may drop a cast there and back."""
+    y = y.astype(accumulator(y))
+    return (round_to(y, dtype) if fmt.round_first else y).astype(jnp.float32)
+
+
+# --- a whole output ---------------------------------------------------------------------------------------------------
+
+
+def needs_amax(fmt: Any, given: Array | None) -> bool:
+    """Whether the scale is that of all of y, which is then made twice."""
+    return given is None and (fmt.of_tensor or isinstance(fmt, NvFp4))
+
+
+def largest_of_all(fmt: Fp8 | Int8 | NvFp4, found: Array, reduction: Reduction) -> Array:
+    """The largest absolute value of y on all devices, a scalar, from those of rows."""
+    names = lambda axis_name: () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    over = tuple(dict.fromkeys((*names(reduction.axis_name), *names(fmt.axis_name))))
+    return max_over_devices(lax.optimization_barrier(found).max(initial=0.0), over or None, None)
+
+
+def quantize_array(
+    fmt: Any, y: Array, reduction: Reduction, given: Array | None, keep: Array | None, dtype
+) -> Quantized:
+    """y in a format, without a gradient. `dtype` is that of the output, which `round_first` rounds to."""
+    y = as_quantized(fmt, lax.stop_gradient(y), dtype)
+    amax = None
+    if fmt.of_tensor or isinstance(fmt, NvFp4):
+        amax = largest_of_all(fmt, _largest(y, reduction.axes, keep), reduction)
+        given = fmt.scale_for(amax) if given is None else given
+    if isinstance(fmt, NvFp4):
+        assert given is not None
+        data, scale = _by_blocks(fmt, y / given.reshape((1,) * y.ndim), keep, _nv_block)
+        return Quantized(data, scale, amax, given)
+    rows = None if given is None else given.reshape((1,) * y.ndim)
+    return assembled(fmt, *quantized_rows(fmt, y, reduction, rows, keep), given, amax)
+
+
+def assembled(fmt: Any, data: Array, found: Array, given: Array | None, amax: Array | None) -> Quantized:
+    """The output, from what `quantized_rows` gives."""
+    if fmt.of_tensor:
+        assert given is not None
+        return Quantized(data, given, amax)
+    if isinstance(fmt, MxFp8):
+        return Quantized(data, lax.bitcast_convert_type(found, jnp.float8_e8m0fnu))
+    transposed = getattr(fmt, "transposed_scale", False) and fmt.per == "block"
+    return Quantized(data, jnp.swapaxes(found, -1, -2) if transposed else found, transposed_scale=transposed)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def refuse_gradient(norm: str, y: Array) -> Array:
+    """y, which cannot be differentiated."""
+    return y
+
+
+@refuse_gradient.defjvp
+def _(norm, primals, tangents):
+    raise TypeError(no_gradient(norm))
+
+
+def no_gradient(norm: str) -> str:
+    return (
+        f"{norm}: a quantized output has no gradient of its own. Write straight_through=True in the format, which gives "
+        "it that of the norm without quantization, or jax.lax.stop_gradient(x)."
+    )
+
+
+@jax.custom_jvp
+def carrier(y: Array) -> Array:
+    """Zeros that have y's tangent."""
+    return jnp.zeros_like(y)
+
+
+@carrier.defjvp
+def _(primals, tangents):
+    return carrier(*primals), tangents[0]
