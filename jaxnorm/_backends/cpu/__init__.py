@@ -40,6 +40,16 @@ def unsupported_reason(x: Array, reduction: Reduction, dtype, varying: frozenset
     return None
 
 
+def unquantized_reason(x: Array, reduction: Reduction, dtype, varying: frozenset[int], fmt) -> str | None:
+    """Why there is no kernel for this x that writes rows in a format; None if there is."""
+    if x.dtype.name not in _ROUNDINGS or jnp.dtype(dtype).name not in _ROUNDINGS or fmt.kind.name not in _KINDS:
+        return f"there is no kernel that quantizes {x.dtype.name} to {fmt.kind.name} from {jnp.dtype(dtype).name}"
+    view = view_of(x.shape, reduction.axes, varying)
+    if view is None or view.sizes[2] != 1 or math.prod(x.shape) == 0:
+        return f"what is quantized are rows, the last axes of x, not {reduction.axes} of {x.shape}"
+    return None
+
+
 # Elements of an example from which the kernels beat XLA where an example is a slab of lines, each of which costs some
 # bookkeeping, as `python -m benchmarks.cpu --small` measures. Rows are faster on the kernels however few they are.
 SMALLEST_SLAB = 1024
@@ -75,9 +85,9 @@ class Static(NamedTuple):
         )  # fmt: skip
 
 
-def _call(target: str, static: Static, results, *args) -> tuple[Array, ...]:
+def _call(target: str, static: Static, results, *args, **more) -> tuple[Array, ...]:
     shaped = [jax.ShapeDtypeStruct(*result) for result in results]
-    return tuple(jax.ffi.ffi_call(f"jaxnorm_{target}", shaped)(*args, **static.attributes()))
+    return tuple(jax.ffi.ffi_call(f"jaxnorm_{target}", shaped)(*args, **static.attributes(), **more))
 
 
 def _parameter(p: Array | None, x: Array, view: View) -> Array:
@@ -110,6 +120,34 @@ def backward(static: Static, x, mean_hi, mean_lo, m2, scale, g) -> tuple[Array, 
     """dx, and the gradients of scale and bias for every (b, g, d), of x's rank."""
     args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view))
     return _call("backward", static, [(x.shape, x.dtype), *[_gradient(x, static)] * 2], *args)
+
+
+_KINDS = ("float8_e4m3fn", "float8_e5m2", "int8")
+_ROUNDINGS = ("float32", "bfloat16", "float16")  # the first three of `Type` in view.h
+
+
+def quantize(static: Static, axes, dtype, fmt, x, scale, bias, given) -> tuple[Array, ...]:
+    """Data and what was found, as `_ops.quantize.quantized_rows` has them, and mean_hi, mean_lo and m2.
+
+    `dtype` is that of the output without quantization. `given` is the scale of a tensor, or None.
+    """
+    kept, accumulated = _statistics(x, axes)
+    blocks = (*x.shape[:-1], x.shape[-1] // fmt.block) if fmt.per == "block" else kept
+    powers = getattr(fmt, "rounding", None)
+    rule = 0 if given is not None else 1 if powers is None else 2 if powers == "up" else 3
+    upper = getattr(fmt, "upper", None)
+    how = dict(
+        kind=np.int64(_KINDS.index(fmt.kind.name)), rule=np.int64(rule),
+        block=np.int64(fmt.block if fmt.per == "block" else static.view.elements),
+        inverse=np.float64(np.float32(1.0 / fmt.largest)),
+        upper=np.float64(np.finfo(np.float32).max if upper is None else upper),
+        floor=np.float64(getattr(fmt, "floor", 0.0)), exponent=np.int64(int(math.log2(fmt.largest))),
+        rounding=np.int64(_ROUNDINGS.index(jnp.dtype(dtype).name)), round_first=np.bool_(fmt.round_first),
+    )  # fmt: skip
+    parameters = (_parameter(p, x, static.view) for p in (scale, bias))
+    given = jnp.zeros((0,), jnp.float32) if given is None else jnp.broadcast_to(given, kept)
+    results = [(x.shape, fmt.kind), (blocks, fmt.found), *[(kept, accumulated)] * 3]
+    return _call("quantize", static, results, x, *parameters, given, **how)
 
 
 # The same in parts, between which statistics and sums can be merged over devices.

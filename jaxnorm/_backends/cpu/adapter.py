@@ -7,7 +7,7 @@ from jax import lax
 
 from ..._core.types import Statistics
 from .. import cpu
-from ..call import BACKWARD, FORWARD, Call
+from ..call import BACKWARD, FORWARD, QUANTIZE, Call
 from ..partition import Collectives
 from ..protocol import Request, Support, only_plain
 
@@ -18,7 +18,7 @@ class Native:
     """The C++ kernels for CPU."""
 
     name, platform = "native", "cpu"
-    merges_shards, partitions, fuses_add, quantizes = True, True, False, False
+    merges_shards, partitions, fuses_add, quantizes = True, True, False, True
 
     def available(self) -> Support:
         return Support(*cpu.library()[:2])
@@ -32,13 +32,13 @@ class Native:
             return library
         if not (plain := only_plain(request)).ok:
             return plain
-        reason = cpu.unsupported_reason(request.x, request.reduction, request.dtype, request.varying)
+        reason = _reason(request.x, request.reduction, request.dtype, request.varying, request.quantize)
         return Support.yes() if reason is None else Support.no(reason)
 
     def runs(self, call: Call, operands, by_default: bool) -> bool:
         """Any call with a view if this backend is named, otherwise those that profit."""
         x, plan, varying = call.normalized(operands), call.plan, call.varying(operands)
-        if cpu.unsupported_reason(x, plan.reduction, plan.dtype, varying) is not None:
+        if _reason(x, plan.reduction, plan.dtype, varying, plan.quantize) is not None:
             return False
         view = cpu.view_of(x.shape, plan.reduction.axes, varying)
         assert view is not None  # or it would not be supported
@@ -54,6 +54,13 @@ class Native:
         _, mean_hi, mean_lo, m2 = collectives.merged(stats, names, plan.reduction)
         return cpu.normalize(static, plan.dtype, x, mean_hi, mean_lo, m2, scale, bias), mean_hi, mean_lo, m2
 
+    def quantize(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
+        """Data and what was found, and the statistics, of rows that are whole on this device."""
+        plan = call.plan
+        x, scale, bias, given = call.unpacked(operands, QUANTIZE)
+        static = _static(call, operands, names)
+        return cpu.quantize(static, plan.reduction.axes, plan.dtype, plan.quantize, x, scale, bias, given)
+
     def backward(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
         """dx, and those gradients of scale and bias that are wanted, of this device's part."""
         static, axes = _static(call, operands, names), call.plan.reduction.axes
@@ -66,6 +73,12 @@ class Native:
             gradients = dscale, dbias
         summed = lambda d, shape: d.sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
         return dx, *(summed(d, s) for d, s in zip(gradients, call.grad_shapes, strict=True) if s is not None)
+
+
+def _reason(x, reduction, dtype, varying: frozenset[int], fmt) -> str | None:
+    if fmt is not None:
+        return cpu.unquantized_reason(x, reduction, dtype, varying, fmt)
+    return cpu.unsupported_reason(x, reduction, dtype, varying)
 
 
 def _static(call: Call, operands, names) -> cpu.Static:

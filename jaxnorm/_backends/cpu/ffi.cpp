@@ -217,6 +217,32 @@ ffi::Error forward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuff
   });
 }
 
+ffi::Error quantize(JN_CALL, int64_t kind, int64_t rule, int64_t block, double inverse, double upper, double floor,
+                    int64_t exponent, int64_t rounding, bool round_first, ffi::AnyBuffer x, ffi::AnyBuffer scale,
+                    ffi::AnyBuffer bias, ffi::AnyBuffer given, Out data, Out found, Out mean_hi, Out mean_lo, Out m2) {
+  return run({view_of(dims), count, epsilon, prescale, centered, cast_before_scale}, pool, x, Type::f32, JN_BODY {
+    require(job.view.S == 1 && job.view.size() > 0, "rows are quantized, and there is an element at least");
+    require(0 <= kind && kind <= 2 && 0 <= rule && rule <= 3 && 0 <= rounding && rounding <= 2, "an unknown format");
+    require(block > 0 && job.view.row() % block == 0, "blocks divide a row");
+    Quantizer q;
+    q.kind = Quantizer::Kind(kind), q.rule = Quantizer::Rule(rule), q.block = block, q.exponent = int32_t(exponent);
+    q.inverse = float(inverse), q.upper = float(upper), q.floor = float(floor);
+    q.rounding = Type(rounding), q.round_first = round_first;
+    const bool comes = q.rule == Quantizer::given, powers = q.rule >= Quantizer::power_up;
+    const int64_t values = comes ? job.view.statistics() : job.view.size() / block;
+    require(int64_t(data->element_count()) == job.view.size() && data->size_bytes() == data->element_count(),
+            "data has the view's size, in bytes");
+    require(int64_t(found->size_bytes()) == values * (powers ? 1 : 4), "there is a scale for each block");
+    require(int64_t(given.element_count()) == (comes ? values : 0) && type_of(given) == Type::f32,
+            "a scale that is given is one for each row, in float32");
+    q.found = found->untyped_data(), q.scales = static_cast<const float*>(given.untyped_data());
+    job.out = data->untyped_data(), place_statistics(job, arrays, *mean_hi, *mean_lo, *m2);
+    job.scale = arrays.parameter(scale), job.bias = arrays.parameter(bias);
+    require(kernels.rows_quantize != nullptr, "there is no kernel for float64");
+    Norm(job, kernels, threads).quantize(q);
+  });
+}
+
 ffi::Error moments(JN_CALL, ffi::AnyBuffer x, Out mean_hi, Out mean_lo, Out m2) {
   return guarded(JN_ARGS, x, nullptr, JN_BODY {
     place_statistics(job, arrays, *mean_hi, *mean_lo, *m2);
@@ -267,17 +293,23 @@ ffi::Error gradient(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer 
 #define JN_IN(n) JN_IN##n
 #define JN_IN1 .Arg<ffi::AnyBuffer>()
 #define JN_IN3 JN_IN1 JN_IN1 JN_IN1
+#define JN_IN4 JN_IN3 JN_IN1
 #define JN_IN6 JN_IN3 JN_IN3
 #define JN_IN8 JN_IN6 JN_IN1 JN_IN1
 #define JN_OUT1 .Ret<ffi::AnyBuffer>()
 #define JN_OUT3 JN_OUT1 JN_OUT1 JN_OUT1
 #define JN_OUT4 JN_OUT3 JN_OUT1
+#define JN_OUT5 JN_OUT4 JN_OUT1
+#define JN_FORMAT                                                                                                  \
+  .Attr<int64_t>("kind").Attr<int64_t>("rule").Attr<int64_t>("block").Attr<double>("inverse").Attr<double>("upper") \
+      .Attr<double>("floor").Attr<int64_t>("exponent").Attr<int64_t>("rounding").Attr<bool>("round_first")
 #define JN_SYMBOL extern "C" __attribute__((visibility("default")))
 #define JN_HANDLER(name, in, out)                                   \
   JN_SYMBOL XLA_FFI_Error* jaxnorm_##name(XLA_FFI_CallFrame* frame); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_##name, jaxnorm::name, JN_BIND in out)
 
 JN_HANDLER(forward, JN_IN3, JN_OUT4);
+JN_HANDLER(quantize, JN_FORMAT JN_IN4, JN_OUT5);
 JN_HANDLER(moments, JN_IN1, JN_OUT3);
 JN_HANDLER(normalize, JN_IN6, JN_OUT1);
 JN_HANDLER(backward, JN_IN6, JN_OUT3);

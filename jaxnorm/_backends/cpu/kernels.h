@@ -159,6 +159,7 @@ JN_INLINE void fence(const Job& job) {
 }
 
 #include "rows.h"
+#include "quantize.h"
 
 // --- slabs -----------------------------------------------------------------------------------------------------------
 
@@ -316,6 +317,7 @@ void slab_gradient(const Job& job, const Block& b, const Columns<A>& c) {
 template <class T, class U, class A = typename accumulator<T>::type> const Kernels<A>* kernels_of() {
   static constexpr Kernels<A> table{rows_forward<T, U, false>, rows_backward<T, U>,  rows_moments<T>,
                                     rows_forward<T, U, true>,  rows_gradient_sums<T, U>, rows_gradient<T, U>,
+                                    rows_quantize<T>,
                                     slab_sums<T>,              slab_gradient_sums<T, U>, slab_normalize<T, U>,
                                     slab_gradient<T, U>};
   return &table;

@@ -47,6 +47,14 @@ template <class A> class Norm {
     });
   }
 
+  // The same of rows, y in 8 bits.
+  void quantize(const Quantizer& quantizer) {
+    each_rows([&](const Job& job, int64_t first, int64_t last) {
+      std::vector<float, Aligned<float>> scratch(view_.row());
+      kernels_.rows_quantize(job, quantizer, first, last, scratch.data());
+    });
+  }
+
   // Statistics alone, and y from statistics that are given.
   void moments() {
     if (view_.size() == 0) return no_moments();

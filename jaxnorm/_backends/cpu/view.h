@@ -56,6 +56,19 @@ struct Job {
   bool nontemporal = false;                                           // the output is too large to stay in the cache
 };
 
+// How a row is written in 8 bits: the formats of _core/formats.py.
+struct Quantizer {
+  enum Kind { e4m3, e5m2, int8 } kind = e4m3;
+  enum Rule { given, linear, power_up, power_ocp } rule = given;  // the scale: one for each row that comes, or of `block`
+  int64_t block = 1;                                              // neighbouring elements, which divides a row
+  float inverse = 1, upper = 0, floor = 0;                        // linear: max(min(amax, upper) inverse, floor)
+  int32_t exponent = 0;                                           // of the largest number of the format, for powers
+  Type rounding = Type::f32;                                      // what rounding before, if any, is to
+  bool round_first = false;
+  const float* scales = nullptr;  // (B, N, G), given
+  void* found = nullptr;          // scales in float or as the bits of a power; where they are given the largest of a row
+};
+
 // r = 1 / sqrt(var + epsilon); 0 where that is 1 / 0, and where nothing was counted; NaN where m2 overflowed.
 template <class A> inline A rstd(const Job& job, A m2) {
   if (!__builtin_isfinite(m2)) return A(__builtin_nan(""));
@@ -101,6 +114,8 @@ template <class A> struct Kernels {
   void (*rows_normalize)(const Job&, int64_t first, int64_t last);
   void (*rows_gradient_sums)(const Job&, int64_t first, int64_t last, A* dscale, A* dbias, A* h, A* hx);
   void (*rows_gradient)(const Job&, int64_t first, int64_t last, A* h, A* hx);
+  // The first in 8 bits, with scratch for a row; null for double.
+  void (*rows_quantize)(const Job&, const Quantizer&, int64_t first, int64_t last, float* scratch);
   // Sums down the columns, added to `sum` and `square`: of x - mean_hi and (prescale (x - mean_hi))^2 over the first `run`
   // elements of each column's P ...
   void (*sums)(const Job&, const Block&, int64_t run, A prescale, const A* mean_hi, A* sum, A* square);
