@@ -6,7 +6,6 @@ Legend: y is what the norm gives, in float32, before it is rounded; C is its las
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -77,10 +76,10 @@ def quantized_rows(fmt: Any, y: Array, reduction: Reduction, given: Array | None
         amax = max_over_devices(top(y), reduction.axis_name, reduction.groups)
         scale = _linear_scale(fmt, amax)
         return _divided(fmt, y, scale), scale
-    return _by_blocks(fmt, y, keep, _mx_block if isinstance(fmt, MxFp8) else _linear_block)
+    return _by_blocks(fmt, y, keep)
 
 
-def _largest(y: Array, axes, keep: Array | None) -> Array:
+def _largest(y: Array, axes, keep: Array | None = None) -> Array:
     size = jnp.abs(y)
     return (size if keep is None else jnp.where(keep, size, 0.0)).max(axes, keepdims=True, initial=0.0)
 
@@ -95,43 +94,62 @@ def _divided(fmt: Any, y: Array, scale: Array) -> Array:
     return data_of(fmt, y * (1.0 / scale) if fmt.kind == jnp.int8 else y / scale)
 
 
-def _by_blocks(fmt: Any, y: Array, keep: Array | None, one: Callable) -> tuple[Array, Array]:
-    """Data and scales (..., C / block), by a function of y and keep as (..., C / block, block)."""
-    split = lambda a: a.reshape(*a.shape[:-1], a.shape[-1] // fmt.block, fmt.block)
-    keep = None if keep is None else jnp.broadcast_to(keep, y.shape)
-    given = (y,) if keep is None else (y, keep)
-    whole = lambda *given: one(fmt, *map(split, given))
-    data = by_jit(lambda *given: whole(*given)[0].reshape(given[0].shape), spec_of(y), *given)
-    scale = by_jit(lambda *given: whole(*given)[1].squeeze(-1), (*spec_of(y)[:-1], None), *given)
-    return data, scale
+_RUN = 32  # channels whose largest value is taken first: for runs of 128 XLA for TPU would copy y in float32
 
 
-def _linear_block(fmt: Any, y: Array, keep: Array | None = None) -> tuple[Array, Array]:
-    scale = _linear_scale(fmt, _largest(y, (-1,), keep))
-    return _divided(fmt, y, scale), scale
+def _by_blocks(fmt: Any, y: Array, keep: Array | None) -> tuple[Array, Array]:
+    """Data, and what was found for blocks, (..., C / block)."""
+    run = _RUN if fmt.block % _RUN == 0 else fmt.block
+    split = lambda a, size: a.reshape(*a.shape[:-1], a.shape[-1] // size, size)
+    of = (y,) if keep is None else (y, jnp.broadcast_to(keep, y.shape))
+    per_block = _SCALES[type(fmt)]
+
+    def made(y: Array, *keep: Array) -> tuple[Array, Array]:
+        shape, y = y.shape, split(y, run)
+        top = _largest(y, (-1,), *(split(k, run) for k in keep)).squeeze(-1)
+        top = top if run == fmt.block else split(top, fmt.block // run).max(-1)
+        found, divisor = per_block(fmt, top)
+        at = jnp.broadcast_to(divisor[..., None], (*divisor.shape, fmt.block // run)).reshape(*y.shape[:-1], 1)
+        data = data_of(fmt, y * at) if isinstance(fmt, MxFp8) else _divided(fmt, y, at)
+        return data.reshape(shape), found
+
+    if not any(spec_of(y)):
+        return made(*of)
+    of_blocks = (*spec_of(y)[:-1], None)
+    return by_jit(lambda *of: made(*of)[0], spec_of(y), *of), by_jit(lambda *of: made(*of)[1], of_blocks, *of)
 
 
-def _mx_block(fmt: Any, y: Array, keep: Array | None = None) -> tuple[Array, Array]:
-    """Data, and the bits of float8_e8m0fnu. amax is m 2**e, and 1.75 2**emax the largest number of both float8 formats."""
-    top = jnp.minimum(_largest(y, (-1,), keep), jnp.finfo(jnp.float32).max)  # an infinity is clipped; NaN stays
-    bits = lax.bitcast_convert_type(top, jnp.int32)
-    emax = int(np.log2(fmt.largest))
-    code = (bits >> 23) - emax
+def _linear(fmt: Any, amax: Array) -> tuple[Array, Array]:
+    scale = _linear_scale(fmt, amax)
+    return scale, scale
+
+
+def _power_of_two(fmt: Any, amax: Array) -> tuple[Array, Array]:
+    """The bits of float8_e8m0fnu, and the reciprocal. amax is m 2**e, and 1.75 2**emax the largest number of both
+    float8 formats."""
+    amax = jnp.minimum(amax, jnp.finfo(jnp.float32).max)  # an infinity is clipped; NaN stays
+    # The barrier is around one number a block: without it XLA for GPU computes y in three kernels more.
+    bits = lax.bitcast_convert_type(lax.optimization_barrier(amax), jnp.int32)
+    code = (bits >> 23) - int(np.log2(fmt.largest))
     if fmt.rounding == "up":
         code = code + ((bits & 0x7FFFFF) > 0x600000)
-    code = jnp.maximum(code, 0)
-    code = jnp.where(top == top, code, 255)
+    code = jnp.where(amax == amax, jnp.maximum(code, 0), 255)
     inverse = lax.bitcast_convert_type(jnp.where(code == 255, 0x7FC00000, (254 - code) << 23), jnp.float32)
-    return data_of(fmt, y * inverse), code.astype(jnp.uint8)
+    return code.astype(jnp.uint8), lax.optimization_barrier(inverse)
 
 
-def _nv_block(fmt: Any, y: Array, keep: Array | None = None) -> tuple[Array, Array]:
-    """Of y divided by the global scale. y is divided by the scale as it is rounded."""
-    scale = jnp.clip(_largest(y, (-1,), keep) / jnp.float32(fmt.largest), 0.0, 448.0)
-    rounded = round_to(scale, jnp.float8_e4m3fn)  # by an instruction: XLA may drop a cast there and back
-    divisor = jnp.where(rounded == 0.0, 1.0, rounded)
-    data = data_of(fmt, jnp.where(rounded == 0.0, 0.0, y) / divisor)
-    return data, rounded.astype(jnp.float8_e4m3fn)
+def _rounded_scale(fmt: Any, amax: Array) -> tuple[Array, Array]:
+    """A scale in float8_e4m3fn, and as it is rounded; of a block of zeros the latter is infinite, for zeros."""
+    scale = jnp.clip(amax / jnp.float32(fmt.largest), 0.0, 448.0)
+    # By bits, to the nearest even: XLA may drop a cast there and back, and a barrier would cut its kernel.
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    normal = lax.bitcast_convert_type((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF, jnp.float32)
+    rounded = jnp.where(scale < 2.0**-6, jnp.round(scale * 512.0) * 2.0**-9, normal)
+    rounded = jnp.where(scale == scale, rounded, scale)
+    return rounded.astype(jnp.float8_e4m3fn), jnp.where(rounded == 0.0, jnp.inf, rounded)
+
+
+_SCALES = {Fp8: _linear, Int8: _linear, MxFp8: _power_of_two, NvFp4: _rounded_scale}
 
 
 def unquantized(fmt: Any, plan: Plan, x: Any) -> Plan:
@@ -174,7 +192,7 @@ def quantize_array(
         given = fmt.scale_for(amax) if given is None else given
     if isinstance(fmt, NvFp4):
         assert given is not None
-        data, scale = _by_blocks(fmt, y / given.reshape((1,) * y.ndim), keep, _nv_block)
+        data, scale = _by_blocks(fmt, y / given.reshape((1,) * y.ndim), keep)
         return Quantized(data, scale, amax, given)
     rows = None if given is None else given.reshape((1,) * y.ndim)
     return assembled(fmt, *quantized_rows(fmt, y, reduction, rows, keep), given, amax)
