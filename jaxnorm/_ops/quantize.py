@@ -68,7 +68,7 @@ def quantized_rows(fmt: Any, y: Array, reduction: Reduction, given: Array | None
 
     Rows are what the norm reduces; over devices where it does. Elements where `keep` is False do not count.
     """
-    top = lambda a: _largest(a, reduction.axes, keep)
+    top = lambda a: _largest_or_nan(fmt, a, reduction.axes, keep)
     if given is not None:
         found = max_over_devices(top(y), reduction.axis_name, reduction.groups)
         return _divided(fmt, y, given), found
@@ -84,9 +84,19 @@ def _largest(y: Array, axes, keep: Array | None = None) -> Array:
     return (size if keep is None else jnp.where(keep, size, 0.0)).max(axes, keepdims=True, initial=0.0)
 
 
+def _largest_or_nan(fmt: Any, y: Array, axes, keep: Array | None = None) -> Array:
+    """The same. Integers are NaN by their scale alone, and XLA for CPU may leave NaN out of a maximum."""
+    top = _largest(y, axes, keep)
+    if fmt.kind != jnp.int8:
+        return top
+    nan = (y != y) if keep is None else (y != y) & keep
+    return jnp.where(nan.any(axes, keepdims=True), jnp.nan, top)
+
+
 def _linear_scale(fmt: Any, amax: Array) -> Array:
     upper = float(jnp.finfo(jnp.float32).max) if fmt.upper is None else fmt.upper
-    return jnp.maximum(jnp.minimum(amax, upper) * jnp.float32(1.0 / fmt.largest), fmt.floor)
+    scale = jnp.maximum(jnp.minimum(amax, upper) * jnp.float32(1.0 / fmt.largest), fmt.floor)
+    return jnp.where(amax == amax, scale, jnp.nan) if fmt.kind == jnp.int8 else scale
 
 
 def _divided(fmt: Any, y: Array, scale: Array) -> Array:
@@ -99,14 +109,14 @@ _RUN = 32  # channels whose largest value is taken first: for runs of 128 XLA fo
 
 def _by_blocks(fmt: Any, y: Array, keep: Array | None) -> tuple[Array, Array]:
     """Data, and what was found for blocks, (..., C / block)."""
-    run = _RUN if fmt.block % _RUN == 0 else fmt.block
+    run = _RUN if fmt.block % _RUN == 0 and fmt.kind != jnp.int8 else fmt.block
     split = lambda a, size: a.reshape(*a.shape[:-1], a.shape[-1] // size, size)
     of = (y,) if keep is None else (y, jnp.broadcast_to(keep, y.shape))
     per_block = _SCALES[type(fmt)]
 
     def made(y: Array, *keep: Array) -> tuple[Array, Array]:
         shape, y = y.shape, split(y, run)
-        top = _largest(y, (-1,), *(split(k, run) for k in keep)).squeeze(-1)
+        top = _largest_or_nan(fmt, y, (-1,), *(split(k, run) for k in keep)).squeeze(-1)
         top = top if run == fmt.block else split(top, fmt.block // run).max(-1)
         found, divisor = per_block(fmt, top)
         at = jnp.broadcast_to(divisor[..., None], (*divisor.shape, fmt.block // run)).reshape(*y.shape[:-1], 1)
@@ -132,7 +142,7 @@ def _power_of_two(fmt: Any, amax: Array) -> tuple[Array, Array]:
     bits = lax.bitcast_convert_type(lax.optimization_barrier(amax), jnp.int32)
     code = (bits >> 23) - int(np.log2(fmt.largest))
     if fmt.rounding == "up":
-        code = code + ((bits & 0x7FFFFF) > 0x600000)
+        code = code + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)
     code = jnp.where(amax == amax, jnp.maximum(code, 0), 255)
     inverse = lax.bitcast_convert_type(jnp.where(code == 255, 0x7FC00000, (254 - code) << 23), jnp.float32)
     return code.astype(jnp.uint8), lax.optimization_barrier(inverse)
