@@ -8,6 +8,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._backends.select import Backend as Backend
 from ._backends.select import backends as backends
+from ._core.formats import Format
+from ._core.formats import Fp8 as Fp8
+from ._core.formats import Int8 as Int8
+from ._core.formats import MxFp8 as MxFp8
+from ._core.formats import NvFp4 as NvFp4
+from ._core.quantized import Quantized as Quantized
 from ._core.types import Affine as Affine
 from ._core.types import Moments as Moments
 from ._core.types import Params
@@ -200,9 +206,11 @@ def add_layer_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    quantize: Format | None = ...,
     mask: ArrayLike | None = ...,
     branch_scale: ArrayLike | None = ...,
-) -> tuple[Array, Array]: ...
+    quantize_scale: ArrayLike | None = ...,
+) -> tuple[Any, Array]: ...
 def add_rms_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -218,9 +226,11 @@ def add_rms_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    quantize: Format | None = ...,
     mask: ArrayLike | None = ...,
     branch_scale: ArrayLike | None = ...,
-) -> tuple[Array, Array]: ...
+    quantize_scale: ArrayLike | None = ...,
+) -> tuple[Any, Array]: ...
 def as_dict(norm: Norm) -> dict[str, Any]: ...
 def batch_norm(
     x: ArrayLike,
@@ -443,7 +453,9 @@ def layer_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    quantize: Format | None = ...,
     mask: ArrayLike | None = ...,
+    quantize_scale: ArrayLike | None = ...,
 ) -> Array: ...
 def layer_norm_add(
     x: ArrayLike,
@@ -457,12 +469,14 @@ def layer_norm_add(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    quantize: Format | None = ...,
     axis: int | Sequence[int] = ...,
     epsilon: float = ...,
     cast: str = ...,
     gate: ArrayLike | None = ...,
     next: Params = ...,
     mask: ArrayLike | None = ...,
+    quantize_scale: ArrayLike | None = ...,
 ) -> Any: ...
 def layer_scale(
     x: ArrayLike,
@@ -558,7 +572,9 @@ def rms_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    quantize: Format | None = ...,
     mask: ArrayLike | None = ...,
+    quantize_scale: ArrayLike | None = ...,
 ) -> Array: ...
 def rms_norm_add(
     x: ArrayLike,
@@ -572,12 +588,14 @@ def rms_norm_add(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    quantize: Format | None = ...,
     axis: int | Sequence[int] = ...,
     epsilon: float = ...,
     cast: str = ...,
     gate: ArrayLike | None = ...,
     next: Params = ...,
     mask: ArrayLike | None = ...,
+    quantize_scale: ArrayLike | None = ...,
 ) -> Any: ...
 def scale_norm(
     x: ArrayLike,

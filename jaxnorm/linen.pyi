@@ -117,6 +117,7 @@ from flax.linen import zeros_init as zeros_init
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from ._core.formats import Format
 from ._ops import policy as _policy
 
 Fp8DotGeneral: TypeAlias = Any
@@ -410,6 +411,7 @@ class AddLayerNorm(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_bias: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -425,6 +427,7 @@ class AddLayerNorm(_flax.Module):
         *,
         mask: ArrayLike | None = ...,
         branch_scale: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
@@ -442,6 +445,7 @@ class AddRMSNorm(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_bias: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -458,6 +462,7 @@ class AddRMSNorm(_flax.Module):
         *,
         mask: ArrayLike | None = ...,
         branch_scale: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
@@ -867,12 +872,19 @@ class LayerNorm(_flax.LayerNorm):
         scale_offset: float = ...,
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
+        quantize: Format | None = ...,
         output_scale: float = ...,
         param_names: Mapping[str, str] | None = ...,
         cast_params: bool = ...,
     ) -> None: ...
     def __call__(
-        self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class LayerNormAdd(_flax.Module):
@@ -888,6 +900,7 @@ class LayerNormAdd(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_next: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -907,6 +920,7 @@ class LayerNormAdd(_flax.Module):
         *,
         mask: ArrayLike | None = ...,
         gate: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
         next_scale: ArrayLike | None = ...,
@@ -1070,6 +1084,7 @@ class RMSNorm(_flax.RMSNorm):
         scale_offset: float = ...,
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
+        quantize: Format | None = ...,
         use_bias: bool = ...,
         output_scale: float = ...,
         cast: str = ...,
@@ -1078,7 +1093,13 @@ class RMSNorm(_flax.RMSNorm):
         cast_params: bool = ...,
     ) -> None: ...
     def __call__(
-        self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class RMSNormAdd(_flax.Module):
@@ -1094,6 +1115,7 @@ class RMSNormAdd(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_next: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -1113,6 +1135,7 @@ class RMSNormAdd(_flax.Module):
         *,
         mask: ArrayLike | None = ...,
         gate: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
         next_scale: ArrayLike | None = ...,

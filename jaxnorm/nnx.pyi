@@ -194,6 +194,7 @@ from flax.nnx import with_vars as with_vars
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from ._core.formats import Format
 from ._ops import policy as _policy
 
 A: TypeAlias = Any
@@ -533,6 +534,7 @@ class AddLayerNorm(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_bias: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -552,6 +554,7 @@ class AddLayerNorm(_flax.Module):
         mask: ArrayLike | None = ...,
         *,
         branch_scale: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
@@ -569,6 +572,7 @@ class AddRMSNorm(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_bias: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -589,6 +593,7 @@ class AddRMSNorm(_flax.Module):
         mask: ArrayLike | None = ...,
         *,
         branch_scale: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
@@ -1051,12 +1056,19 @@ class LayerNorm(_flax.LayerNorm):
         scale_offset: float = ...,
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
+        quantize: Format | None = ...,
         output_scale: float = ...,
         param_names: Mapping[str, str] | None = ...,
         cast_params: bool = ...,
     ) -> None: ...
     def __call__(
-        self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        quantize_scale: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class LayerNormAdd(_flax.Module):
@@ -1072,6 +1084,7 @@ class LayerNormAdd(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_next: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -1097,6 +1110,7 @@ class LayerNormAdd(_flax.Module):
         mask: ArrayLike | None = ...,
         *,
         gate: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
         next_scale: ArrayLike | None = ...,
@@ -1282,6 +1296,7 @@ class RMSNorm(_flax.RMSNorm):
         scale_offset: float = ...,
         activation: str | Callable[..., Array] | None = ...,
         implementation: str | None = ...,
+        quantize: Format | None = ...,
         use_bias: bool = ...,
         output_scale: float = ...,
         cast: str = ...,
@@ -1291,7 +1306,13 @@ class RMSNorm(_flax.RMSNorm):
         bias_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
     def __call__(
-        self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        quantize_scale: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class RMSNormAdd(_flax.Module):
@@ -1307,6 +1328,7 @@ class RMSNormAdd(_flax.Module):
         implementation: str | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        quantize: Format | None = ...,
         use_next: bool = ...,
         axis: int | Sequence[int] = ...,
         epsilon: float = ...,
@@ -1332,6 +1354,7 @@ class RMSNormAdd(_flax.Module):
         mask: ArrayLike | None = ...,
         *,
         gate: ArrayLike | None = ...,
+        quantize_scale: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
         next_scale: ArrayLike | None = ...,

@@ -211,7 +211,7 @@ def _spread(shape: Shape, sharding, results: Sequence[Shape]) -> tuple[AbstractM
 
     The axes have prime sizes, since XLA may spread an axis of x over a part of the user's mesh axis: four devices along
     the channels of group norm in two groups are two devices for each group. An axis of x whose size the devices do not
-    divide is spread over none, since padded parts have no true sums. Nor is one of a result, such as blocks of channels.
+    divide is spread over none, since padded parts have no true sums. The same holds of results, such as blocks.
     """
     whole = AbstractMesh((), ()), [()] * len(shape)
     if sharding is None:

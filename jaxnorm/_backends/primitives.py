@@ -73,7 +73,7 @@ class Fused:
     # --- what is called -----------------------------------------------------------------------------------------------
 
     def forward(self, plan: Plan, x, scale, bias, residual=None, given=None) -> tuple[Any, Statistics, Array | None]:
-        """y, the statistics, and the new stream where there is a residual. y of a plan with a format is (data, found)."""
+        """y, the statistics, and the new stream if there is a residual. With a format y is (data, found)."""
         if plan.quantize is not None:
             data, found, *stats = _bind(self._quantize_p, plan, QUANTIZE, x, scale, bias, given)
             return (data, found), Statistics(_count(plan, x), *stats), None

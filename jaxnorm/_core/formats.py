@@ -21,7 +21,7 @@ Array = jax.Array
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def _format(cls: type) -> type:
-    """Make a class a format: a frozen dataclass, whose docstring also says what those of its bases say of their fields."""
+    """Make a class a format: a frozen dataclass whose docstring also says what its bases say of their fields."""
     cls = dataclass(frozen=True, kw_only=True)(cls)
     cls.described = described(cls)
     texts = {name: text for base in reversed(cls.__mro__) for name, text in vars(base).get("described", {}).items()}
@@ -160,7 +160,8 @@ class Fp8(_Linear):
     Args:
       dtype: float8_e4m3fn, or float8_e5m2.
       upper: values of a row or block beyond it are clipped; None is no limit.
-      transposed_scale: scales of blocks are (..., C / block, T) for x of (..., T, C), as some matrix products want them.
+      transposed_scale: scales of blocks are (..., C / block, T) for x of (..., T, C), as some matrix products want
+        them.
 
     >>> import jaxnorm as jn, numpy as np
     >>> y = jn.rms_norm(np.array([[3., -3.]], "f"), quantize=jn.Fp8(scale=0.5), epsilon=0.)
@@ -223,9 +224,7 @@ class MxFp8(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounding not in ("up", "ocp"):
-            raise ValueError(
-                f'MxFp8: rounding must be "up" or "ocp", got {shown(self.rounding)}. Write rounding="up".'
-            )
+            raise ValueError(f'MxFp8: rounding must be "up" or "ocp", got {shown(self.rounding)}. Write rounding="up".')
 
 
 @_format
@@ -270,7 +269,7 @@ def check_format(norm: str, fmt: Any, scale: Any) -> None:
         )
     if scale is None:
         return
-    if fmt is None or not (fmt.of_tensor or isinstance(fmt, NvFp4)) or fmt.scale is not None:
+    if fmt is None or not (fmt.of_tensor or isinstance(fmt, NvFp4)) or getattr(fmt, "scale", None) is not None:
         got = "no format" if fmt is None else shown(fmt)
         raise ValueError(
             f"{norm}: quantize_scale is the scale of a tensor for a format that has none of its own, got {got}. "

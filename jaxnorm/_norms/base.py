@@ -236,6 +236,6 @@ class QuantizableSpec(RowSpec):
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None,
         quantize_scale: ArrayLike | None = None,
-    ) -> tuple[Any, S]:  # fmt: skip
+    ) -> tuple[Array, S]:  # fmt: skip
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
         return self._applied(params, state, x, mask=mask, quantize_scale=quantize_scale), state

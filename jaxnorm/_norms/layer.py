@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from jax.typing import ArrayLike
@@ -51,7 +51,7 @@ def layer_norm(
     mask: ArrayLike | None = None,
     quantize_scale: ArrayLike | None = None,
     **options,
-) -> Any:
+) -> Array:
     """Layer normalization.
 
         y = (x - mean) / sqrt(var + epsilon) * (scale + scale_offset) + bias,   mean and var over `axis`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from jax.typing import ArrayLike
@@ -59,7 +59,7 @@ def rms_norm(
     mask: ArrayLike | None = None,
     quantize_scale: ArrayLike | None = None,
     **options,
-) -> Any:
+) -> Array:
     """Root mean square layer normalization.
 
         y = x / sqrt(mean(|x|^2) + epsilon) * (scale + scale_offset) + bias,   mean over `axis`

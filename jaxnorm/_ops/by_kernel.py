@@ -101,7 +101,9 @@ def _tangent_of_output(y: Any, dy: Array) -> Any:
     """The tangent of y, where it is quantized that of its last part."""
     if not isinstance(y, tuple):
         return tangent_like(y, dy)
-    still = lambda a: jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.inexact) else np.zeros(a.shape, jax.dtypes.float0)
+    still = lambda a: (
+        jnp.zeros_like(a) if jnp.issubdtype(a.dtype, jnp.inexact) else np.zeros(a.shape, jax.dtypes.float0)
+    )
     return (*map(still, y[:-1]), tangent_like(y[-1], dy))
 
 

@@ -25,7 +25,7 @@ from .._core.vma import by_jit, spec_of
 Array = jax.Array
 
 
-def check_quantize(norm: str, fmt: Any, x: Array, axes: tuple[int, ...], dtype) -> None:
+def check_quantize(norm: str, fmt: Any, x: Any, axes: tuple[int, ...], dtype) -> None:
     """Raise if this x cannot be quantized so."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{norm}: quantize={_name(fmt)} is for real x, got {dtype}. Write quantize=None.")
@@ -235,8 +235,8 @@ def _(norm, primals, tangents):
 
 def no_gradient(norm: str) -> str:
     return (
-        f"{norm}: a quantized output has no gradient of its own. Write straight_through=True in the format, which gives "
-        "it that of the norm without quantization, or jax.lax.stop_gradient(x)."
+        f"{norm}: a quantized output has no gradient of its own. Write straight_through=True in the format, which "
+        "gives it that of the norm without quantization, or jax.lax.stop_gradient(x)."
     )
 
 

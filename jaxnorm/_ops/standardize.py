@@ -19,7 +19,13 @@ from .by_formula import in_channels, standardize_by_formula
 from .by_kernel import backend_quantizes, backend_supports, prepare_for_kernel, standardize_by_kernel
 from .epilogue import inner_plan, standardize_with_epilogue
 from .quantize import (
-    assembled, carrier, largest_of_all, needs_amax, quantize_array, refuse_gradient, unquantized,
+    assembled,
+    carrier,
+    largest_of_all,
+    needs_amax,
+    quantize_array,
+    refuse_gradient,
+    unquantized,
 )  # fmt: skip
 
 Array = jax.Array
@@ -58,7 +64,7 @@ def standardize(
 
 
 def standardize_quantized(
-    norm: str, fmt: Any, plan: Plan, x: Array, scale, bias, mask, keep, given, gate=None, ids=None
+    norm: str, fmt: Any, plan: Plan, x: Any, scale, bias, mask, keep, given, gate=None, ids=None
 ) -> Quantized:
     """`standardize`, its output in a format. `given` is the scale of a tensor; elements that `keep` leaves out do not
     count in its largest value.

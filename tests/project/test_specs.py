@@ -202,7 +202,7 @@ def test_a_spec_says_what_its_function_says(name):
     function = getattr(jn, {"layer": "layer_norm", "rms": "rms_norm"}.get(name, name.split("-")[0] + "_norm"))
     keywords = {k: p.default for k, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     fields = spec().options()
-    call = {"mask", "weights", "train", "update_stats"}
+    call = {"mask", "weights", "train", "update_stats", "quantize_scale"}
     assert set(fields) == set(keywords) - call
     if spec is jn.GroupNorm:
         fields["num_groups"] = None  # the function wants one of two; the spec has the paper's 32
