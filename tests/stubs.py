@@ -76,7 +76,8 @@ def of_package() -> str:
         f"from .{value.__module__.removeprefix('jaxnorm.')} import {name} as {name}"
         for name, value in made.items() if name not in functions and hasattr(value, "__qualname__")
     )  # fmt: skip
-    words = "from ._core.formats import Format\nfrom ._core.types import Params\nfrom ._ops.activation import Activation\n"
+    words = "from ._core.formats import Format\nfrom ._core.types import Params\n"
+    words += "from ._ops.activation import Activation\n"
     state = "\nS = TypeVar(\"S\", bound=RunningStats | Moments | Mapping[str, Any])\n\n__version__: str\n"
     body = "".join(f"\n{function(name, functions[name])}" for name in sorted(functions))
     return HEAD + WORDS + "\n" + words + "\n".join(imported) + "\n" + state + body
@@ -97,7 +98,8 @@ def of_layers(library: str) -> str:
     others = [n for n in dir(flax) if n[0] != "_" and n not in taken and not inspect.ismodule(getattr(flax, n))]
     head = f"# flax {importlib.metadata.version('flax')}\n"
     head += "# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false\n"
-    head += f"from flax import {library} as _flax\n\nfrom ._core.formats import Format\nfrom ._ops import policy as _policy\n\n"
+    head += f"from flax import {library} as _flax\n\nfrom ._core.formats import Format\n"
+    head += "from ._ops import policy as _policy\n\n"
     plain = lambda name: is_declared(getattr(flax, name), name)
     head += "".join(f"from flax.{library} import {name} as {name}\n" for name in others if plain(name))
     head += "".join(f"{name}: TypeAlias = Any\n" for name in others if not plain(name))
