@@ -456,3 +456,16 @@ def test_formats_refuse_wrong_values(make, message):
         make()
     with pytest.raises(TypeError, match="group_norm"):
         jn.group_norm(np.ones((2, 4), "f"), num_groups=2, quantize=jn.Int8())
+
+
+def test_the_example_feeds_scaled_matmul():
+    """It runs here by dequantized arrays; the program for CUDA hands data and scales to cuDNN's block-scaled product."""
+    mxfp8 = pytest.importorskip("examples.mxfp8")
+    assert 0.01 < mxfp8.main() < 0.06
+    if not hasattr(jax.nn, "scaled_matmul"):
+        return
+    x, w = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16), jax.ShapeDtypeStruct((128, 256), jnp.float32)
+    weights = jax.eval_shape(mxfp8.quantized_weights, w)
+    traced = mxfp8.layer.trace(x, jax.ShapeDtypeStruct((256,), jnp.float32), weights)
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    assert "block_scaled_dot" in lowered.as_text()
