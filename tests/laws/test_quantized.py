@@ -464,7 +464,7 @@ def test_the_example_feeds_scaled_matmul():
     assert 0.01 < mxfp8.main() < 0.06
     if not hasattr(jax.nn, "scaled_matmul"):
         return
-    x, w = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16), jax.ShapeDtypeStruct((128, 256), jnp.float32)
+    x, w = (jax.ShapeDtypeStruct((128, 256), dtype) for dtype in (jnp.bfloat16, jnp.float32))
     weights = jax.eval_shape(mxfp8.quantized_weights, w)
     traced = mxfp8.layer.trace(x, jax.ShapeDtypeStruct((256,), jnp.float32), weights)
     lowered = traced.lower(lowering_platforms=("cuda",))

@@ -37,7 +37,8 @@ OTHER = {
     "num_groups": 3, "num_segments": 4, "param_dtype": "float16", "parts": "gate scale shift",
     "reduction_axes": [1, 2], "running": jn.EMA(momentum=0.5), "share": jn.Devices("data", 2), "size": 7, "sync": 2,
     "virtual_batch_size": 8, "act.activation": None, "partial_rms.epsilon_mode": "outside",
-    "quantize": jn.Fp8(per="row", floor=1e-6), "pixel.epsilon_mode": "outside", "scale.epsilon_mode": "inside", "segment.kind": "rms",
+    "quantize": jn.Fp8(per="row", floor=1e-6),
+    "pixel.epsilon_mode": "outside", "scale.epsilon_mode": "inside", "segment.kind": "rms",
 }  # fmt: skip
 NEEDS = {
     "segment.num_groups": {"kind": "group"},
