@@ -6,6 +6,8 @@ that of the dequantized arrays.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -33,7 +35,8 @@ def product(y: jn.Quantized, w: jn.Quantized) -> jax.Array:
 
 @jax.jit
 def layer(x: jax.Array, scale: jax.Array, w: jn.Quantized) -> jax.Array:
-    return product(jn.rms_norm(x, scale, quantize=jn.MxFp8()), w)
+    y: Any = jn.rms_norm(x, scale, quantize=jn.MxFp8())
+    return product(y, w)
 
 
 def main() -> float:

@@ -459,7 +459,7 @@ def test_formats_refuse_wrong_values(make, message):
 
 
 def test_the_example_feeds_scaled_matmul():
-    """It runs here by dequantized arrays; the program for CUDA hands data and scales to cuDNN's block-scaled product."""
+    """It runs here by dequantized arrays; the program for CUDA hands data and scales to the scaled product."""
     mxfp8 = pytest.importorskip("examples.mxfp8")
     assert 0.01 < mxfp8.main() < 0.06
     if not hasattr(jax.nn, "scaled_matmul"):
