@@ -258,7 +258,7 @@ ROWS = [
     Row("pixel-outside", jn.PixelNorm(axis=1, epsilon_mode="outside", epsilon=1e-4), _planes, (1, 12, 1, 1),
         lambda n, c, h, w: (n, h, w), oracle=oracle.over_rms, exempt=FUSED),
     Row("partial-rms", jn.PartialRMSNorm(fraction=0.5), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,),
-        oracle=oracle.partial_root_mean_square, exempt=UNCENTERED | {NOT_NATIVE: "masks and weights are XLA's"}),
+        oracle=oracle.partial_root_mean_square, exempt=UNCENTERED),
     Row("dynamic-tanh", jn.DynamicTanh(), _tokens, (1, 1, 40), None, (40,), **squash),
     Row("dynamic-tanh-nchw", jn.DynamicTanh(axis=1, use_bias=False, scale_offset=1.0, activation="silu"), _planes,
         (1, 12, 1, 1), None, (12,), **squash),
@@ -311,7 +311,7 @@ ROWS = [
         per_sample=True, exempt=PER_SAMPLE | {NOT_NATIVE: "without transposing"}),
     Row("batch-ghost", jn.BatchNorm(virtual_batch_size=8), (16, 9, 6), (1, 1, 6), ghosts(8), (6,), exempt=GHOSTS),
     Row("batch-ghost-remainder", jn.BatchNorm(virtual_batch_size=6), (16, 9, 6), (1, 1, 6), ghosts(6), (6,),
-        exempt=GHOSTS | {NOT_NATIVE: "masks and weights are XLA's"}),
+        exempt=GHOSTS),
 ]  # fmt: skip
 
 BATCH_NORMS = [r for r in ROWS if r.batch]

@@ -14,11 +14,12 @@ from .._core.types import Plan
 Array = jax.Array
 Shape = tuple[int, ...]
 
-# The operands of the three primitives, in order; an absent one is None. Statistics, scale and bias have x's rank.
+# The operands of the three primitives, in order; an absent one is None. All have x's rank. A mask and weights broadcast
+# to x; the count of a statistic is an operand where there are such, and a constant elsewhere.
 # Those of backends that add a residual first: backward then gets the stream as x, and that stream's own cotangent.
-FORWARD = ("x", "scale", "bias")
-TANGENT = ("x", "mean_hi", "mean_lo", "m2", "scale", "dx", "dscale", "dbias")
-BACKWARD = ("x", "mean_hi", "mean_lo", "m2", "scale", "g")
+FORWARD = ("x", "scale", "bias", "mask", "weights")
+TANGENT = ("x", "count", "mean_hi", "mean_lo", "m2", "scale", "mask", "weights", "dx", "dscale", "dbias")
+BACKWARD = ("x", "count", "mean_hi", "mean_lo", "m2", "scale", "g", "mask", "weights")
 FORWARD_OF_SUM, BACKWARD_OF_SUM = (*FORWARD, "residual"), (*BACKWARD, "g_stream")
 QUANTIZE = (*FORWARD, "given")  # the scale of a tensor, where the format has one
 _PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias", "given"})  # these broadcast against x
@@ -48,8 +49,22 @@ class Call:
         residual = self.of("residual", operands)
         return operands[0] if residual is None else residual
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether elements count differently, so that each statistic has a count of its own."""
+        return "mask" in self.operand_names or "weights" in self.operand_names
+
+    def masks_rows(self, operands: Sequence) -> bool:
+        """Whether the elements of a statistic count alike: all of them, or none."""
+        axes, x, mask = self.plan.reduction.axes, operands[0], self.of("mask", operands)
+        return "weights" not in self.operand_names and (mask is None or is_of_rows(mask, x, axes))
+
     def is_parameter(self, i: int) -> bool:
         return self.operand_names[i] in _PARAMETERS
+
+    def broadcasts(self, i: int) -> bool:
+        """Whether an operand may have size 1 where x has not, beside the axes reduced."""
+        return self.is_parameter(i) or self.operand_names[i] in ("mask", "weights")
 
     def varying(self, operands: Sequence) -> frozenset[int]:
         """The axes along which parameters, or the gradients wanted of them, have more than one value."""
@@ -61,11 +76,21 @@ class Call:
         """The same with its statistics over the devices along these mesh axes as well."""
         return replace(self, plan=replace(self.plan, reduction=replace(self.plan.reduction, axis_name=names)))
 
+    def without(self, operands: Sequence, *names: str) -> tuple[Call, list]:
+        """The call without these operands."""
+        there = [(n, a) for n, a in zip(self.operand_names, operands, strict=True) if n not in names]
+        return replace(self, operand_names=tuple([n for n, _ in there])), [a for _, a in there]
+
     def batched(self, size: int) -> Call:
         """The call with a leading batch axis of the given size."""
         reduction = replace(self.plan.reduction, over=Axes(tuple(a + 1 for a in self.plan.reduction.axes)))
         first, second = (None if s is None else (size, *s) for s in self.grad_shapes)
         return replace(self, plan=replace(self.plan, reduction=reduction), grad_shapes=(first, second))
+
+
+def is_of_rows(mask, x, axes: tuple[int, ...]) -> bool:
+    """Whether a mask, of x's rank, is constant over what is reduced."""
+    return all([mask.shape[a] == 1 or x.shape[a] == 0 for a in axes])
 
 
 def packed(order: tuple[str, ...], operands: Sequence) -> tuple[tuple[str, ...], list]:

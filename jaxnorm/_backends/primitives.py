@@ -4,6 +4,7 @@
     tangent(x, statistics, scale, dx, dscale, dbias) -> dy   linear in the last three
     backward(x, statistics, scale, g) -> dx, dscale, dbias   its transpose
 
+A mask and weights are further operands of all three; forward then gives the counts as well, which the others get.
 Of a plan with a format, forward is another primitive:
 
     quantize(x, scale, bias, given) -> data, found, mean_hi, mean_lo, m2    see `_ops.quantize.quantized_rows`
@@ -37,7 +38,7 @@ from jax.sharding import PartitionSpec as P
 
 from .._core.dtypes import accumulator
 from .._core.types import Plan, Statistics
-from .._core.vma import is_explicit, pvary_all, pvary_like, shard_like, with_leading_axis
+from .._core.vma import broadcast_like, is_explicit, pvary_all, pvary_like, shard_like, with_leading_axis
 from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, QUANTIZE, TANGENT, Call, packed
 from .partition import Collectives
 from .registry import by_devices, check_platform, register
@@ -49,8 +50,9 @@ class Fused:
     """The three primitives over a pair of formulas.
 
     Args:
-      output: (recipe, x, scale, bias) -> (y, Statistics), one device's.
-      tangent: (recipe, x, statistics, scale, (dx, dscale, dbias)) -> dy, linear in the last; None is a tangent of zero.
+      output: (recipe, x, scale, bias, mask, weights) -> (y, Statistics), one device's.
+      tangent: (recipe, x, statistics, scale, mask, weights, (dx, dscale, dbias)) -> dy, linear in the last; None is a
+        tangent of zero.
       add: (x, residual) -> the new stream.
       quantized: (plan, x, scale, bias, given) -> ((data, found), Statistics), one device's.
       collectives: what merges statistics and sums over mesh axes.
@@ -72,47 +74,54 @@ class Fused:
 
     # --- what is called -----------------------------------------------------------------------------------------------
 
-    def forward(self, plan: Plan, x, scale, bias, residual=None, given=None) -> tuple[Any, Statistics, Array | None]:
-        """y, the statistics, and the new stream if there is a residual. With a format y is (data, found)."""
+    def forward(
+        self, plan: Plan, x, scale, bias, mask=None, weights=None, residual=None, given=None
+    ) -> tuple[Any, Statistics, Array | None]:
+        """y, the statistics, and the new stream where there is a residual. With a format y is (data, found)."""
         if plan.quantize is not None:
             data, found, *stats = _bind(self._quantize_p, plan, QUANTIZE, x, scale, bias, given)
             return (data, found), Statistics(_count(plan, x), *stats), None
-        y, mean_hi, mean_lo, m2, *sums = _bind(self._forward_p, plan, FORWARD_OF_SUM, x, scale, bias, residual)
-        new = sums[0] if sums else None
-        return y, Statistics(_count(plan, x if new is None else new), mean_hi, mean_lo, m2), new
+        operands = x, scale, bias, mask, weights, residual
+        y, mean_hi, mean_lo, m2, *more = _bind(self._forward_p, plan, FORWARD_OF_SUM, *operands)
+        new = None if residual is None else more.pop()
+        count = more[0] if more else _count(plan, x if new is None else new)
+        return y, Statistics(count, mean_hi, mean_lo, m2), new
 
-    def tangent(self, plan: Plan, x, stats: Statistics, scale, tangents) -> Array:
-        return _bind(self._tangent_p, plan, TANGENT, x, *stats[1:], scale, *tangents)[0]
+    def tangent(self, plan: Plan, x, stats: Statistics, scale, mask, weights, tangents) -> Array:
+        count = stats.count if mask is not None or weights is not None else None
+        return _bind(self._tangent_p, plan, TANGENT, x, count, *stats[1:], scale, mask, weights, *tangents)[0]
 
     def tangent_of_sum(self, plan: Plan, new, stats: Statistics, scale, tangents) -> tuple[Array, Array]:
         """The tangent of y, and that of the new stream, as it comes."""
-        dy, dnew = _bind(self._tangent_p, plan, TANGENT, new, *stats[1:], scale, *tangents, of_sum=True)
+        operands = new, None, *stats[1:], scale, None, None
+        dy, dnew = _bind(self._tangent_p, plan, TANGENT, *operands, *tangents, of_sum=True)
         return dy, dnew
 
     # --- what they mean -----------------------------------------------------------------------------------------------
 
     def _forward_formula(self, *operands, call: Call):
-        x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
+        x, scale, bias, mask, weights, residual = call.unpacked(operands, FORWARD_OF_SUM)
         x = x if residual is None else self._add(x, residual)
-        y, stats = self._output(call.plan, x, scale, bias)
-        return y, *stats[1:], *[x] * (residual is not None)
+        y, (count, *parts) = self._output(call.plan, x, scale, bias, mask, weights)
+        counts = [broadcast_like(parts[0], count)] * call.is_weighted
+        return y, *parts, *counts, *[x] * (residual is not None)
 
     def _quantize_formula(self, *operands, call: Call):
         (data, found), stats = self._quantized(call.plan, *call.unpacked(operands, QUANTIZE))
         return data, found, *stats[1:]
 
     def _tangent_formula(self, *operands, call: Call):
-        x, *stats, scale, dx, dscale, dbias = call.unpacked(operands, TANGENT)
-        stats = Statistics(_count(call.plan, x), *stats)
-        dy = self._tangent(call.plan, x, stats, scale, (dx, dscale, dbias))
+        x, count, *stats, scale, mask, weights, dx, dscale, dbias = call.unpacked(operands, TANGENT)
+        stats = Statistics(_count(call.plan, x) if count is None else count, *stats)
+        dy = self._tangent(call.plan, x, stats, scale, mask, weights, (dx, dscale, dbias))
         return (dy, dx) if call.of_sum else (dy,)
 
     def _backward_formula(self, *operands, call: Call):
         """The transpose of the tangent, by JAX; with that of a stream added to it before it is rounded."""
-        x, *stats, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
-        stats = Statistics(_count(call.plan, x), *stats)
+        x, count, *stats, scale, g, mask, weights, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
+        stats = Statistics(_count(call.plan, x) if count is None else count, *stats)
         zero = lambda shape: pvary_like(x, shard_like(x, jnp.zeros(shape, accumulator(x))))
-        along = lambda *tangents: self._tangent(call.plan, x, stats, scale, tangents)
+        along = lambda *tangents: self._tangent(call.plan, x, stats, scale, mask, weights, tangents)
         still = jnp.zeros_like(x, None if g_stream is None else accumulator(x))
         dx, *gradients = jax.vjp(along, still, *(None if s is None else zero(s) for s in call.grad_shapes))[1](g)
         dx = dx if g_stream is None else (dx + g_stream.astype(dx.dtype)).astype(x.dtype)
@@ -149,8 +158,9 @@ class Fused:
         linear = {n: there[n].aval for n in ("dx", "dscale", "dbias") if ad.is_undefined_primal(there.get(n))}
         grad_shapes = [name for name in ("dscale", "dbias") if name in linear]
         shapes = tuple(linear[n].shape if n in linear else None for n in ("dscale", "dbias"))
-        known = [there.get(name) for name in ("x", "mean_hi", "mean_lo", "m2", "scale")]
-        found = dict(zip(["dx", *grad_shapes], self._backward(call.plan, shapes, *known, g, g_stream), strict=True))
+        given = there | {"g": g, "g_stream": g_stream}
+        known = [given.get(name) for name in BACKWARD_OF_SUM]
+        found = dict(zip(["dx", *grad_shapes], self._backward(call.plan, shapes, *known), strict=True))
         return [_like(found[name], linear[name]) if name in linear else None for name in call.operand_names]
 
     def _bind_backward(self, plan: Plan, grad_shapes, *operands):
@@ -199,7 +209,7 @@ def _batched(primitive: Primitive, operands, dims, *, call: Call):
     def in_front(i: int, a: Array, d: int | None) -> Array:
         if d is not None:
             return jnp.moveaxis(a, d, 0)
-        one = call.is_parameter(i) and not each
+        one = call.broadcasts(i) and not (each and call.is_parameter(i))
         return with_leading_axis(a, 1 if one else size, None if one else entry)
 
     operands = [in_front(i, a, d) for i, (a, d) in enumerate(zip(operands, dims, strict=True))]
@@ -246,7 +256,7 @@ def _forward_types(*operands, call: Call):
     x, residual = call.of("x", operands), call.of("residual", operands)
     reduced = tuple(1 if a in call.plan.reduction.axes else n for a, n in enumerate(x.shape))
     new = x if residual is None else _typed(x, x.shape, residual.dtype)
-    statistics = [_typed(x, reduced, accumulator(new))] * 3
+    statistics = [_typed(x, reduced, accumulator(new))] * (4 if call.is_weighted else 3)
     return [_typed(x, x.shape, call.plan.dtype), *statistics, *[new] * (residual is not None)]
 
 

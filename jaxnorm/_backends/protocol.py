@@ -1,7 +1,8 @@
 """What a kernel backend is: what it answers about a norm, and the two kernels that it runs.
 
 To add one, write a class with these members in a folder of its own and list it in `registry`. Kernels get plain arrays:
-masks, weights, segments, axis names and derivatives stay with XLA, and `only_plain` says so.
+segments, axis names and derivatives stay with XLA, and `only_static` says so. Masks and weights are for those that take
+them; others ask `only_plain`.
 """
 
 from __future__ import annotations
@@ -87,6 +88,11 @@ class KernelBackend(Protocol):
         """Whether its kernels write quantized outputs: then it has a third one, `quantize`."""
         ...
 
+    @property
+    def takes_masks(self) -> bool:
+        """Whether its kernels take masks and weights; else they get x with 0 where whole rows are out."""
+        ...
+
     def available(self) -> Support:
         """Whether this installation has it: then `implementation=` may name it."""
         ...
@@ -106,7 +112,10 @@ class KernelBackend(Protocol):
     def forward(
         self, call: Call, names: tuple[str, ...], collectives: Collectives, *operands: Any
     ) -> tuple[Array, ...]:
-        """y, mean_hi, mean_lo, m2, and the new stream if there is a residual; `names` are such mesh axes."""
+        """y, mean_hi, mean_lo, m2, the counts if there are weights, and the new stream if there is a residual.
+
+        `names` are mesh axes that reduced axes are sharded over.
+        """
         ...
 
     def backward(
@@ -117,14 +126,19 @@ class KernelBackend(Protocol):
 
 
 def only_plain(request: Request) -> Support:
+    """What a backend without masks does not do."""
+    if request.mask is not None or request.weights is not None:
+        return Support.no("masks and weights are XLA's")
+    return only_static(request)
+
+
+def only_static(request: Request) -> Support:
     """What no kernel backend of today does."""
     x, reduction = request.x, request.reduction
     if not are_static(*x.shape):
         return Support.no(f"x has symbolic sizes {x.shape}, as in jax.export")
     if not isinstance(reduction.over, Axes):
         return Support.no("statistics of segments are XLA's")
-    if request.mask is not None or request.weights is not None:
-        return Support.no("masks and weights are XLA's")
     if reduction.axis_name is not None:
         return Support.no("statistics over an axis name are merged by XLA")
     for p in (request.scale, request.bias):

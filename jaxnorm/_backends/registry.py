@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from .._core.masks import zeroed
 from .._core.vma import without_sharding, without_vma
 from .call import BACKWARD, BACKWARD_OF_SUM, FORWARD, FORWARD_OF_SUM, Call, packed
 from .cpu.adapter import Native
@@ -69,6 +72,8 @@ def register(primitive: Primitive, kernel: str, formula: Callable, add: Callable
             run = getattr(backend, kernel)
             if not backend.fuses_add and kernel != "quantize":
                 run = _forward_adding(run, add) if kernel == "forward" else _backward_adding(run)
+            if not backend.takes_masks:
+                run = _forward_of_present(run) if kernel == "forward" else _backward_of_present(run)
             rule = _lowering(backend, f"{name} {kernel}", run, formula, collectives)
             mlir.register_lowering(primitive, rule, platform=backend.platform)
 
@@ -77,11 +82,11 @@ def _forward_adding(forward: Callable, add: Callable) -> Callable:
     """The kernel for a backend that knows of no residual stream: XLA adds."""
 
     def run(call: Call, names, collectives, *operands) -> tuple:
-        x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
+        x, *others, residual = call.unpacked(operands, FORWARD_OF_SUM)
         if residual is None:
             return forward(call, names, collectives, *operands)
         new = add(x, residual)
-        named, given = packed(FORWARD, (new, scale, bias))
+        named, given = packed(FORWARD, (new, *others))
         return *forward(replace(call, operand_names=named), names, collectives, *given), new
 
     return run
@@ -95,6 +100,34 @@ def _backward_adding(backward: Callable) -> Callable:
         named, given = packed(BACKWARD, known)
         dx, *gradients = backward(replace(call, operand_names=named), names, collectives, *given)
         return dx if g_stream is None else dx + g_stream, *gradients
+
+    return run
+
+
+def _forward_of_present(forward: Callable) -> Callable:
+    """The kernel for a backend without masks: rows that are out are 0 to it."""
+
+    def run(call: Call, names, collectives, *operands) -> tuple:
+        if (mask := call.of("mask", operands)) is None:
+            return forward(call, names, collectives, *operands)
+        there, given = call.without(operands, "mask")
+        y, mean_hi, *others = forward(there, names, collectives, zeroed(mask, given[0]), *given[1:])
+        n = math.prod([given[0].shape[a] for a in call.plan.reduction.axes])
+        counts = jnp.broadcast_to(jnp.where(mask, jnp.asarray(n, mean_hi.dtype), 0), mean_hi.shape)
+        return y, mean_hi, *others[:2], counts, *others[2:]
+
+    return run
+
+
+def _backward_of_present(backward: Callable) -> Callable:
+    """The same of the backward pass."""
+
+    def run(call: Call, names, collectives, *operands) -> tuple:
+        if (mask := call.of("mask", operands)) is None:
+            return backward(call, names, collectives, *operands)
+        there, given = call.without(operands, "mask", "count")
+        dx, *gradients = backward(there, names, collectives, zeroed(mask, given[0]), *given[1:])
+        return zeroed(mask, dx), *gradients
 
     return run
 
@@ -130,7 +163,8 @@ def _lowering(
             and is_active(backend)
         )
         kinds = [without_vma(kind) for kind in context.avals_in]
-        if not backend.runs(call, kinds, by_default):
+        takes = backend.takes_masks or call.masks_rows(kinds)
+        if not takes or not backend.runs(call, kinds, by_default):
             run = functools.partial(formula, call=call if backend.platform == "cpu" else by_devices(context, call))
         elif alone:
             run, kinds = functools.partial(kernel, call, (), collectives), [without_sharding(kind) for kind in kinds]

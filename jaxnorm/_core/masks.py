@@ -24,6 +24,11 @@ def valid_mask(mask: Array | None, weights: Array | None) -> Array | None:
     return weights != 0 if mask is None else mask & (weights != 0)
 
 
+def zeroed(mask: Array, x: Array) -> Array:
+    """x with 0 for what is masked out: of a row that is out as a whole, this gives the bias as well."""
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
 def finite_where_masked(x: Array, keep: Array | None) -> Array:
     """x in the accumulator's dtype, with 0 for padding: an absent element that is NaN, infinite or beyond 1e30."""
     x = x.astype(accumulator(x))

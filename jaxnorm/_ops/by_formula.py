@@ -1,4 +1,4 @@
-"""A norm by its formula, which XLA compiles. Masks, weights and axis names are here alone."""
+"""A norm by its formula, which XLA compiles."""
 
 from __future__ import annotations
 

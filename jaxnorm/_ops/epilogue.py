@@ -14,7 +14,7 @@ from .._core.types import Plan
 from .._core.vma import tangent_like
 from . import activation as _activation
 from .activation import jvp_or_none
-from .by_kernel import primitives, standardize_by_kernel_differentiable
+from .by_kernel import kernel_tangent, standardize_by_kernel_differentiable
 from .formula import output, output_tangent
 from .statistics import drop_symbolic_zeros, statistics
 
@@ -40,7 +40,7 @@ def _with_epilogue_differentiable(plan: Plan, plain: Plan, by_kernel: bool, x, s
     keep = valid_mask(mask, weights)
     u = _activation.prologue(plan, x, gate, keep)
     if by_kernel:
-        z, stats, _ = standardize_by_kernel_differentiable(plain, u, scale, bias, None)
+        z, stats, _ = standardize_by_kernel_differentiable(plain, u, scale, bias, mask, weights, None)
     else:
         stats = statistics(plain.reduction, u, mask, weights, ids)
         z = output(plain, u, mask, weights, stats, scale, bias, ids)
@@ -67,7 +67,7 @@ def _with_epilogue_tangent(plan, plain, by_kernel, stats, x, scale, bias, mask, 
     if all(t is None for t in (du, dscale, dbias, dweights)):
         dz = None
     elif by_kernel:
-        dz = primitives.tangent(plain, u, stats, scale, (du, dscale, dbias))
+        dz = kernel_tangent(plain, u, mask, weights, stats, scale, (du, dscale, dbias, dweights))
     else:
         dz = output_tangent(plain, u, mask, weights, stats, scale, (du, dscale, dbias, dweights), ids)
     _, dy = jvp_or_none(lambda z, gate: _activation.epilogue(plan, z, gate, keep), (z, gate), (dz, dgate))

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
 from .._core.dtypes import accumulator, widest
 from .._core.formats import check_format
-from .._core.masks import finite_padding
+from .._core.masks import finite_padding, zeroed
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.over import Axes, Segments
 from .._core.platforms import recompute
@@ -23,14 +22,9 @@ from .formula import affine_times
 from .plan import check_implementation, make_plan
 from .quantize import check_quantize, scale_of_tensor
 from .residual import add_rounded, match_types
-from .standardize import add_and_standardize, can_fuse_add, standardize, standardize_quantized
+from .standardize import add_and_standardize, can_fuse_add, standardize, standardize_quantized, takes_mask
 
 Array = jax.Array
-
-
-def _zero_masked_rows(mask: Array, x: Array) -> Array:
-    """x with rows that are out as a whole set to zero, which gives the bias as well."""
-    return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
 def normalize_rows(norm: str, x: Array, scale, bias, axes, feature_axes, **options) -> Any:
@@ -105,8 +99,10 @@ def normalize_stream(
     if mask is not None and names is None and segments is None:
         untyped = jax.ShapeDtypeStruct(mask.shape, mask.dtype)  # its type's sharding may be one that the view splits
         seen: Any = jax.eval_shape(view, untyped) if spans_devices else view(mask)
-        if all(seen.shape[a] == 1 for a in axes):
-            kept_rows = recompute(_zero_masked_rows, lax_alone)  # keeps the mask as it came
+        type_of: Any = lambda a: None if a is None else jax.eval_shape(view, jax.ShapeDtypeStruct(a.shape, a.dtype))
+        by_kernel = quantize is None and takes_mask(plan, viewed, type_of(scale), type_of(bias), seen)
+        if all(seen.shape[a] == 1 for a in axes) and not by_kernel:
+            kept_rows = recompute(zeroed, lax_alone)  # keeps the mask as it came
             # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient
             # that is summed in the gate's own dtype.
             of_gate = () if gate is None else tuple(a for a, n in enumerate(gate.shape) if n == 1)

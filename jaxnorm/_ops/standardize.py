@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._backends import registry
+from .._backends.protocol import Request
 from .._core.formats import NvFp4
 from .._core.quantized import Quantized
 from .._core.types import Plan, Statistics
@@ -59,7 +60,7 @@ def standardize(
         return in_channels(around, plan, x, scale, bias, mask, weights, gate, ids)
     if backend_supports(norm, plan, x, scale, bias, mask, weights):
         plan, scale, bias = prepare_for_kernel(plan, x, scale, bias)
-        return standardize_by_kernel(plan, x, scale, bias, None)[:2]
+        return standardize_by_kernel(plan, x, scale, bias, mask, weights, None)[:2]
     return standardize_by_formula(plan, x, scale, bias, mask, weights, ids)
 
 
@@ -77,7 +78,7 @@ def standardize_quantized(
     plain = mask is None and keep is None and plan.activation is None and not isinstance(fmt, NvFp4)
     if plain and backend_quantizes(by_kernel, x, scale, bias):
         by_kernel, scale, bias = prepare_for_kernel(by_kernel, x, scale, bias)
-        run = lambda given, *args: standardize_by_kernel(by_kernel, *args, None, _of_rank(x, given))[0]
+        run = lambda given, *args: standardize_by_kernel(by_kernel, *args, None, None, None, _of_rank(x, given))[0]
         amax = None
         if needs_amax(fmt, given):
             still = jax.lax.stop_gradient((x, scale, bias))
@@ -99,6 +100,13 @@ def _of_rank(x: Array, scalar: Array | None) -> Array | None:
     return None if scalar is None else scalar.reshape((1,) * x.ndim)
 
 
+def takes_mask(plan: Plan, x, scale, bias, mask) -> bool:
+    """Whether a kernel backend takes this norm with its mask."""
+    if plan.activation is not None or plan.backend in ("xla", "lax"):
+        return False
+    return registry.supports(plan.backend, Request(x, plan.reduction, plan.dtype, scale, bias, mask)).ok
+
+
 def can_fuse_add(norm: str, plan: Plan, x, residual, scale, bias, mask) -> bool:
     """Whether `add_and_standardize` is for this norm: a kernel backend takes it, of x and of the sum."""
     if mask is not None or plan.activation is not None or not registry.fuses_add(plan.backend):
@@ -113,6 +121,6 @@ def can_fuse_add(norm: str, plan: Plan, x, residual, scale, bias, mask) -> bool:
 def add_and_standardize(plan: Plan, x, residual, scale, bias) -> tuple[Array, Array]:
     """`standardize` of x + residual, and that sum, in one kernel where a backend adds."""
     plan, scale, bias = prepare_for_kernel(plan, jax.ShapeDtypeStruct(x.shape, residual.dtype), scale, bias)
-    y, _, new = standardize_by_kernel(plan, x, scale, bias, residual)
+    y, _, new = standardize_by_kernel(plan, x, scale, bias, None, None, residual)
     assert new is not None
     return y, new

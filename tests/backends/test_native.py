@@ -12,6 +12,7 @@ import oracle
 import pytest
 from catalogue import EACH, NOT_NATIVE, ROWS, by_name, draw
 from helpers.devices import mesh_of, placed
+from helpers.memory import kept_bytes
 from helpers.native import forced, kernels_in, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,7 +61,6 @@ def test_the_native_backend_says_why_it_does_not_run_a_row(row, rng):
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (dict(mask=np.ones((4, 8))), "masks and weights are XLA's"),
         (dict(axis_name="d"), "statistics over an axis name are merged by XLA"),
         (dict(dtype=jnp.complex64), "no kernel from float32 to complex64"),
         (dict(axis=0, scale=np.ones((1, 8), np.float32)), None),
@@ -126,6 +126,51 @@ def test_an_example_has_the_same_bits_in_every_batch(which, by_default, rng):
             same(jax.jit(lambda x, g: (both(x, g), both(-x, g)))(x[part], g[part])[0], part)
         sharded = placed(mesh, (x, P(mesh.axis_names)), (g, P(mesh.axis_names)))
         same(jax.jit(both)(*sharded), slice(None))
+
+
+MASKED = {
+    "rows": (jn.layer_norm, (6, 40, 96), (6, 40, 1)),
+    "sequences": (jn.rms_norm, (6, 40, 96), (6, 1, 1)),
+    "features": (jn.layer_norm, (6, 40, 96), (6, 40, 96)),
+    "images": (lambda x, **given: batch(x, **given), (6, 8, 8, 32), (6, 1, 1, 1)),
+    "pixels": (lambda x, **given: jn.group_norm(x, num_groups=4, **given), (6, 8, 8, 32), (6, 8, 8, 1)),
+    "planes": (lambda x, **given: jn.instance_norm(x, axis=1, **given), (6, 32, 8, 8), (6, 1, 1, 1)),
+}
+
+
+def batch(x, **given):
+    return jn.batch_norm(x, None, jn.BatchNorm().init(x.shape[-1])[1], train=True, **given)[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("which", MASKED)
+def test_a_mask_is_the_kernels_and_makes_no_copy_of_x(which, dtype, rng):
+    """What is kept is x, the mask and row statistics; no array of x's size is computed outside of the kernels."""
+    norm, shape, of_mask = MASKED[which]
+    x, mask = jnp.asarray(draw(rng, shape), dtype), jnp.asarray(rng.random(of_mask) < 0.6)
+    step = lambda x, mask, g: jax.vjp(lambda x: norm(x, mask=mask, implementation="native"), x)[1](g)
+    assert kernels_in(step, x, mask, x) == ["forward", "backward"]
+    text = jax.jit(step).lower(x, mask, x).compile().as_text()
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
+    made = {op for sizes, op in found if np.prod([int(n) for n in sizes.split(",")]) == x.size}
+    assert made <= {"parameter", "get-tuple-element", "bitcast", "custom-call"}
+    statistics = 4 * 4 * x.size // shape[-1]  # at most: of rows
+    kept = kept_bytes(lambda x: norm(x, mask=mask, implementation="native"), x)
+    assert kept <= x.nbytes + mask.nbytes + statistics
+
+
+@pytest.mark.parametrize("of_weights", [(6, 1, 1, 1), (6, 8, 8, 1), (6, 8, 8, 32)], ids=str)
+def test_weights_are_the_kernels(of_weights, rng):
+    """Also where they are differentiated: their own gradient alone is a formula's."""
+    x, weights = draw(rng, (6, 8, 8, 32)), rng.uniform(0.0, 2.0, of_weights).astype("f")
+    norm = lambda x, weights: batch(x, weights=weights, implementation="native")
+    step = lambda x, w, g: jax.vjp(lambda x: norm(x, w), x)[1](g)
+    assert kernels_in(step, x, weights, x) == ["forward", "backward"]
+    both = lambda x, w, g: jax.vjp(norm, x, w)[1](g)
+    assert kernels_in(both, x, weights, x) == ["forward", "backward"]
+    want = jax.vjp(lambda x, w: batch(x, weights=w, implementation="xla"), x, weights)[1](x)
+    for got, true in zip(jax.jit(both)(x, weights, x), want, strict=True):
+        np.testing.assert_allclose(got, true, rtol=1e-4, atol=2e-5)
 
 
 def test_reductions_of_first_or_last_axes_are_never_transposed(rng):

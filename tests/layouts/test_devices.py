@@ -95,7 +95,7 @@ def test_jit_over_a_sharded_batch_matches_one_device(row, masked, kind, kernels,
     assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, P("data")), len(shape))
     # XLA's formula has two rounds, of a mean that no device knows beforehand: a common shift, then the sums about it.
     # Kernels give each device its own shift, and merge once. Backward: one round.
-    rounds = 1 if kernels and not masked else 2
+    rounds = 1 if kernels else 2
     check_all_reduces(ops, rounds if row.batch else 0)
     check_all_reduces(backward, rounds + 1 if row.batch else 1)  # for the others: those of scale and bias
 

@@ -30,6 +30,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "norm.h"
 
 #if defined(SANITIZED)
@@ -303,6 +307,23 @@ struct Case {
   std::string values;                   // what x is made of
   Buffer x, g, scale, bias;             // a parameter that is absent has no elements
   std::vector<bool> spoilt;             // statistics with NaN or infinity among their elements
+  Weighting weighting = Weighting::none;
+  std::vector<uint8_t> mask;  // of rows, and of elements
+  Buffer weights;             // of lines, and of elements
+
+  double weight(int64_t i) const {
+    switch (weighting) {
+      case Weighting::none: return 1;
+      case Weighting::rows: return mask[statistic(i)];
+      case Weighting::bytes: return mask[i];
+      case Weighting::lines: return weights[i / view.line()];
+      default: return weights[i];
+    }
+  }
+  // Whether an element is normalized: one that is absent, and no number to speak of, gives the bias.
+  bool usable(int64_t i) const {
+    return weight(i) != 0 || std::fabs(x[i]) <= (a_type == Type::f64 ? 1e30 : double(1e30f));
+  }
 
   int64_t statistic(int64_t i) const {
     return i / view.slab() * view.G + i / view.row() % view.G;
@@ -343,6 +364,24 @@ View random_view(Random& random) {
   return v;
 }
 
+// Weights for about two elements of three: of 1, or up to 2 where they need not be a mask's.
+void add_weights(Case& c, Random& random) {
+  const View& v = c.view;
+  if (random.coin() || v.size() == 0) return;
+  c.weighting = random.of({Weighting::bytes, Weighting::values, v.S == 1 ? Weighting::rows : Weighting::lines});
+  const bool numbers = c.weighting == Weighting::values || c.weighting == Weighting::lines, ones = random.coin();
+  const int64_t one = c.weighting == Weighting::rows ? v.row() : c.weighting == Weighting::lines ? v.line() : 1;
+  const int64_t number = v.size() / one, run = random.of<int64_t>({1, 1, 3, 9, number});
+  bool present = true;
+  if (numbers) c.weights = Buffer(c.a_type, number, Buffer::any(random));
+  else c.mask.resize(number);
+  for (int64_t i = 0; i < number; ++i) {
+    if (i % run == 0) present = !random.one_in(3);
+    if (numbers) c.weights.set(i, !present ? 0 : ones ? 1 : (1 + random.below(8)) / 4.0);
+    else c.mask[i] = present;
+  }
+}
+
 Case random_case(Random& random) {
   static const std::pair<Type, Type> pairs[] = {
       {Type::f32, Type::f32}, {Type::bf16, Type::bf16}, {Type::f16, Type::f16}, {Type::f32, Type::bf16},
@@ -377,6 +416,7 @@ Case random_case(Random& random) {
   c.x = Buffer(c.x_type, v.size(), Buffer::any(random)), c.g = Buffer(c.y_type, v.size(), Buffer::any(random));
   c.scale = Buffer(c.a_type, random.coin() ? v.parameters() : 0, Buffer::any(random));
   c.bias = Buffer(c.a_type, random.coin() ? v.parameters() : 0, Buffer::any(random));
+  add_weights(c, random);
   std::vector<int> seen(v.statistics());
   c.spoilt.resize(v.statistics());
   for (int64_t i = 0; i < v.size(); ++i) {
@@ -384,11 +424,17 @@ Case random_case(Random& random) {
     const bool outlier = c.outliers && of[s].deviation < 1e10 && seen[s]++ < 5;  // where shifts are taken from
     const double far = outlier ? 1000 * of[s].deviation : 0;
     c.x.set(i, of[s].mean + of[s].deviation * random.normal() + far), c.g.set(i, random.normal());
-    if (!std::isfinite(c.x[i])) c.spoilt[s] = true;  // an outlier that float16 does not hold
+    if (!std::isfinite(c.x[i]) && c.weight(i) != 0) c.spoilt[s] = true;  // an outlier that float16 does not hold
   }
   for (int64_t i = 0; i < c.scale.count(); ++i) c.scale.set(i, random.one_in(20) ? 0 : 1 + random.normal() / 2);
   for (int64_t i = 0; i < c.bias.count(); ++i) c.bias.set(i, random.normal());
 
+  if (c.weighting != Weighting::none && random.coin()) {
+    const double poison = random.of({nan, infinity, -infinity, c.x_type == Type::f16 ? nan : 3e38});
+    for (int64_t i = 0; i < v.size(); ++i)
+      if (c.weight(i) == 0) c.x.set(i, poison);
+    text << " with " << poison << " where absent";
+  }
   if (v.size() && random.one_in(6)) {
     text << " with";
     for (int64_t left = 1 + random.below(3); left > 0; --left) {
@@ -396,7 +442,7 @@ Case random_case(Random& random) {
       const double what = random.of({nan, infinity, -infinity, smallest(c.x_type) / 4});
       Buffer& at = std::isfinite(what) || random.coin() ? c.x : c.g;
       at.set(i, what);
-      if (!std::isfinite(what)) c.spoilt[c.statistic(i)] = true;
+      if (!std::isfinite(what) && (&at == &c.g || c.weight(i) != 0)) c.spoilt[c.statistic(i)] = true;
       text << (&at == &c.x ? " x[" : " g[") << i << "] = " << what;
     }
   }
@@ -416,18 +462,47 @@ std::string described(const Case& c) {
       {c.outliers, "outliers first"}};
   for (const auto& [on, name] : options)
     if (on) out << ", " << name;
-  out << ", epsilon " << c.epsilon << ", prescale " << c.prescale << ", devices " << c.devices << ", x: " << c.values << "\n";
+  const char* const kinds[] = {"", ", rows masked", ", lines weighted", ", elements masked", ", elements weighted"};
+  out << kinds[int(c.weighting)] << ", epsilon " << c.epsilon << ", prescale " << c.prescale << ", devices " << c.devices << ", x: " << c.values << "\n";
   return out.str();
 }
 
 // --- what the kernels give -------------------------------------------------------------------------------------------
 
 enum Output { y, mean_hi, mean_lo, m2, shift_alone, offset_alone, m2_alone, y_given, dx, dscale, dbias, h, hx, dscale_part,
-              dbias_part, dx_given, outputs };
+              dbias_part, dx_given, counts, counts_alone, outputs };
 const char* const output_names[] = {
     "y of forward", "mean_hi of forward", "mean_lo of forward", "m2 of forward", "mean_hi of moments", "mean_lo of moments",
     "m2 of moments", "y of normalize", "dx of backward", "dscale of backward", "dbias of backward",
-    "h of gradient_sums", "hx of gradient_sums", "dscale of gradient_sums", "dbias of gradient_sums", "dx of gradient"};
+    "h of gradient_sums", "hx of gradient_sums", "dscale of gradient_sums", "dbias of gradient_sums", "dx of gradient",
+    "counts of forward", "counts of moments"};
+
+// Rows that are masked out as a whole must not be read: while it lives, AddressSanitizer ends the program that does.
+class Unreadable {
+ public:
+  explicit Unreadable(const Case& c) : c_(c) { each([](const char* row, size_t size) { set(row, size, true); }); }
+  ~Unreadable() { each([](const char* row, size_t size) { set(row, size, false); }); }
+
+ private:
+  template <class Run> void each(Run run) const {
+    const size_t size = size_t(c_.view.row()) * format(c_.x_type).size;
+    for (size_t row = 0; c_.weighting == Weighting::rows && row < c_.mask.size(); ++row)
+      if (!c_.mask[row]) run(c_.x.data<char>() + row * size, size);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  static void set(const char* row, size_t size, bool unreadable) {
+    const char* whole = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(row) + 7) / 8 * 8);  // of 8 bytes
+    const size_t skipped = size_t(whole - row);
+    if (size < skipped + 8) return;
+    if (unreadable) __asan_poison_memory_region(whole, (size - skipped) / 8 * 8);
+    else __asan_unpoison_memory_region(whole, (size - skipped) / 8 * 8);
+  }
+#else
+  static void set(const char*, size_t, bool) {}
+#endif
+
+  const Case& c_;
+};
 
 template <class A>
 std::vector<Buffer> results(const Case& c, const Kernels<A>& kernels, const Threads& threads, Random& random) {
@@ -446,6 +521,15 @@ std::vector<Buffer> results(const Case& c, const Kernels<A>& kernels, const Thre
   job.centered = c.centered, job.cast_before_scale = c.cast_before_scale, job.nontemporal = c.nontemporal;
   job.x = c.x.data(), job.g = c.g.data();
   job.scale = c.scale.count() ? c.scale.data() : nullptr, job.bias = c.bias.count() ? c.bias.data() : nullptr;
+  std::vector<uint8_t> spread;  // of rows, to elements, for the parts of a pass
+  for (int64_t i = 0; c.weighting == Weighting::rows && i < v.size(); ++i) spread.push_back(uint8_t(c.weight(i)));
+  const auto weigh = [&](Job& one, const Buffer& of_counts, bool whole) {
+    if (c.weighting == Weighting::none) return;
+    const bool bytes = c.weighting == Weighting::rows || c.weighting == Weighting::bytes;
+    one.weighting = c.weighting, one.counts = of_counts.data();
+    one.weights = bytes ? static_cast<const void*>(c.mask.data()) : c.weights.data();
+    if (!whole && c.weighting == Weighting::rows) one.weighting = Weighting::bytes, one.weights = spread.data();
+  };
   const auto with = [&](Output into, const Buffer& s, const Buffer& o, const Buffer& m) {
     Job one = job;
     one.out = out[into].data(), one.mean_hi = s.data(), one.mean_lo = o.data(), one.m2 = m.data();
@@ -457,18 +541,27 @@ std::vector<Buffer> results(const Case& c, const Kernels<A>& kernels, const Thre
     return sum;
   };
   const Flush flushed(c.flush);
-  Norm<A>(with(y, out[mean_hi], out[mean_lo], out[m2]), kernels, threads).forward();
+  Job ahead = with(y, out[mean_hi], out[mean_lo], out[m2]);
+  weigh(ahead, out[counts], true);
+  {
+    const Unreadable absent(c);
+    Norm<A>(ahead, kernels, threads).forward();
+  }
   Job alone = with(y, out[shift_alone], out[offset_alone], out[m2_alone]);
-  alone.out = nullptr;
+  alone.out = nullptr, weigh(alone, out[counts_alone], false);
   Norm<A>(alone, kernels, threads).moments();
   const Buffer all_m2 = many(out[m2_alone], c.prescale == 0);
   Job given = with(y_given, out[shift_alone], out[offset_alone], all_m2);
-  given.count *= c.devices;
+  const Buffer all_counts = many(out[counts_alone]);
+  given.count *= c.devices, weigh(given, all_counts, false);
   Norm<A>(given, kernels, threads).normalize();
 
   Job back = with(dx, out[mean_hi], out[mean_lo], out[m2]);
-  back.bias = nullptr;
-  Norm<A>(back, kernels, threads).backward(out[dscale].data<A>(), out[dbias].data<A>());
+  back.bias = nullptr, weigh(back, out[counts], true);
+  {
+    const Unreadable absent(c);
+    Norm<A>(back, kernels, threads).backward(out[dscale].data<A>(), out[dbias].data<A>());
+  }
   given.out = nullptr, given.bias = nullptr;
   Norm<A>(given, kernels, threads)
       .gradient_sums(out[h].data<A>(), out[hx].data<A>(), out[dscale_part].data<A>(), out[dbias_part].data<A>());
@@ -490,7 +583,7 @@ struct Bounds {
 };
 
 struct Truth {
-  Bounds y, dx, rest, m2, h, hx, dscale, dbias;
+  Bounds y, dx, rest, m2, h, hx, dscale, dbias, counts;
   std::vector<Real> mean;  // to which `rest` is what its own rounding took
 };
 
@@ -506,23 +599,30 @@ Truth truth(const Case& c) {
   const int64_t groups = v.statistics(), columns = v.parameters(), n = v.count();
   const double tiny = smallest(c.a_type);
   std::vector<Real> mean(groups), rest(groups), var(groups), r(groups), error(groups), fourth(groups);
+  std::vector<Real> count(groups), of_weight(v.size());
+  for (int64_t i = 0; i < v.size(); ++i) count[c.statistic(i)] += of_weight[i] = c.weight(i);
   for (int pass = 0; c.centered && pass < 3; ++pass) {
     for (int64_t s = 0; s < groups; ++s) mean[s] += rest[s], rest[s] = 0;
-    for (int64_t i = 0; i < v.size(); ++i) rest[c.statistic(i)] += (c.x[i] - mean[c.statistic(i)]) / n;
+    for (int64_t i = 0; i < v.size(); ++i) {
+      const int64_t s = c.statistic(i);
+      if (of_weight[i] != 0) rest[s] += of_weight[i] * (c.x[i] - mean[s]) / count[s];
+    }
   }
   const auto difference = [&](int64_t i) { return (c.x[i] - mean[c.statistic(i)]) - rest[c.statistic(i)]; };
   for (int64_t i = 0; i < v.size(); ++i) {
     const int64_t s = c.statistic(i);
-    const Real square = difference(i) * difference(i);
-    var[s] += square / n, fourth[s] += square * square / n;
+    if (of_weight[i] == 0) continue;
+    const Real square = difference(i) * difference(i), part = of_weight[i] / count[s];
+    var[s] += square * part, fourth[s] += square * square * part;
   }
   Truth t{Bounds(v.size()), Bounds(v.size()), Bounds(groups), Bounds(groups), Bounds(groups), Bounds(groups),
-          Bounds(columns), Bounds(columns), mean};
+          Bounds(columns), Bounds(columns), Bounds(groups), mean};
+  for (int64_t s = 0; s < groups; ++s) t.counts.set(s, count[s], rounding(c.a_type, Real(n)) * count[s]);
   // Where the squares, in their prescale, are no longer normal numbers beside epsilon, only NaN is wrong.
   std::vector<bool> lost(groups), spoilt = c.spoilt;
   for (int64_t s = 0; s < groups; ++s) {
     const Real prescale = c.prescale == 0 ? 1 : c.prescale * c.prescale, total = var[s] + c.epsilon;
-    r[s] = n && total > 0 ? 1 / std::sqrt(total) : 0;
+    r[s] = count[s] != 0 && total > 0 ? 1 / std::sqrt(total) : 0;
     if (r[s] > largest(c.a_type) / 2) spoilt[s] = true;  // infinite, as it may be for denormals alone
     // Squares of few different values, or all about a mean_hi that the outliers took far away.
     const bool alike = format(c.x_type).size == 2 || c.outliers || fourth[s] < 1.0001L * var[s] * var[s] ||
@@ -536,12 +636,16 @@ Truth truth(const Case& c) {
     else {
       t.rest.set(s, rest[s], r[s] > 0 ? error[s] / r[s] + tiny : 4 * roundoff(c.a_type) * std::fabs(mean[s]) + tiny);
       // A difference of terms that may be five times as large.
-      const Real wrong = 4 * n * prescale * error[s] * total + (c.prescale == 0 ? 0 : n * tiny), value = n * var[s] * prescale;
+      const Real wrong = 4 * count[s] * prescale * error[s] * total + (c.prescale == 0 ? 0 : n * tiny);
+      const Real value = count[s] * var[s] * prescale;
       if (c.prescale != 0) t.m2.set(s, value, wrong);
       else t.m2.low[s] = double(std::sqrt(std::max(value - wrong, Real(0)))), t.m2.high[s] = double(std::sqrt(value + wrong));
     }
   }
 
+  const auto xhat_of = [&](int64_t i) {  // in range also where an absent element is far from the others
+    return !c.usable(i) ? 0 : std::max(std::min(difference(i) * r[c.statistic(i)], Real(1e30)), Real(-1e30));
+  };
   // Sums of g scale, g scale xhat, g, g xhat; and of their sizes, which is what errors are a part of.
   struct Sum {
     Real value = 0, size = 0;
@@ -552,7 +656,7 @@ Truth truth(const Case& c) {
   const auto scale = [&](int64_t k) { return c.scale.count() ? c.scale[k] : 1.0; };
   for (int64_t i = 0; i < v.size(); ++i) {
     const int64_t s = c.statistic(i), k = c.parameter(i);
-    const Real xhat = difference(i) * r[s], g = c.g[i], gs = g * scale(k);
+    const Real xhat = xhat_of(i), g = c.g[i], gs = g * scale(k);
     h[s].add(gs, gs), hx[s].add(gs * xhat, gs * (1 + std::fabs(xhat)));
     ds[k].add(g * xhat, g * (1 + std::fabs(xhat))), db[k].add(g, g);
     column_error[k] = std::max(column_error[k], error[s]);
@@ -584,7 +688,7 @@ Truth truth(const Case& c) {
     if (spoilt[s]) t.y.free(i), t.dx.free(i);
     else if (lost[s]) t.y.some(i), t.dx.some(i);
     if (lost[s]) continue;
-    const Real xhat = difference(i) * r[s], size = 1 + std::fabs(xhat), of_scale = scale(k);
+    const Real xhat = xhat_of(i), size = 1 + std::fabs(xhat), of_scale = scale(k);
     const Real bias = c.bias.count() ? c.bias[k] : 0.0, e = error[s] * size + 4 * tiny * (1 + r[s]);
     Real low = xhat - e, high = xhat + e;
     if (halves) low = rounded(c.y_type, low), high = rounded(c.y_type, high);
@@ -593,9 +697,10 @@ Truth truth(const Case& c) {
     const Real affine = 2 * roundoff(c.a_type) * (std::fabs(middle) + std::fabs(bias) + half);
     t.y.set(i, middle, last(c.y_type, middle, half + affine));
 
-    const Real mean_h = c.centered ? h[s].value / n : 0, mean_hx = hx[s].value / n, gs = c.g[i] * of_scale;
-    const Real all = std::fabs(gs) + (c.centered ? h[s].size / n : 0) + size * hx[s].size / n;
-    const Real value = r[s] * (gs - mean_h - xhat * mean_hx);
+    const Real part = count[s] == 0 ? 0 : of_weight[i] / count[s], gs = c.usable(i) ? c.g[i] * of_scale : 0;
+    const Real of_h = c.centered ? h[s].value * part : 0, all_h = c.centered ? h[s].size * part : 0;
+    const Real all = std::fabs(gs) + all_h + size * hx[s].size * part;
+    const Real value = r[s] * (gs - of_h - xhat * hx[s].value * part);
     t.dx.set(i, value, last(c.x_type, value, error[s] * r[s] * all + 8 * tiny * (1 + r[s]) * (1 + r[s]) * size));
   }
   return t;
@@ -632,6 +737,7 @@ void compare(const Case& c, const Truth& t, const std::vector<Buffer>& out) {
   mean(shift_alone, offset_alone, "mean of moments"), check(t.m2, m2_alone);
   check(t.y, y), check(t.y, y_given), check(t.dx, dx), check(t.dx, dx_given), check(t.h, h), check(t.hx, hx);
   check(t.dscale, dscale), check(t.dscale, dscale_part), check(t.dbias, dbias), check(t.dbias, dbias_part);
+  if (c.weighting != Weighting::none) check(t.counts, counts), check(t.counts, counts_alone);
   if (c.view.count() == 0)  // and the mean of nothing is exactly 0
     for (Output o : {mean_hi, mean_lo, m2, shift_alone, offset_alone, m2_alone})
       for (int64_t i = 0; i < out[o].count(); ++i)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._core.dtypes import accumulator
-from ..._core.types import Reduction
+from ..._core.types import Reduction, Statistics
 from .loading import Library as Library
 from .loading import library as library
+from .view import OF_LINES, OF_ROWS
 from .view import View as View
 from .view import view_of as view_of
 
@@ -90,6 +91,32 @@ def _call(target: str, static: Static, results, *args, **more) -> tuple[Array, .
     return tuple(jax.ffi.ffi_call(f"jaxnorm_{target}", shaped)(*args, **static.attributes(), **more))
 
 
+class Weights(NamedTuple):
+    """The weights of x as the kernels take them, and their sums for each statistic."""
+
+    values: Array  # see `weights_of`
+    counts: Array
+
+
+def weights_of(view: View, x: Array, mask: Array | None, weights: Array | None, whole: bool) -> Array | None:
+    """A boolean or a number for each element, or only for each row or line, of which nothing of x's size is made.
+
+    `mask` and `weights` have x's rank and broadcast to it. `whole`: a statistic is of this part of x alone.
+    """
+    if weights is not None:
+        weights = weights.astype(accumulator(x))
+        given = weights if mask is None else jnp.where(mask, weights, 0.0)
+    elif mask is not None:
+        given = mask
+    else:
+        return None
+    if view.has_rows:
+        shape = view.spread(given.shape, OF_ROWS) if whole and weights is None else None
+        return jnp.broadcast_to(given, x.shape if shape is None else shape)
+    shape = view.spread(given.shape, OF_LINES)
+    return jnp.broadcast_to(given, x.shape) if shape is None else jnp.broadcast_to(given.astype(accumulator(x)), shape)
+
+
 def _parameter(p: Array | None, x: Array, view: View) -> Array:
     """A scale or bias for every (b, g, d), in the accumulator's dtype; of no elements where it is absent."""
     if p is None:
@@ -101,24 +128,20 @@ def _statistics(x: Array, axes) -> tuple:
     return tuple(1 if a in axes else n for a, n in enumerate(x.shape)), accumulator(x)
 
 
-def count(static: Static, x: Array) -> Array:
-    """The elements of one statistic here, as `Statistics` has them."""
-    return jnp.full((1,) * x.ndim, static.view.elements, accumulator(x))
-
-
 def _gradient(x: Array, static: Static) -> tuple:
     return static.view.parameters, accumulator(x)
 
 
-def forward(static: Static, axes, dtype, x, scale, bias) -> tuple[Array, ...]:
-    """y, and mean_hi, mean_lo and m2 of x's rank."""
+def forward(static: Static, axes, dtype, x, scale, bias, weights: Array | None = None) -> tuple[Array, ...]:
+    """y, and mean_hi, mean_lo and m2 of x's rank; with weights also their counts."""
     parameters = (_parameter(p, x, static.view) for p in (scale, bias))
-    return _call("forward", static, [(x.shape, dtype), *[_statistics(x, axes)] * 3], x, *parameters)
+    of_statistics = [_statistics(x, axes)] * (3 if weights is None else 4)
+    return _call("forward", static, [(x.shape, dtype), *of_statistics], x, *parameters, *_given(weights))
 
 
-def backward(static: Static, x, mean_hi, mean_lo, m2, scale, g) -> tuple[Array, ...]:
+def backward(static: Static, x, mean_hi, mean_lo, m2, scale, g, weights: Weights | None = None) -> tuple[Array, ...]:
     """dx, and the gradients of scale and bias for every (b, g, d), of x's rank."""
-    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view))
+    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view), *(weights or ()))
     return _call("backward", static, [(x.shape, x.dtype), *[_gradient(x, static)] * 2], *args)
 
 
@@ -153,22 +176,34 @@ def quantize(static: Static, axes, dtype, fmt, x, scale, bias, given) -> tuple[A
 # The same in parts, between which statistics and sums can be merged over devices.
 
 
-def moments(static: Static, axes, x) -> tuple[Array, ...]:
-    return _call("moments", static, [_statistics(x, axes)] * 3, x)
+def moments(static: Static, axes, x, weights: Array | None = None) -> Statistics:
+    *parts, count = _call(
+        "moments", static, [_statistics(x, axes)] * (3 if weights is None else 4), x, *_given(weights)
+    )
+    if weights is None:
+        parts, count = [*parts, count], jnp.full((1,) * x.ndim, static.view.elements, accumulator(x))
+    return Statistics(count, *parts)
 
 
-def normalize(static: Static, dtype, x, mean_hi, mean_lo, m2, scale, bias) -> Array:
+def normalize(static: Static, dtype, x, mean_hi, mean_lo, m2, scale, bias, weights: Weights | None = None) -> Array:
     parameters = (_parameter(p, x, static.view) for p in (scale, bias))
-    return _call("normalize", static, [(x.shape, dtype)], x, mean_hi, mean_lo, m2, *parameters)[0]
+    args = (x, mean_hi, mean_lo, m2, *parameters, *(weights or ()))
+    return _call("normalize", static, [(x.shape, dtype)], *args)[0]
 
 
-def gradient_sums(static: Static, axes, x, mean_hi, mean_lo, m2, scale, g) -> tuple[Array, ...]:
+def gradient_sums(
+    static: Static, axes, x, mean_hi, mean_lo, m2, scale, g, weights: Weights | None = None
+) -> tuple[Array, ...]:
     """The sums of h = g scale and of h xhat for every statistic, and the gradients of scale and bias."""
-    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view))
+    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view), *(weights or ()))
     return _call("gradient_sums", static, [*[_statistics(x, axes)] * 2, *[_gradient(x, static)] * 2], *args)
 
 
-def gradient(static: Static, x, mean_hi, mean_lo, m2, scale, g, h, hx) -> Array:
+def gradient(static: Static, x, mean_hi, mean_lo, m2, scale, g, h, hx, weights: Weights | None = None) -> Array:
     """dx, from such sums."""
-    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view), h, hx)
+    args = (x, g, mean_hi, mean_lo, m2, _parameter(scale, x, static.view), h, hx, *(weights or ()))
     return _call("gradient", static, [(x.shape, x.dtype)], *args)[0]
+
+
+def _given(weights: Array | None) -> tuple[Array, ...]:
+    return () if weights is None else (weights,)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from ..._core.types import Statistics
 from .. import cpu
 from ..call import BACKWARD, FORWARD, QUANTIZE, Call
 from ..partition import Collectives
-from ..protocol import Request, Support, only_plain
+from ..protocol import Request, Support, only_static
 
 Array = jax.Array
 
@@ -18,7 +17,7 @@ class Native:
     """The C++ kernels for CPU."""
 
     name, platform = "native", "cpu"
-    merges_shards, partitions, fuses_add, quantizes = True, True, False, True
+    merges_shards, partitions, fuses_add, quantizes, takes_masks = True, True, False, True, True
 
     def available(self) -> Support:
         return Support(*cpu.library()[:2])
@@ -30,7 +29,7 @@ class Native:
         """Whether there are kernels from x's dtype to the output's, and a view of x."""
         if not (library := self.available()).ok:
             return library
-        if not (plain := only_plain(request)).ok:
+        if not (plain := only_static(request)).ok:
             return plain
         reason = _reason(request.x, request.reduction, request.dtype, request.varying, request.quantize)
         return Support.yes() if reason is None else Support.no(reason)
@@ -45,14 +44,17 @@ class Native:
         return plan.backend == self.name or (by_default and cpu.is_profitable(view, x.dtype))
 
     def forward(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
-        """y, and the statistics over all devices."""
+        """y, and the statistics over all devices; where there are weights, their counts are the last."""
         static, plan = _static(call, operands, names), call.plan
-        x, scale, bias = call.unpacked(operands, FORWARD)
+        x, scale, bias, mask, weights = call.unpacked(operands, FORWARD)
+        weights = cpu.weights_of(static.view, x, mask, weights, whole=not names)
         if not names:
-            return cpu.forward(static, plan.reduction.axes, plan.dtype, x, scale, bias)
-        stats = Statistics(cpu.count(static, x), *cpu.moments(static, plan.reduction.axes, x))
-        _, mean_hi, mean_lo, m2 = collectives.merged(stats, names, plan.reduction)
-        return cpu.normalize(static, plan.dtype, x, mean_hi, mean_lo, m2, scale, bias), mean_hi, mean_lo, m2
+            return cpu.forward(static, plan.reduction.axes, plan.dtype, x, scale, bias, weights)
+        stats = cpu.moments(static, plan.reduction.axes, x, weights)
+        counts, mean_hi, mean_lo, m2 = collectives.merged(stats, names, plan.reduction)
+        weights = None if weights is None else cpu.Weights(weights, counts)
+        y = cpu.normalize(static, plan.dtype, x, mean_hi, mean_lo, m2, scale, bias, weights)
+        return y, mean_hi, mean_lo, m2, *[counts] * (weights is not None)
 
     def quantize(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
         """Data and what was found, and the statistics, of rows that are whole on this device."""
@@ -64,12 +66,15 @@ class Native:
     def backward(self, call: Call, names, collectives: Collectives, *operands) -> tuple[Array, ...]:
         """dx, and those gradients of scale and bias that are wanted, of this device's part."""
         static, axes = _static(call, operands, names), call.plan.reduction.axes
-        x, mean_hi, mean_lo, m2, scale, g = call.unpacked(operands, BACKWARD)
+        x, count, mean_hi, mean_lo, m2, scale, g, mask, weights = call.unpacked(operands, BACKWARD)
+        weights = cpu.weights_of(static.view, x, mask, weights, whole=not names)
+        weights = None if weights is None else cpu.Weights(weights, count)
         if not names:
-            dx, *gradients = cpu.backward(static, x, mean_hi, mean_lo, m2, scale, g)
+            dx, *gradients = cpu.backward(static, x, mean_hi, mean_lo, m2, scale, g, weights)
         else:
-            *sums, dscale, dbias = cpu.gradient_sums(static, axes, x, mean_hi, mean_lo, m2, scale, g)
-            dx = cpu.gradient(static, x, mean_hi, mean_lo, m2, scale, g, *collectives.summed(sums, names))
+            *sums, dscale, dbias = cpu.gradient_sums(static, axes, x, mean_hi, mean_lo, m2, scale, g, weights)
+            h, hx = collectives.summed(sums, names)
+            dx = cpu.gradient(static, x, mean_hi, mean_lo, m2, scale, g, h, hx, weights)
             gradients = dscale, dbias
         summed = lambda d, shape: d.sum([a for a, n in enumerate(shape) if n == 1], keepdims=True)
         return dx, *(summed(d, s) for d, s in zip(gradients, call.grad_shapes, strict=True) if s is not None)

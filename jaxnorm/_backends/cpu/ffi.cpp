@@ -123,11 +123,26 @@ void* checked(const ffi::AnyBuffer& a, int64_t size, Type type, const char* what
   return a.untyped_data();
 }
 
+// The weights of a call, and what they are, by their number and type: bytes are those of a mask.
+template <class A> void place_weights(Job& job, const ffi::AnyBuffer& a) {
+  const View& v = job.view;
+  const int64_t number = int64_t(a.element_count());
+  const bool mask = a.element_type() == ffi::DataType::PRED;
+  require(mask || type_of(a) == (std::is_same_v<A, double> ? Type::f64 : Type::f32),
+          "weights are booleans, or of the accumulator's type");
+  if (number == v.size()) job.weighting = mask ? Weighting::bytes : Weighting::values;
+  else if (mask && v.S == 1 && number == v.statistics()) job.weighting = Weighting::rows;
+  else if (!mask && v.S != 1 && number == v.B * v.N * v.S) job.weighting = Weighting::lines;
+  else require(false, "there is a weight for each element, a byte for each row, or a number for each line");
+  job.weights = a.untyped_data();
+}
+
 // The buffers of one call, checked as they are asked for by name.
 template <class A> struct Arrays {
   const View& v;
   Type x, y;
 
+  using Accumulator = A;
   static constexpr Type accumulated = std::is_same_v<A, double> ? Type::f64 : Type::f32;
 
   void* of_x(const ffi::AnyBuffer& a) const { return checked(a, v.size(), x, "x and dx have the view's size and x's type"); }
@@ -208,10 +223,25 @@ void place_output(Job& job, void* out, In buffer) {
   job.out = out, job.nontemporal = int64_t(buffer.size_bytes()) >= nontemporal_bytes;
 }
 
-ffi::Error forward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, Out y, Out mean_hi, Out mean_lo,
-                   Out m2) {
+using More = ffi::RemainingArgs;
+using MoreOut = ffi::RemainingRets;
+
+// What further operands there are: none; or the weights, and the counts that belong to them, if these are not an output.
+// A row that is absent here may be present on another device, so only a whole pass takes bytes for rows.
+template <class Arrays>
+void place_further(Job& job, const Arrays& arrays, More more, const MoreOut* out, bool whole = false) {
+  if (more.size() == 0) return require(!out || out->size() == 0, "counts are an output where there are weights");
+  require(more.size() == (out ? 1 : 2) && (!out || out->size() == 1), "weights come with their counts");
+  place_weights<typename Arrays::Accumulator>(job, more.get<ffi::AnyBuffer>(0).value());
+  require(whole || job.weighting != Weighting::rows, "a part of a pass takes a weight for each element or line");
+  job.counts = arrays.statistic(out ? **out->get<ffi::AnyBuffer>(0) : more.get<ffi::AnyBuffer>(1).value());
+}
+
+ffi::Error forward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, More more, Out y, Out mean_hi,
+                   Out mean_lo, Out m2, MoreOut out) {
   return guarded(JN_ARGS, x, &*y, JN_BODY {
     place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, *mean_hi, *mean_lo, *m2);
+    place_further(job, arrays, more, &out, true);
     job.scale = arrays.parameter(scale), job.bias = arrays.parameter(bias);
     Norm(job, kernels, threads).forward();
   });
@@ -243,35 +273,38 @@ ffi::Error quantize(JN_CALL, int64_t kind, int64_t rule, int64_t block, double i
   });
 }
 
-ffi::Error moments(JN_CALL, ffi::AnyBuffer x, Out mean_hi, Out mean_lo, Out m2) {
+ffi::Error moments(JN_CALL, ffi::AnyBuffer x, More more, Out mean_hi, Out mean_lo, Out m2, MoreOut out) {
   return guarded(JN_ARGS, x, nullptr, JN_BODY {
-    place_statistics(job, arrays, *mean_hi, *mean_lo, *m2);
+    place_statistics(job, arrays, *mean_hi, *mean_lo, *m2), place_further(job, arrays, more, &out);
     Norm(job, kernels, threads).moments();
   });
 }
 
 ffi::Error normalize(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo, ffi::AnyBuffer m2,
-                     ffi::AnyBuffer scale, ffi::AnyBuffer bias, Out y) {
+                     ffi::AnyBuffer scale, ffi::AnyBuffer bias, More more, Out y) {
   return guarded(JN_ARGS, x, &*y, JN_BODY {
     place_output(job, arrays.of_y(*y), *y), place_statistics(job, arrays, mean_hi, mean_lo, m2);
+    place_further(job, arrays, more, nullptr);
     job.scale = arrays.parameter(scale), job.bias = arrays.parameter(bias);
     Norm(job, kernels, threads).normalize();
   });
 }
 
 ffi::Error backward(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo,
-                    ffi::AnyBuffer m2, ffi::AnyBuffer scale, Out dx, Out dscale, Out dbias) {
+                    ffi::AnyBuffer m2, ffi::AnyBuffer scale, More more, Out dx, Out dscale, Out dbias) {
   return guarded(JN_ARGS, x, &g, JN_BODY {
     place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, mean_hi, mean_lo, m2);
+    place_further(job, arrays, more, nullptr, true);
     job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
     Norm(job, kernels, threads).backward(arrays.gradient(*dscale), arrays.gradient(*dbias));
   });
 }
 
 ffi::Error gradient_sums(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo,
-                         ffi::AnyBuffer m2, ffi::AnyBuffer scale, Out h, Out hx, Out dscale, Out dbias) {
+                         ffi::AnyBuffer m2, ffi::AnyBuffer scale, More more, Out h, Out hx, Out dscale, Out dbias) {
   return guarded(JN_ARGS, x, &g, JN_BODY {
     place_statistics(job, arrays, mean_hi, mean_lo, m2);
+    place_further(job, arrays, more, nullptr);
     job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
     Norm(job, kernels, threads)
         .gradient_sums(arrays.statistic(*h), arrays.statistic(*hx), arrays.gradient(*dscale), arrays.gradient(*dbias));
@@ -279,9 +312,10 @@ ffi::Error gradient_sums(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBu
 }
 
 ffi::Error gradient(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo,
-                    ffi::AnyBuffer m2, ffi::AnyBuffer scale, ffi::AnyBuffer h, ffi::AnyBuffer hx, Out dx) {
+                    ffi::AnyBuffer m2, ffi::AnyBuffer scale, ffi::AnyBuffer h, ffi::AnyBuffer hx, More more, Out dx) {
   return guarded(JN_ARGS, x, &g, JN_BODY {
     place_output(job, arrays.of_x(*dx), *dx), place_statistics(job, arrays, mean_hi, mean_lo, m2);
+    place_further(job, arrays, more, nullptr);
     job.g = arrays.of_y(g), job.scale = arrays.parameter(scale);
     Norm(job, kernels, threads).gradient(arrays.statistic(h), arrays.statistic(hx));
   });
@@ -303,18 +337,20 @@ ffi::Error gradient(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer 
 #define JN_FORMAT                                                                                                  \
   .Attr<int64_t>("kind").Attr<int64_t>("rule").Attr<int64_t>("block").Attr<double>("inverse").Attr<double>("upper") \
       .Attr<double>("floor").Attr<int64_t>("exponent").Attr<int64_t>("rounding").Attr<bool>("round_first")
+#define JN_MORE .RemainingArgs()
+#define JN_MORE_OUT .RemainingRets()
 #define JN_SYMBOL extern "C" __attribute__((visibility("default")))
 #define JN_HANDLER(name, in, out)                                   \
   JN_SYMBOL XLA_FFI_Error* jaxnorm_##name(XLA_FFI_CallFrame* frame); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxnorm_##name, jaxnorm::name, JN_BIND in out)
 
-JN_HANDLER(forward, JN_IN3, JN_OUT4);
+JN_HANDLER(forward, JN_IN3 JN_MORE, JN_OUT4 JN_MORE_OUT);
 JN_HANDLER(quantize, JN_FORMAT JN_IN4, JN_OUT5);
-JN_HANDLER(moments, JN_IN1, JN_OUT3);
-JN_HANDLER(normalize, JN_IN6, JN_OUT1);
-JN_HANDLER(backward, JN_IN6, JN_OUT3);
-JN_HANDLER(gradient_sums, JN_IN6, JN_OUT4);
-JN_HANDLER(gradient, JN_IN8, JN_OUT1);
+JN_HANDLER(moments, JN_IN1 JN_MORE, JN_OUT3 JN_MORE_OUT);
+JN_HANDLER(normalize, JN_IN6 JN_MORE, JN_OUT1);
+JN_HANDLER(backward, JN_IN6 JN_MORE, JN_OUT3);
+JN_HANDLER(gradient_sums, JN_IN6 JN_MORE, JN_OUT4);
+JN_HANDLER(gradient, JN_IN8 JN_MORE, JN_OUT1);
 
 JN_SYMBOL const char* jaxnorm_instruction_set() { return jaxnorm::instruction_set().name; }
 

@@ -73,7 +73,7 @@ Statistic<A> row_statistic(const Job& job, const T* x, int64_t n) {
       sums = row_sums<T, true, A>(x, n, s.mean_hi, A(prescale));
       sums.second /= prescale * prescale;
     }
-    if (finalize(job, sums.first, sums.second, again, s)) return s;
+    if (finalize(job, double(job.view.count()), sums.first, sums.second, again, s)) return s;
   }
 }
 
@@ -211,7 +211,7 @@ void slab_sums_in(const Job& job, const Block& b, int64_t run, A prescale, const
 }
 
 template <class T, class A = typename accumulator<T>::type>
-void slab_sums(const Job& job, const Block& b, int64_t run, A prescale, const A* mean_hi, A* total, A* square) {
+void slab_sums(const Job& job, const Block& b, int64_t run, A prescale, const A* mean_hi, A* total, A* square, A*) {
   if (prescale == 1) slab_sums_in<T, false>(job, b, run, prescale, mean_hi, total, square);
   else slab_sums_in<T, true>(job, b, run, prescale, mean_hi, total, square);
 }
@@ -312,14 +312,46 @@ void slab_gradient(const Job& job, const Block& b, const Columns<A>& c) {
   fence(job);
 }
 
+#include "weighted.h"
+
 // --- the table -------------------------------------------------------------------------------------------------------
 
+template <class T, class A> const Codec<A>* codec_of() {
+  static constexpr bool same = std::is_same_v<T, A>;
+  struct Of {
+    static void load(const void* from, int64_t n, A* into) {
+      over<A, 4>(n, JN_BODY(i, at, u) { at.store(into + i, at.load(static_cast<const T*>(from) + i)); });
+    }
+    static void store(const A* from, int64_t n, void* into, bool nontemporal) {
+      T* out = static_cast<T*>(into);
+      if (nontemporal && reinterpret_cast<uintptr_t>(out) % sizeof(Stored<T>) == 0)
+        over<A, 4>(n, JN_BODY(i, at, u) { at.store_nontemporal(out + i, at.load(from + i)); });
+      else
+        over<A, 4>(n, JN_BODY(i, at, u) { at.store(out + i, at.load(from + i)); });
+    }
+    static void round(A* values, int64_t n) {
+      over<A, 1>(n, JN_BODY(i, at, u) { at.store(values + i, decoded(T{}, encoded(T{}, at.load(values + i)))); });
+    }
+  };
+  static constexpr Codec<A> codec{sizeof(T), same ? nullptr : Of::load, Of::store, sizeof(T) == 2 ? Of::round : nullptr};
+  return &codec;
+}
+
+template <class A> const Kernels<A>* weighted_kernels() {
+#if defined(__AVX512BF16__)
+  return avx512::float_table(Type::f32, Type::f32)->weighted;  // there is no bfloat16 in them
+#else
+  return &Weighted<A>::table;
+#endif
+}
+
 template <class T, class U, class A = typename accumulator<T>::type> const Kernels<A>* kernels_of() {
-  static constexpr Kernels<A> table{rows_forward<T, U, false>, rows_backward<T, U>,  rows_moments<T>,
-                                    rows_forward<T, U, true>,  rows_gradient_sums<T, U>, rows_gradient<T, U>,
-                                    rows_quantize<T>,
-                                    slab_sums<T>,              slab_gradient_sums<T, U>, slab_normalize<T, U>,
-                                    slab_gradient<T, U>};
+  static const Kernels<A> table{rows_forward<T, U, false>, rows_backward<T, U>,      rows_moments<T>,
+                                rows_forward<T, U, true>,  rows_gradient_sums<T, U>, rows_gradient<T, U>,
+                                rows_quantize<T>,
+                                slab_sums<T>,              slab_gradient_sums<T, U>, slab_normalize<T, U>,
+                                slab_gradient<T, U>,       weighted_kernels<A>(),    codec_of<T, A>(),
+                                codec_of<U, A>()};
   return &table;
 }
 

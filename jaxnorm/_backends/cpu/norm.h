@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <new>
 #include <utility>
 #include <vector>
@@ -32,7 +33,11 @@ template <class A> class Norm {
 
  public:
   Norm(Job job, const Kernels<A>& kernels, const Threads& threads)
-      : job_(job), view_(job_.view), kernels_(kernels), threads_(view_.size() < serial ? alone_ : threads) {
+      : job_(job),
+        view_(job_.view),
+        kernels_(job.weighting == Weighting::none ? kernels : *kernels.weighted),
+        threads_(view_.size() < serial ? alone_ : threads) {
+    job_.plain = &kernels;
     if (!job_.scale) ones_.assign(view_.parameters(), A(1)), job_.scale = ones_.data();
     if (!job_.bias) zeros_.assign(view_.parameters(), A(0)), job_.bias = zeros_.data();
   }
@@ -118,7 +123,7 @@ template <class A> class Norm {
   static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
   static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
   int64_t task_size() const { return std::max(cut, view_.size() / most); }
-  int64_t per_task(int64_t each) const { return std::max<int64_t>(1, task_size() / each); }
+  int64_t per_task(int64_t each) const { return std::max<int64_t>(1, task_size() / std::max<int64_t>(1, each)); }
 
   bool slabs_in_parallel() const { return view_.B * view_.N >= 2 * 8; }
 
@@ -157,7 +162,8 @@ template <class A> class Norm {
 
   // Of no elements: every statistic is 0.
   void no_moments() {
-    for (void* a : {job_.mean_hi, job_.mean_lo, job_.m2}) std::fill_n(static_cast<A*>(a), view_.statistics(), A(0));
+    for (void* a : {job_.mean_hi, job_.mean_lo, job_.m2, job_.counts})
+      if (a) std::fill_n(static_cast<A*>(a), view_.statistics(), A(0));
   }
 
   // run(first, last, threads, dscale, dbias) over examples [first, last) that share their parameters, each run with
@@ -201,16 +207,17 @@ template <class A> class Norm {
     return b;
   }
 
-  // Two sums for each column, over all blocks of a slab, in the order of the blocks.
-  template <class Run> std::pair<Doubles, Doubles> sums(int64_t slab, const Threads& threads, Run run) {
+  // Sums for each column, two or three of them, over all blocks of a slab, in the order of the blocks.
+  template <int number, class Run> std::array<Doubles, number> sums(int64_t slab, const Threads& threads, Run run) {
     const Blocks cuts = blocks();
-    const int64_t width = padded(view_.columns());
-    Vector partial(cuts.down * 2 * width);
+    const int64_t width = padded(view_.columns()), stride = number * width;
+    Vector partial(cuts.down * stride);
     threads.each(cuts.count(), [&](int64_t i) {
-      A* first = &partial[i / cuts.across * 2 * width];
-      run(cuts(view_, slab, i), first, first + width);
+      run(cuts(view_, slab, i), &partial[i / cuts.across * stride], width);
     });
-    return {join(partial.data(), cuts.down, 2 * width), join(partial.data() + width, cuts.down, 2 * width)};
+    std::array<Doubles, number> total;
+    for (int i = 0; i < number; ++i) total[i] = join(partial.data() + i * width, cuts.down, stride);
+    return total;
   }
 
   // For each column the sum of the cuts' partial sums, in their order.
@@ -234,46 +241,86 @@ template <class A> class Norm {
 
   // In one pass about a mean_hi near the mean, again about the mean itself where the mean_hi was not near enough.
   void moments(int64_t slab, const Threads& threads) {
+    if (job_.weighting == Weighting::none) moments<2>(slab, threads);
+    else moments<3>(slab, threads);
+  }
+
+  // With two sums for each column, of which all elements count alike; or three, the last of which are the counts.
+  template <int number> void moments(int64_t slab, const Threads& threads) {
     A *mean_hi = statistics(job_.mean_hi, slab), *mean_lo = statistics(job_.mean_lo, slab), *m2 = statistics(job_.m2, slab);
     std::fill_n(mean_hi, view_.G, A(0)), std::fill_n(mean_lo, view_.G, A(0)), std::fill_n(m2, view_.G, A(0));
+    if (number == 3) std::fill_n(statistics(job_.counts, slab), view_.G, A(0));
     if (view_.count() == 0) return;
     if (job_.centered) sample(slab, mean_hi);
     bool done = false;
     for (bool again = false; !done; again = true) {
       const Vector about = spread(mean_hi);
       const auto in_prescale = [&](A prescale) {
-        return sums(slab, threads, [&](const Block& b, A* s, A* q) {
-          kernels_.sums(job_, b, view_.P, prescale, about.data(), s, q);
+        return sums<number>(slab, threads, [&](const Block& b, A* s, int64_t width) {
+          A* count = number == 3 ? s + 2 * width : nullptr;
+          kernels_.sums(job_, b, view_.P, prescale, about.data(), s, s + width, count);
         });
       };
-      auto [total, square] = in_prescale(A(1));
+      std::array<Doubles, number> all = in_prescale(A(1));
+      Doubles& square = all[1];
+      const auto count_of = [&](size_t k) { return number == 3 ? all[number - 1][k] : double(view_.S * view_.P); };
       for (const double prescale : {small_prescale, large_prescale}) {
-        const auto needs = [&, n = double(view_.S * view_.P)](double q) { return prescale_for<A>(job_, q, n) == prescale; };
-        if (std::none_of(square.begin(), square.end(), needs)) continue;
-        const Doubles scaled = in_prescale(A(prescale)).second;
+        const auto needs = [&](size_t k) { return prescale_for<A>(job_, square[k], count_of(k)) == prescale; };
+        bool any = false;
+        for (size_t k = 0; k < square.size(); ++k) any = any || needs(k);
+        if (!any) continue;
+        const std::array<Doubles, number> scaled = in_prescale(A(prescale));
         for (size_t k = 0; k < square.size(); ++k)
-          if (needs(square[k])) square[k] = scaled[k] / (prescale * prescale);
+          if (needs(k)) square[k] = scaled[1][k] / (prescale * prescale);
       }
-      const Doubles s = by_group(total), q = by_group(square);
+      const Doubles s = by_group(all[0]), q = by_group(square), n = by_group(all[number - 1]);
       done = true;
       for (int64_t g = 0; g < view_.G; ++g) {
+        const double count = number == 3 ? n[g] : double(view_.count());
+        if (number == 3) statistics(job_.counts, slab)[g] = A(count);
         Statistic<A> one{mean_hi[g], mean_lo[g], m2[g]};
-        if (!finalize(job_, s[g], q[g], again, one)) done = false;
+        if (count == 0) one = {0, 0, 0};
+        else if (!finalize(job_, count, s[g], q[g], again, one)) done = false;
         mean_hi[g] = one.mean_hi, mean_lo[g] = one.mean_lo, m2[g] = one.m2;
       }
     }
   }
 
-  // The mean of some evenly spaced lines, and of the first pixels of their planes.
+  // The mean of some evenly spaced lines, and of the first pixels of their planes: of lines that are there. Where none of
+  // these elements is, it is 0, and the sums may have to be made again.
   void sample(int64_t slab, A* mean_hi) {
     const int64_t lines = std::min(view_.S, std::max<int64_t>(1, samples / view_.D)), step = view_.S / lines;
     const int64_t run = view_.P == 1 ? 1 : std::min<int64_t>(view_.P, 64);
     const Vector zero(view_.columns());
-    Vector total(view_.columns()), square(view_.columns());
-    const Block some{slab, 0, step, lines, 0, view_.columns(), 0};
-    kernels_.sums(job_, some, run, A(1), zero.data(), total.data(), square.data());
-    const Doubles s = by_group(total);
-    for (int64_t g = 0; g < view_.G; ++g) mean_hi[g] = A(s[g] / double(lines * run * view_.D));
+    Vector total(view_.columns()), square(view_.columns()), count(view_.columns());
+    const auto add = [&](int64_t first, int64_t number) {
+      const Block some{slab, first, step, number, 0, view_.columns(), 0};
+      kernels_.sums(job_, some, run, A(1), zero.data(), total.data(), square.data(), count.data());
+    };
+    if (job_.weighting == Weighting::lines) {
+      for (const int64_t line : present_lines(slab, lines)) add(line, 1);
+    } else {
+      add(0, lines);
+    }
+    const Doubles s = by_group(total), n = by_group(count);
+    const bool counted = job_.weighting != Weighting::none;
+    for (int64_t g = 0; g < view_.G; ++g) {
+      if (counted) mean_hi[g] = n[g] == 0 ? A(0) : A(s[g] / n[g]);
+      else mean_hi[g] = A(s[g] / double(lines * run * view_.D));
+    }
+  }
+
+  // At most so many lines whose weight is not 0, evenly spaced among those.
+  std::vector<int64_t> present_lines(int64_t slab, int64_t most) const {
+    const A* weights = static_cast<const A*>(job_.weights) + slab * view_.S;
+    const int64_t present = view_.S - std::count(weights, weights + view_.S, A(0));
+    const int64_t step = std::max<int64_t>(1, present / most);
+    std::vector<int64_t> lines;
+    for (int64_t line = 0, left = 0; line < view_.S && int64_t(lines.size()) < most; ++line) {
+      if (weights[line] == 0 || left-- > 0) continue;
+      lines.push_back(line), left = step - 1;
+    }
+    return lines;
   }
 
   // A value for each column from one for each group.
@@ -285,19 +332,25 @@ template <class A> class Norm {
 
   // The columns of one slab, with backend for what its tables point at.
   struct Tables {
-    Vector mean_hi, mean_lo, r, mean_h, mean_hx;
+    Vector mean_hi, mean_lo, r, mean_h, mean_hx, zero;
     Columns<A> columns;
   };
   Tables tables(int64_t slab) const {
     Tables t;
     t.mean_hi = spread(statistics(job_.mean_hi, slab)), t.mean_lo = spread(statistics(job_.mean_lo, slab));
     Vector r(view_.G);
-    for (int64_t g = 0; g < view_.G; ++g) r[g] = rstd<A>(job_, statistics(job_.m2, slab)[g]);
+    for (int64_t g = 0; g < view_.G; ++g) r[g] = rstd<A>(job_, statistics(job_.m2, slab)[g], count_of(slab, g));
     t.r = spread(r.data());
     const int64_t at = slab / view_.N * view_.columns();
     t.columns = {t.mean_hi.data(), t.mean_lo.data(), t.r.data(), static_cast<const A*>(job_.scale) + at,
                  static_cast<const A*>(job_.bias) + at, nullptr, nullptr};
+    if (job_.counts) t.zero.assign(view_.columns(), A(0)), t.columns.zero = t.zero.data();
+    t.columns.empty = job_.counts != nullptr;
+    for (int64_t g = 0; g < view_.G; ++g) t.columns.empty = t.columns.empty && count_of(slab, g) == 0;
     return t;
+  }
+  double count_of(int64_t slab, int64_t g) const {
+    return job_.counts ? double(statistics(job_.counts, slab)[g]) : job_.count;
   }
 
   // Iterate backwards: the summation pass left the end of the slab in cache. If one thread owns the whole slab, prefetch
@@ -316,8 +369,8 @@ template <class A> class Norm {
 
   void gradient_sums(int64_t slab, const Threads& threads, const Tables& t, A* h, A* hx, double* dscale,
                      double* dbias) {
-    const auto [gx, g] = sums(slab, threads, [&](const Block& b, A* of_gx, A* of_g) {
-      kernels_.gradient_sums(job_, b, t.columns, of_gx, of_g);
+    const auto [gx, g] = sums<2>(slab, threads, [&](const Block& b, A* of_gx, int64_t width) {
+      kernels_.gradient_sums(job_, b, t.columns, of_gx, of_gx + width);
     });
     for (int64_t k = 0; k < view_.columns(); ++k) dscale[k] += gx[k], dbias[k] += g[k];
     const Doubles of_h = by_group(g, t.columns.scale), of_hx = by_group(gx, t.columns.scale);
@@ -326,8 +379,10 @@ template <class A> class Norm {
 
   void gradient(int64_t slab, const Threads& threads, Tables& t, const A* h, const A* hx) {
     Vector mean_h(view_.G), mean_hx(view_.G);
-    for (int64_t i = 0; job_.count > 0 && i < view_.G; ++i)
-      mean_h[i] = job_.centered ? A(h[i] / job_.count) : A(0), mean_hx[i] = A(hx[i] / job_.count);
+    for (int64_t i = 0; i < view_.G; ++i) {
+      const double count = count_of(slab, i);
+      if (count > 0) mean_h[i] = job_.centered ? A(h[i] / count) : A(0), mean_hx[i] = A(hx[i] / count);
+    }
     t.mean_h = spread(mean_h.data()), t.mean_hx = spread(mean_hx.data());
     t.columns.mean_h = t.mean_h.data(), t.columns.mean_hx = t.mean_hx.data();
     each_block(slab, threads, [&](const Block& b) { kernels_.gradient(job_, b, t.columns); });

@@ -15,6 +15,7 @@ constexpr int bytes = 16;
 template <class E, int size> struct vector_of { typedef E type __attribute__((vector_size(size))); };
 template <class A> using V = typename vector_of<A, bytes>::type;
 template <class A> constexpr int lanes = bytes / int(sizeof(A));
+template <class A> using Bits = V<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
 template <class E> using Half = typename vector_of<E, bytes / 2>::type;  // as many 16-bit lanes as V<float> has
 
 using U32 = V<uint32_t>;
@@ -114,8 +115,26 @@ template <class A, int size = bytes> JN_INLINE A sum(typename vector_of<A, size>
   }
 }
 
+// Bytes that are 0 or 1, as many as there are lanes, as numbers.
+template <class A> JN_INLINE V<A> numbers_of(const uint8_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return as<V<A>>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+  } else {
+    return as<V<A>>(_mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4)
+    return as<V<A>>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#endif
+  V<A> v;
+  for (int i = 0; i < lanes<A>; ++i) v[i] = A(p[i]);
+  return v;
+}
+
 // A whole vector at a pointer.
 struct Whole {
+  template <class A> JN_INLINE V<A> of_bytes(const uint8_t* p) const { return numbers_of<A>(p); }
   template <class T> JN_INLINE auto load(const T* p) const {
     Stored<T> v;
     __builtin_memcpy(&v, p, sizeof v);
@@ -146,6 +165,11 @@ struct Whole {
 struct Part {
   int size;
 
+  template <class A> JN_INLINE V<A> of_bytes(const uint8_t* p) const {
+    uint8_t some[lanes<A>]{};
+    for (int i = 0; i < size; ++i) some[i] = p[i];
+    return numbers_of<A>(some);
+  }
   template <class T> JN_INLINE auto load(const T* p) const {
     Stored<T> v{};
 #if defined(__AVX512BW__) && defined(__AVX512VL__)

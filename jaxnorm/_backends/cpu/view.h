@@ -43,7 +43,21 @@ enum class Type { f32, bf16, f16, f64 };
 template <class A> struct Statistic { A mean_hi, mean_lo, m2; };
 
 // One value for each column of a slab, and what a kernel needs of the statistics there.
-template <class A> struct Columns { const A *mean_hi, *mean_lo, *r, *scale, *bias, *mean_h, *mean_hx; };
+// `empty`: nothing in the slab counts, and x is not read.
+template <class A> struct Columns {
+  const A *mean_hi, *mean_lo, *r, *scale, *bias, *mean_h, *mean_hx;
+  bool empty = false;
+  const A* zero = nullptr;  // where there are weights: as many zeros
+};
+
+// How much each element counts. One whose weight is 0 is absent: it is in no statistic, whatever it holds.
+enum class Weighting {
+  none,
+  rows,    // rows, of whole passes: a byte for each statistic, 0 where a whole row is absent, which is then not read
+  lines,   // slabs: an A for each line, (B, N, S)
+  bytes,   // a byte for each element, 0 or 1
+  values,  // an A for each element
+};
 
 struct Job {
   View view;
@@ -54,6 +68,10 @@ struct Job {
   double epsilon = 0, prescale = 1, count = 0;                       // count: elements of a statistic, on all devices
   bool centered = true, cast_before_scale = false;
   bool nontemporal = false;                                           // the output is too large to stay in the cache
+  Weighting weighting = Weighting::none;
+  const void* weights = nullptr;
+  void* counts = nullptr;  // (B, N, G), A: where there are weights, their sums on all devices, in the place of `count`
+  const void* plain = nullptr;  // where there are weights: the Kernels<A> without them
 };
 
 // How a row is written in 8 bits: the formats of _core/formats.py.
@@ -70,13 +88,14 @@ struct Quantizer {
 };
 
 // r = 1 / sqrt(var + epsilon); 0 where that is 1 / 0, and where nothing was counted; NaN where m2 overflowed.
-template <class A> inline A rstd(const Job& job, A m2) {
+template <class A> inline A rstd(const Job& job, A m2, double count) {
   if (!__builtin_isfinite(m2)) return A(__builtin_nan(""));
   const bool root = job.prescale == 0;
   const double prescale = root ? 1.0 : job.prescale, square = root ? double(m2) * double(m2) : double(m2);
-  const double v = job.count == 0 ? 0.0 : square / job.count + job.epsilon * prescale * prescale;
+  const double v = count == 0 ? 0.0 : square / count + job.epsilon * prescale * prescale;
   return v == 0 ? A(0) : A(prescale / __builtin_sqrt(v));
 }
+template <class A> inline A rstd(const Job& job, A m2) { return rstd(job, m2, job.count); }
 
 // Sums of n squares are made without a prescale, or else with one of these. One that overflowed, or nearly so, needs a
 // small prescale. One whose terms were flushed to zero needs a large one, unless it is nothing beside epsilon.
@@ -87,11 +106,11 @@ template <class A> inline double prescale_for(const Job& job, double square, dou
   return job.prescale == 0 && job.epsilon < 0x1p-80 && square < n * 0x1p-102 ? large_prescale : 1;
 }
 
-// From sums of x - mean_hi and of (x - mean_hi)^2 to the statistic: the formula, and the rule for constants, are those of
+// From sums of n terms x - mean_hi and (x - mean_hi)^2 to the statistic: the formula, and the rule for constants, are those of
 // `shifted_moments` in _core/formulas.py. False where mean_hi was so far from the mean that the two terms of m2 cancel:
 // mean_hi is then brought to the mean, for the caller to sum again.
-template <class A> inline bool finalize(const Job& job, double sum, double square, bool again, Statistic<A>& s) {
-  const double n = double(job.view.count()), mean_lo = job.centered ? sum / n : 0.0;
+template <class A> inline bool finalize(const Job& job, double n, double sum, double square, bool again, Statistic<A>& s) {
+  const double mean_lo = job.centered ? sum / n : 0.0;
   const double correction = n * mean_lo * mean_lo, m2 = square - correction;
   const bool constant = m2 <= 0x1p-18 * correction, far = !again && correction > 4 * m2;
   if (constant || far) s.mean_hi += A(mean_lo);
@@ -103,6 +122,15 @@ template <class A> inline bool finalize(const Job& job, double sum, double squar
 // Lines first, first + step, ... of one slab, `lines` of them, and of each the columns [begin, end). While an element is
 // worked on, the one `ahead` of it is fetched.
 struct Block { int64_t slab, first, step, lines, begin, end, ahead; };
+
+// Between n elements of one type and numbers: `load` is null where they are the same. `round` rounds numbers to 16 bits,
+// and is null for wider types.
+template <class A> struct Codec {
+  int64_t size;  // bytes of an element
+  void (*load)(const void* from, int64_t n, A* into);
+  void (*store)(const A* from, int64_t n, void* into, bool nontemporal);
+  void (*round)(A* values, int64_t n);
+};
 
 template <class A> struct Kernels {
   // Rows [first, last): statistics and y; statistics given, dx, and sums over the rows added to (G, D) dscale, dbias.
@@ -117,13 +145,16 @@ template <class A> struct Kernels {
   // The first in 8 bits, with scratch for a row; null for double.
   void (*rows_quantize)(const Job&, const Quantizer&, int64_t first, int64_t last, float* scratch);
   // Sums down the columns, added to `sum` and `square`: of x - mean_hi and (prescale (x - mean_hi))^2 over the first `run`
-  // elements of each column's P ...
-  void (*sums)(const Job&, const Block&, int64_t run, A prescale, const A* mean_hi, A* sum, A* square);
+  // elements of each column's P; where elements have weights of their own, also these, added to `count` ...
+  void (*sums)(const Job&, const Block&, int64_t run, A prescale, const A* mean_hi, A* sum, A* square, A* count);
   // ... and of g xhat and g.
   void (*gradient_sums)(const Job&, const Block&, const Columns<A>&, A* gx, A* g);
   // y, and dx = r (g scale - mean_h - xhat mean_hx).
   void (*normalize)(const Job&, const Block&, const Columns<A>&);
   void (*gradient)(const Job&, const Block&, const Columns<A>&);
+  // What the same for a job with weights need; null in those themselves.
+  const Kernels* weighted;
+  const Codec<A>*x, *y;
 };
 
 // The kernels of one instruction set for x of type T and y of type U; null where there is no such pair.

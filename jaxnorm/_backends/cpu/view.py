@@ -15,6 +15,22 @@ class View(NamedTuple):
 
     sizes: tuple[int, ...]
     parameters: tuple[int, ...]  # x's rank: the sizes of the axes that belong to B, G and D, 1 elsewhere
+    slots: tuple[int, ...] = ()  # x's rank: which of the six each axis belongs to, -1 for those of size 1
+    shape: tuple[int, ...] = ()  # x's
+
+    def spread(self, shape: tuple[int, ...], slots: tuple[int, ...]) -> tuple[int, ...] | None:
+        """What an array of this shape, which broadcasts to x, is spread to so that it covers these slots alone.
+
+        None where it varies along others.
+        """
+        if any(n != 1 and slot not in slots for n, slot in zip(shape, self.slots, strict=True)):
+            return None
+        return tuple(n if slot in slots else 1 for n, slot in zip(self.shape, self.slots, strict=True))
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether an example is rows, each with its statistic, and no slab of lines."""
+        return self.sizes[_S] == 1
 
     @property
     def elements(self) -> int:
@@ -23,6 +39,7 @@ class View(NamedTuple):
 
 
 _B, _N, _S, _G, _D, _P = range(6)
+OF_ROWS, OF_LINES = (_B, _N, _G), (_B, _N, _S)  # the slots that weights of whole rows, and of whole lines, cover
 _REDUCED = (_S, _D, _P)
 _VARIES = (_B, _G, _D)  # slots that parameters have an axis for
 _RUN = 64  # pixels of a plane from which a loop over it is better than one over columns
@@ -64,9 +81,10 @@ def _view_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[i
     fitting = [slots for slots in itertools.combinations(range(6), len(runs)) if fits(slots)]
     if not fitting:
         return None
-    sizes, parameters = [1] * 6, [1] * len(shape)
+    sizes, parameters, of_axis = [1] * 6, [1] * len(shape), [-1] * len(shape)
     for slot, (*_, run) in zip(min(fitting, key=cost), runs, strict=True):
         sizes[slot] = math.prod(shape[a] for a in run)
-        for axis in run if slot in _VARIES else ():
-            parameters[axis] = shape[axis]
-    return View(tuple(sizes), tuple(parameters))
+        for axis in run:
+            of_axis[axis] = slot
+            parameters[axis] = shape[axis] if slot in _VARIES else 1
+    return View(tuple(sizes), tuple(parameters), tuple(of_axis), shape)

@@ -55,6 +55,7 @@ class Mosaic:
     fuses_add: bool = True
     merges_shards: bool = False
     quantizes: bool = False  # XLA fuses the formula: see docs/quantized.md
+    takes_masks: bool = False
 
     def available(self) -> Support:
         kernels = _loaded(self.name)
@@ -100,7 +101,7 @@ class Mosaic:
 
     def forward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
         """y and the statistics, of rows that are whole on this device, and the new stream where there is a residual."""
-        x, scale, bias, residual = call.unpacked(operands, FORWARD_OF_SUM)
+        x, scale, bias, _, _, residual = call.unpacked(operands, FORWARD_OF_SUM)
         job, rows = _static(call, operands)
         shape, along = rows[:2], functools.partial(_along, x, call.plan.reduction.axes, rows)
         residual = None if residual is None else residual.reshape(shape)
@@ -116,7 +117,7 @@ class Mosaic:
 
     def backward(self, call: Call, names, collectives, *operands) -> tuple[Array, ...]:
         """dx, with the cotangent of a stream added where there is one, and those gradients of scale and bias wanted."""
-        x, *statistics, scale, g, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
+        x, _, *statistics, scale, g, _, _, g_stream = call.unpacked(operands, BACKWARD_OF_SUM)
         job, rows = _static(call, operands)
         shape, scale = rows[:2], _along(x, call.plan.reduction.axes, rows, scale)
         statistics = (s.reshape(shape[0]) for s in statistics)
