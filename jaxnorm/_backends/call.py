@@ -21,7 +21,7 @@ FORWARD = ("x", "scale", "bias", "mask", "weights")
 TANGENT = ("x", "count", "mean_hi", "mean_lo", "m2", "scale", "mask", "weights", "dx", "dscale", "dbias")
 BACKWARD = ("x", "count", "mean_hi", "mean_lo", "m2", "scale", "g", "mask", "weights")
 FORWARD_OF_SUM, BACKWARD_OF_SUM = (*FORWARD, "residual"), (*BACKWARD, "g_stream")
-QUANTIZE = (*FORWARD, "given")  # the scale of a tensor, where the format has one
+QUANTIZE = ("x", "scale", "bias", "given")  # given: the scale of a tensor, where the format has one
 _PARAMETERS = frozenset({"scale", "bias", "dscale", "dbias", "given"})  # these broadcast against x
 
 
