@@ -12,6 +12,8 @@ from benchmarks.harness.case import Case, Data, Outcome
 DIT, FLUX, PI0, LUMINA = (32, 256, 1152), (4, 1024, 3072), (32, 256, 1024), (4, 1024, 2304)  # examples, tokens, width
 HEADS = ((8192, 16, 64), (4096, 32, 128), (1024, 128, 128))  # tokens, heads, their width
 WIDTHS = ((8192, 1024), (4096, 4096), (1024, 8192))  # tokens, width
+#: RMS norms that end in 8 bits: data, and scales that dequantize it. In bfloat16, and forward alone.
+FORMATS = ("fp8", "fp8_row", "int8_row", "mxfp8")
 #: By norm: its shapes, and its arrays: "x" has x's shape, "k" that of a quarter of the heads, "example" a row for each
 #: example, all in x's dtype; "scale", "bias" and "number" are parameters in float32. After "|": not differentiated.
 ROWS: dict[str, tuple[tuple[tuple[int, ...], ...], str]] = {
@@ -26,6 +28,7 @@ ROWS: dict[str, tuple[tuple[tuple[int, ...], ...], str]] = {
     "rms_add_next": (WIDTHS, "x x scale scale"),
     "dyt": (WIDTHS, "x number scale bias"),
     "derf": (WIDTHS, "x number bias-number scale bias"),
+    **dict.fromkeys(FORMATS, (WIDTHS, "x scale")),
 }
 
 
@@ -47,21 +50,33 @@ class FamilyCase(Case):
             "bias-number": lambda: np.array(0.125, np.float32),
         }
         args, consts = ([made[kind]() for kind in part.split()] for part in f"{ROWS[self.norm][1]}|".split("|")[:2])
-        outs = jax.eval_shape(self.formula, *args, *consts)
+        outs = () if self.norm in FORMATS else jax.eval_shape(self.formula, *args, *consts)
         return Data([normal(out.shape, np.float32).astype(dtype) for out in outs], args, consts)
 
     @property
     def formula(self):
         from benchmarks.peers.written import Written
 
-        return getattr(Written("jnp"), self.norm)
+        return getattr(Written("jnp"), "rms_alone" if self.norm in FORMATS else self.norm)
 
     def truth(self, data: Data) -> Outcome:
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             cotangents, args, consts = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), data)
             outs, pull = jax.vjp(lambda *args: self.formula(*args, *consts), *args)
-            return Outcome(*jax.tree.map(np.asarray, (list(outs), list(pull(tuple(cotangents))))))
+            gradients = pull(tuple(cotangents)) if cotangents else ()
+            return Outcome(*jax.tree.map(np.asarray, (list(outs), list(gradients))))
 
     def errors(self, got: Outcome, truth: Outcome, strict: bool | None) -> list[float]:
+        if self.norm in FORMATS and strict is not None:
+            return [self.rounding(*got.outs, truth.outs[0])]
         strict = strict and self.norm != "rms_add_next"  # which rounds the sum, and then the norm of it
         return [] if strict is None else super().errors(got, truth, strict)
+
+    def rounding(self, data: np.ndarray, scale: np.ndarray, y: np.ndarray) -> float:
+        """The relative error in the 2-norm of what is dequantized. Raises if it is not that of 8 bits."""
+        data, scale = (np.asarray(a, np.float64) for a in (data, scale))
+        error = data * np.repeat(scale, y.shape[-1] // scale.shape[-1] if scale.ndim else 1, -1) - y
+        found = float(f"{np.linalg.norm(error) / np.linalg.norm(y):.4g}")
+        if not found <= 0.04:
+            raise ValueError(f"a relative error of {found:.1e} (limit: 0.04)")
+        return found

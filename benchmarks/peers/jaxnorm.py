@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import jaxnorm as jn
-from benchmarks.harness.case import EPSILON, GROUPS, HEAD
+from benchmarks.harness.case import EPSILON, FP8_SCALE, GROUPS, HEAD
 from benchmarks.peers import Peer
 
 
@@ -74,6 +74,22 @@ class Jaxnorm(Peer):
     def derf(self, x, alpha, shift, scale, bias):
         return (jn.dynamic_erf(x, alpha, shift, scale, bias, implementation=self.options["implementation"]),)
 
+    def fp8(self, x, scale):
+        return self._quantized(x, scale, jn.Fp8(scale=FP8_SCALE))
+
+    def fp8_row(self, x, scale):
+        return self._quantized(x, scale, jn.Fp8(per="row"))
+
+    def int8_row(self, x, scale):
+        return self._quantized(x, scale, jn.Int8())
+
+    def mxfp8(self, x, scale):
+        return self._quantized(x, scale, jn.MxFp8())
+
+    def _quantized(self, x, scale, how):
+        y = jn.rms_norm(x, scale, quantize=how, **self.options)
+        return y.data, y.scale
+
     def masked(self, which, x, mask):
         return jn.layer_norm(x, mask=mask, **self.options) if which == "layer" else self._batch_norm(x, mask)[0]
 
@@ -120,3 +136,5 @@ class Plain(Peer):
 
     def derf(self, x, alpha, shift, scale, bias):
         return (self.norm("layer", x, scale, bias),)
+
+    fp8 = fp8_row = int8_row = mxfp8 = group_rms

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.harness.case import EPSILON, HEAD
+from benchmarks.harness.case import EPSILON, FP8_SCALE, HEAD
 from benchmarks.peers import Peer
 
 
@@ -49,6 +49,29 @@ class Written(Peer):
 
     def derf(self, x, alpha, shift, scale, bias):
         return ((jax.scipy.special.erf(alpha * wide(x) + shift) * scale + bias).astype(x.dtype),)
+
+    def rms_alone(self, x, scale):
+        return (rms(x) * scale,)
+
+    def fp8(self, x, scale):  # a static scale
+        (y,) = self.rms_alone(x, scale)
+        return jnp.clip(y / FP8_SCALE, -448, 448).astype(jnp.float8_e4m3fn), jnp.float32(FP8_SCALE)
+
+    def fp8_row(self, x, scale):  # vLLM's
+        (y,) = self.rms_alone(x, scale)
+        by = jnp.maximum(jnp.max(jnp.abs(y), -1, keepdims=True) / 448, 1 / (448 * 512))
+        return jnp.clip(y / by, -448, 448).astype(jnp.float8_e4m3fn), by
+
+    def int8_row(self, x, scale):
+        (y,) = self.rms_alone(x, scale)
+        by = jnp.maximum(jnp.max(jnp.abs(y), -1, keepdims=True) / 127, 2**-23)
+        return jnp.round(y / by).astype(jnp.int8), by
+
+    def mxfp8(self, x, scale):
+        blocks = self.rms_alone(x, scale)[0].reshape(*x.shape[:-1], -1, 32)
+        by = jnp.exp2(jnp.ceil(jnp.log2(jnp.max(jnp.abs(blocks), -1, keepdims=True) / 448)))
+        data = jnp.clip(blocks / by, -448, 448).astype(jnp.float8_e4m3fn)
+        return data.reshape(x.shape), by[..., 0].astype(jnp.float8_e8m0fnu)
 
 
 def wide(x):
