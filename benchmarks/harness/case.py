@@ -19,7 +19,7 @@ PASSES = ("forward", "backward", "forward+backward")
 #: reads x and the cotangent and writes dx. A batch fits no cache, so batch norm reads x, and then x and g, once more.
 #: add_rms also reads the residual and writes the stream, whose cotangent comes back; gated_rms reads a gate and writes
 #: its gradient. k of qk_norm has a quarter of q's heads; a norm before the addition also reads the residual, whose
-#: gradient is the cotangent; `rms_add_next` normalizes the sum, too. RMS norms of x in 16 bits that end in 8 have no backward pass.
+#: gradient is the cotangent; `rms_add_next` normalizes the sum, too. Norms that end in 8 bits have no backward pass.
 LEAST = {"batch": (1.5, 2.5), "add_rms": (2.0, 2.0), "gated_rms": (1.5, 2.5), "qk": (1.25, 1.875),
          "rms_add": (1.5, 1.5), "layer_add": (1.5, 1.5), "rms_add_next": (2.0, 3.0),
          **dict.fromkeys(("fp8", "fp8_row", "int8_row", "mxfp8"), (0.75, 0.0))}  # fmt: skip
