@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .._core.dtypes import are_static
 from .._core.over import Axes, Groups
@@ -47,6 +48,7 @@ def groups_of(reduction: Reduction, x: Array) -> Groups | None:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _standardize(plan: Plan, x, scale, bias, mask, weights, ids=None) -> tuple[Array, Statistics]:
     stats = statistics(plan.reduction, x, mask, weights, ids)
+    stats = lax.optimization_barrier(stats) if plan.statistics_first else stats
     return output(plan, x, mask, weights, stats, scale, bias, ids), stats
 
 

@@ -123,7 +123,8 @@ def affine_times(factor: float | Array, scale, bias, scale_offset: float, dtype)
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias, ids=None) -> Array:
-    xhat = (_xhat if plan.for_backward else _xhat_alone)(plan, x, mask, weights, stats, ids)
+    kept = plan.for_backward or plan.statistics_first
+    xhat = (_xhat if kept else _xhat_alone)(plan, x, mask, weights, stats, ids)
     cast = (plan.cast_dtype or plan.dtype) if plan.cast_before_scale else None
     return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, cast)
 

@@ -163,8 +163,11 @@ _SCALES = {Fp8: _linear, Int8: _linear, MxFp8: _power_of_two, NvFp4: _rounded_sc
 
 
 def unquantized(fmt: Any, plan: Plan, x: Any) -> Plan:
-    """The plan of a norm of x whose output is y. `dtype` is that of the output without quantization."""
-    plan = replace(plan, quantize=None)
+    """The plan of a norm of x whose output is y. `dtype` is that of the output without quantization.
+
+    XLA for GPU would make 4 bits in a kernel of their own, which reads all of y.
+    """
+    plan = replace(plan, quantize=None, statistics_first=fmt.kind == jnp.float4_e2m1fn)
     if fmt.round_first:
         return plan
     return replace(plan, dtype=accumulator(x), cast_dtype=plan.dtype if plan.cast_before_scale else None)

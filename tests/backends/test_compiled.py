@@ -84,9 +84,10 @@ def test_rows_at_inference_are_one_kernel_on_a_gpu(which, width):
 # more. Of blocks XLA for TPU makes a copy in another layout. The norm and then a quantizer take 5.5.
 QUANTIZED = {
     ("row", "h200"): 2.51, ("tensor", "h200"): 2.51, ("block", "h200"): 2.6, ("mx", "h200"): 2.8,
-    ("row", "v5e"): 3.51, ("tensor", "v5e"): 2.51,
+    ("nv", "h200"): 3.8, ("row", "v5e"): 3.51, ("tensor", "v5e"): 2.51,
 }  # fmt: skip
-FORMATS = {"row": jn.Fp8(per="row"), "tensor": jn.Fp8(scale=0.1), "block": jn.Fp8(per="block"), "mx": jn.MxFp8()}
+FORMATS = {"row": jn.Fp8(per="row"), "tensor": jn.Fp8(scale=0.1), "block": jn.Fp8(per="block"), "mx": jn.MxFp8(),
+           "nv": jn.NvFp4(scale=0.01)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("which", "target"), QUANTIZED, ids=map("-".join, QUANTIZED))
@@ -95,7 +96,7 @@ def test_a_quantized_output_takes_no_pass_over_y(which, target):
     norm = lambda x, scale: jn.rms_norm(x, scale, quantize=FORMATS[which])
     found = compiled.report(norm, needs(target), *placed(target, (x, norm_of("rms")[2][0])), unit=2 * x.size)
     assert found.traffic <= QUANTIZED[which, target]
-    assert found.temp < 0.1  # y is nowhere in memory
+    assert found.temp < 0.15  # y is nowhere in memory; scales of blocks may be
 
 
 @pytest.mark.parametrize("which", ["group", "instance"])
