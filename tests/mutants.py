@@ -36,6 +36,7 @@ class Mutant(NamedTuple):
 XLA = " --backend absent"  # the formulas alone, where kernels would hide them
 STATISTICS, FORMULA, RUNNING = "_ops/statistics.py", "_ops/formula.py", "_ops/running.py"
 FORMULAS, BATCH, SHARING = "_core/formulas.py", "_norms/batch.py", "_ops/sharing.py"
+QUANTIZE = "_ops/quantize.py"
 ACCURACY, MASKS, STATE = "laws/test_accuracy.py", "laws/test_masks.py", "laws/test_state.py"
 
 MUTANTS = [
@@ -92,9 +93,9 @@ MUTANTS = [
            "(shape[channel] // max(groups, 1), groups)", ACCURACY + " -k group"),
     Mutant("scale_offset is ignored", FORMULA, "return scale + scale_offset if scale_offset else scale", "return scale",
            ACCURACY),
-    Mutant("two roundings", FORMULA, "round_to(xhat, dtype) if cast_before_scale else xhat", "round_to(xhat, dtype)",
+    Mutant("two roundings", FORMULA, "xhat if cast_dtype is None else round_to(xhat, cast_dtype)", "round_to(xhat, dtype)",
            "laws/test_dtypes.py" + XLA),
-    Mutant("one rounding in Llama's order", FORMULA, "round_to(xhat, dtype) if cast_before_scale else xhat", "xhat",
+    Mutant("one rounding in Llama's order", FORMULA, "xhat if cast_dtype is None else round_to(xhat, cast_dtype)", "xhat",
            "laws/test_dtypes.py -k 'rms_norm_rounds or rounded_value'" + XLA),
     Mutant("a residual is kept in float32", "_ops/by_formula.py",
            "recompute(functools.partial(output_tangent, plan), plan.reduction.plain)", "functools.partial(output_tangent, plan)",
@@ -114,6 +115,15 @@ MUTANTS = [
            "_rounded(plain, x.astype(residual.dtype) + residual, residual.dtype)", "backends/test_fused.py -k 'add_norm or residual'"),
     Mutant("the gradient of the residual alone", "_ops/residual.py", "return dx + dresidual", "return dresidual",
            "backends/test_fused.py -k 'add_norm or residual'"),
+    # --- quantized outputs
+    Mutant("a scale of mxfp8 that saturates", QUANTIZE, "(bits & 0x7FFFFF) > 0x600000", "(bits & 0x7FFFFF) > 0x700000",
+           "laws/test_quantized.py" + XLA),
+    Mutant("padding in the largest value", QUANTIZE, "jnp.where(keep, size, 0.0)).max(", "size).max(",
+           "laws/test_quantized.py -k masked"),
+    Mutant("largest values of one device", QUANTIZE, "found = max_over_devices(top(y), ", "found = (lambda a, *_: a)(top(y), ",
+           "laws/test_quantized.py -k axis_name" + XLA),
+    Mutant("blocks divided by what is not rounded", QUANTIZE, "jnp.where(rounded == 0.0, jnp.inf, rounded)",
+           "jnp.where(rounded == 0.0, jnp.inf, scale)", "laws/test_quantized.py"),
     # --- running statistics
     Mutant("momentum of the new", RUNNING, "part = 1.0 - momentum\n", "part = momentum\n", STATE),
     Mutant("a biased running variance", RUNNING, "freedom = 1.0 if unbiased else 0.0", "freedom = 0.0", STATE),

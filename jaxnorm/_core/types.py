@@ -61,7 +61,7 @@ class Plan:
     gate: str | None = None  # f(gate) multiplies "before" or "after" the norm; None: f is of the output
     within: bool = False  # this is the norm inside of an activation or a gate
     cast_dtype: Any = None  # what `cast_before_scale` rounds to; None: dtype
-    statistics_first: bool = False  # by a barrier: what is made of x and them is then made in each kernel that asks for it
+    statistics_first: bool = False  # by a barrier, so that each kernel that needs y makes it of x
     quantize: Any = None  # a format of `formats`, of a norm whose kernel quantizes; dtype is that of the plain output
 
 
