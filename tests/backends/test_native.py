@@ -100,6 +100,7 @@ IN_EVERY_BATCH = {
     "layer": (jn.layer_norm, [(8,), (64,), (300,), (4096,), (3, 128)]),
     "rms": (jn.rms_norm, [(8,), (64,), (300,), (4096,)]),
     "group": (lambda x: jn.group_norm(x, num_groups=4), [(2, 2, 8), (8, 8, 32)]),
+    "rms of groups": (lambda x: jn.group_rms_norm(x, group_size=24), [(48,), (96,)]),
     "instance": (jn.instance_norm, [(2, 2, 8), (8, 8, 32)]),
     "batch at inference": (
         lambda x: jn.batch_norm(x, None, jn.BatchNorm().init(x.shape[-1])[1], train=False)[0], [(64,), (4, 4, 16)],
