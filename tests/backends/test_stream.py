@@ -48,7 +48,8 @@ def run(monkeypatch) -> list[str]:
     monkeypatch.setattr(mosaic.Mosaic, "supports", lambda backend, request: Support.yes())
     monkeypatch.setitem(registry.BACKENDS, "interpreted", mosaic.Mosaic("interpreted", "cpu", partitions=True))
     was = by_kernel.primitives
-    monkeypatch.setattr(by_kernel, "primitives", Fused(was._output, was._tangent, was._add, was._collectives))
+    formulas = was._output, was._tangent, was._add, was._quantized
+    monkeypatch.setattr(by_kernel, "primitives", Fused(*formulas, was._collectives))
     return asked
 
 

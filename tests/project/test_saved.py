@@ -117,7 +117,7 @@ def test_the_layout_is_read_from_the_sharding_alone(sizes, names, rng):
             continue
         shape = (24, 1, 48)
         sharding = NamedSharding(mesh, P(first or None, None, second or None))._to_xla_hlo_sharding(3)
-        found, spec = partition._spread(shape, sharding)
+        found, spec = partition._spread(shape, sharding, [])
         assert partition._hlo_sharding(found, shape, spec) == sharding
         # An axis that the devices do not divide is left whole.
         assert partition._spread((25, 1, 48), sharding)[1][0] == ()
