@@ -119,8 +119,9 @@ def test_the_layout_is_read_from_the_sharding_alone(sizes, names, rng):
         sharding = NamedSharding(mesh, P(first or None, None, second or None))._to_xla_hlo_sharding(3)
         found, spec = partition._spread(shape, sharding, [])
         assert partition._hlo_sharding(found, shape, spec) == sharding
-        # An axis that the devices do not divide is left whole.
-        assert partition._spread((25, 1, 48), sharding)[1][0] == ()
+        # An axis that the devices do not divide is left whole, and one that they do not divide in a result.
+        assert partition._spread((25, 1, 48), sharding, [])[1][0] == ()
+        assert partition._spread(shape, sharding, [(24, 1, 7)])[1][2] == ()
 
 
 def test_six_devices_in_another_order_give_the_same_values(rng):
