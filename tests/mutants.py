@@ -120,7 +120,7 @@ MUTANTS = [
            "laws/test_quantized.py" + XLA),
     Mutant("padding in the largest value", QUANTIZE, "jnp.where(keep, size, 0.0)).max(", "size).max(",
            "laws/test_quantized.py -k masked"),
-    Mutant("largest values of one device", QUANTIZE, "found = max_over_devices(top(y), ", "found = (lambda a, *_: a)(top(y), ",
+    Mutant("largest values of one device", QUANTIZE, "amax = max_over_devices(top(y), ", "amax = (lambda a, *_: a)(top(y), ",
            "laws/test_quantized.py -k axis_name" + XLA),
     Mutant("blocks divided by what is not rounded", QUANTIZE, "jnp.where(rounded == 0.0, jnp.inf, rounded)",
            "jnp.where(rounded == 0.0, jnp.inf, scale)", "laws/test_quantized.py"),
