@@ -108,7 +108,8 @@ def test_a_row_has_the_same_bits_in_every_batch(kernels, rng):
         np.testing.assert_array_equal(whole[2:], one)
 
 
-def test_each_example_may_have_a_scale_and_a_bias_of_its_own(kernels, rng):
+@pytest.mark.parametrize("in_turn", [False, True], ids=["examples", "heads"])
+def test_each_example_may_have_a_scale_and_a_bias_of_its_own(kernels, in_turn, rng):
     """The bits of an example are those of the kernel with its scale and bias alone; so are the sums, to rounding."""
     examples, rows, columns, dtype = 2, 3, 128, jnp.bfloat16
     how = Job(columns, 1e-6, True, False, UNIT)
@@ -121,12 +122,13 @@ def test_each_example_may_have_a_scale_and_a_bias_of_its_own(kernels, rng):
         y, *statistics, new = kernels.forward(how, dtype, x[part], scale, bias, residual[part])
         return new, y, *kernels.backward(how, (True, True), new, *statistics, scale, g[part], g_stream[part])
 
-    *whole, dscale, dbias = run(how._replace(examples=examples), slice(None), scale, bias)
+    *whole, dscale, dbias = run(how._replace(examples=examples, in_turn=in_turn), slice(None), scale, bias)
     assert dscale.shape == dbias.shape == (examples, columns)
     assert not kernels.races()
-    *alone, of_scale, of_bias = run(how, slice(rows, None), scale[1], bias[1])
+    second = slice(1, None, examples) if in_turn else slice(rows, None)
+    *alone, of_scale, of_bias = run(how, second, scale[1], bias[1])
     for a, b in zip(whole, alone, strict=True):
-        np.testing.assert_array_equal(a[rows:], b)
+        np.testing.assert_array_equal(a[second], b)
     np.testing.assert_allclose(dscale[1], of_scale, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(dbias[1], of_bias, rtol=1e-6, atol=1e-6)
 
@@ -281,7 +283,10 @@ def test_a_modulated_norm_runs_one_kernel_each_way_if_it_is_named(backend, platf
     assert lower(both_passes(jn.ada_layer_norm, backend)) == 2
     assert lower(both_passes(functools.partial(jn.ada_rms_norm, parts="scale shift"), backend)) == 2
     assert ON_GPU or lower(both_passes(jn.ada_layer_norm, None)) == 0  # not measured: not a default
-    with pytest.raises(ValueError, match="for rows, the last axes of x with parameters along them or for each example"):
+    heads, scale = jax.ShapeDtypeStruct((6, 5, 2, 256), jnp.bfloat16), jax.ShapeDtypeStruct((2, 256), jnp.float32)
+    traced = jax.jit(both_passes(jn.rms_norm, backend)).trace(heads, scale, heads)
+    assert traced.lower(lowering_platforms=(platform,)).as_text().count(target) == 2
+    with pytest.raises(ValueError, match="the last axes of x with parameters along them or for each example or head"):
         jn.ada_layer_norm(jnp.ones((6, 10, 256)), jnp.ones((6, 10, 512)), implementation=backend)
 
 
@@ -328,12 +333,13 @@ def test_jit_over_devices_does_not_split_tpu_kernels():
 
 
 def test_rows_must_be_the_last_axes():
-    assert rows_of((4, 1, 8), (2,), frozenset({2})) == (4, 8, 1, 0)
-    assert rows_of((4, 8, 1), (1,), frozenset()) == (4, 8, 1, 0)
+    assert rows_of((4, 1, 8), (2,), frozenset({2})) == (4, 8, 1, (), False)
+    assert rows_of((4, 8, 1), (1,), frozenset()) == (4, 8, 1, (), False)
     assert rows_of((4, 8, 2), (1,), frozenset()) is None
-    assert rows_of((4, 2, 3, 8), (3,), frozenset({0, 3})) == (24, 8, 4, 1)  # a scale for each example
-    assert rows_of((4, 2, 3, 8), (2, 3), frozenset({0})) == (8, 24, 4, 1)
-    assert rows_of((4, 2, 3, 8), (3,), frozenset({1, 3})) is None  # examples that are not rows one after the other
+    assert rows_of((4, 2, 3, 8), (3,), frozenset({0, 3})) == (24, 8, 4, (0,), False)  # a scale for each example
+    assert rows_of((4, 2, 3, 8), (2, 3), frozenset({0})) == (8, 24, 4, (0,), False)
+    assert rows_of((4, 2, 3, 8), (3,), frozenset({2, 3})) == (24, 8, 3, (2,), True)  # a scale for each head
+    assert rows_of((4, 2, 3, 8), (3,), frozenset({1, 3})) is None  # neither
     assert rows_of((4, 8), (1,), frozenset({0})) is None  # a scale for each row
 
 

@@ -81,8 +81,8 @@ class Mosaic:
         shape = rows_of(x.shape, axes, request.varying)
         if shape is None:
             return Support.no(
-                "its kernels are for rows, the last axes of x with parameters along them or for each example, not "
-                f"{axes} of {x.shape}"
+                "its kernels are for rows, the last axes of x with parameters along them or for each example or head, "
+                f"not {axes} of {x.shape}"
             )
         reason = _kernels(self.name).unsupported_reason(shape[:2], x.dtype, request.dtype)
         return Support.yes() if reason is None else Support.no(reason)
@@ -137,12 +137,12 @@ def _static(call: Call, operands) -> tuple[Job, Rows]:
     assert rows is not None  # a part of x is of rows as x is
     prescales = reduction.prescale, reduction.large_prescale
     how = rows.columns, plan.epsilon, reduction.centered, plan.cast_before_scale
-    return Job(*how, *prescales, rows.examples), rows
+    return Job(*how, *prescales, rows.examples, rows.in_turn), rows
 
 
 def _full(x: Array, axes, rows: Rows) -> tuple[int, ...]:
-    """The shape of a scale or bias for every column, and every example where they have their own."""
-    return tuple(n if a in axes or a < rows.leading else 1 for a, n in enumerate(x.shape))
+    """The shape of a scale or bias for every column, and every example or head where they have their own."""
+    return tuple(n if a in axes or a in rows.own else 1 for a, n in enumerate(x.shape))
 
 
 def _along(x: Array, axes, rows: Rows, p: Array | None) -> Array | None:

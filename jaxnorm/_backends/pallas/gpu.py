@@ -35,6 +35,7 @@ Array = jax.Array
 WIDEST = 8192  # columns: beyond, the sums for scale and bias need more registers than a thread has
 _WARPS = 4
 _THREADS = 32 * _WARPS  # of a team
+_LEAST_BYTES = 4 if jax.__version_info__ >= (0, 12) else 2  # that Mosaic lets a thread move from and to memory
 _BLOCKS = 132  # one block on each multiprocessor of an H100 or H200
 _IN_FLIGHT = 64 * 1024  # bytes on their way to a multiprocessor, which hide the latency of its memory
 _BARRIERS = 32  # that Mosaic has for one array
@@ -118,6 +119,8 @@ def unsupported_reason(shape: tuple[int, int], *dtypes) -> str | None:
     rows, columns = shape
     if rows == 0 or columns % _THREADS or not 0 < columns <= WIDEST:
         return f"a row is a multiple of {_THREADS} columns, up to {WIDEST}, and there is one at least: got {shape}"
+    if _LEAST_BYTES > 2 and columns % (2 * _THREADS) and any(jnp.dtype(t).itemsize == 2 for t in dtypes):
+        return f"a row in 16 bits is a multiple of {2 * _THREADS} columns since jax 0.12: got {shape}"
     wrong = [str(jnp.dtype(t)) for t in dtypes if jnp.dtype(t) not in (jnp.float32, jnp.bfloat16, jnp.float16)]
     return f"arrays are float32, bfloat16 or float16: got {', '.join(wrong)}" if wrong else None
 
@@ -154,7 +157,9 @@ class _Team:
         start = self.block if self.example is None else lax.rem(self.block, plan.blocks)
         self._first, self._step = start * plan.teams + self.team, plan.blocks * plan.teams
         self.rows = (rows // job.examples - self._first + self._step - 1) // self._step
-        if self.example is not None:
+        if self.example is not None and job.in_turn:
+            self._first, self._step = self._first * job.examples + self.example, self._step * job.examples
+        elif self.example is not None:
             self._first += self.example * (rows // job.examples)
         self.chunks = [
             slice(c * plan.columns, (c + 1) * plan.columns) for c in range(columns // (_WARPS * plan.columns))

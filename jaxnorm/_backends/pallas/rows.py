@@ -24,7 +24,8 @@ class Job(NamedTuple):
     cast_before_scale: bool  # xhat to the dtype of y before scale
     prescale: float  # squares are those of prescale * x, as in `Reduction`
     large_prescale: float | None = None  # as in `Reduction`: then m2 is the root of the sum
-    examples: int = 1  # that have a scale and a bias each: those of as many rows, one after the other
+    examples: int = 1  # that have a scale and a bias each, and as many rows
+    in_turn: bool = False  # the rows of examples take turns, as those of heads do; False: one example after the other
 
     @property
     def prescales(self) -> tuple[float, ...]:
@@ -32,21 +33,24 @@ class Job(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """An array as rows. Those of an example share a scale and a bias."""
+    """An array as rows. Those of an example, or of a head, share a scale and a bias."""
 
     rows: int
     columns: int
     examples: int = 1
-    leading: int = 0  # how many leading axes tell examples apart
+    own: tuple[int, ...] = ()  # the axes that tell examples apart
+    in_turn: bool = False  # they are the last ones before the rows: heads
 
 
 def rows_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[int]) -> Rows | None:
-    """x as rows where the reduced axes are the last ones, with parameters along them, or for each example; else None.
+    """x as rows where the reduced axes are the last ones, with parameters along them, or for each example or head.
 
     >>> rows_of((8, 128, 4, 64), (2, 3), frozenset({3}))
-    Rows(rows=1024, columns=256, examples=1, leading=0)
+    Rows(rows=1024, columns=256, examples=1, own=(), in_turn=False)
     >>> rows_of((8, 128, 256), (2,), frozenset({0, 2}))
-    Rows(rows=1024, columns=256, examples=8, leading=1)
+    Rows(rows=1024, columns=256, examples=8, own=(0,), in_turn=False)
+    >>> rows_of((8, 128, 4, 64), (3,), frozenset({2, 3}))
+    Rows(rows=4096, columns=64, examples=4, own=(2,), in_turn=True)
     """
     if not are_static(*shape):
         return None
@@ -55,11 +59,13 @@ def rows_of(shape: tuple[int, ...], axes: tuple[int, ...], varying: frozenset[in
     if reduced != long[len(long) - len(reduced) :]:
         return None
     others, own = long[: len(long) - len(reduced)], sorted(varying - {*reduced})
-    if own != others[: len(own)] or (own and len(own) == len(others)):  # of every row: parameters of x's size
+    if own and len(own) == len(others):  # of every row: parameters of x's size
         return None
-    leading = own[-1] + 1 if own else 0
-    columns, examples = math.prod(shape[a] for a in reduced), math.prod(shape[:leading])
-    return Rows(math.prod(shape) // max(columns, 1), columns, examples, leading)
+    first, last = own == others[: len(own)], own == others[len(others) - len(own) :]
+    if not (first or last):
+        return None
+    columns, examples = math.prod(shape[a] for a in reduced), math.prod(shape[a] for a in own)
+    return Rows(math.prod(shape) // max(columns, 1), columns, examples, tuple(own), not first)
 
 
 def rsqrt(job: Job, m2: Array) -> Array:

@@ -7,7 +7,7 @@ done one after the other. Statistics leave and arrive along lanes, (8, R), three
 them would be padded to 128 lanes in memory.
 
 Legend: x is (R, D); statistics are (R,), scale and bias (D,). Where E examples have a scale and a bias each, (E, D), x
-is seen as (E, R / E, D), and a block is of one example.
+is seen as (E, R / E, D), or where their rows take turns, as those of heads do, as (R / E, E D). A block is of one.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
     With a residual (R, D) they are those of x + residual, rounded to its dtype, which is returned after them.
     """
     arriving = [x] if residual is None else [x, residual]
-    sums, see = residual is not None, _View(x, job.examples)
+    sums, see = residual is not None, _View(x, job)
     plan = _plan(see.rows, see.columns, 2 * sums, see.examples)
     given = [see.params(p) for p in (scale, bias) if p is not None]
 
@@ -132,8 +132,8 @@ def forward(job: Job, dtype, x: Array, scale, bias, residual: Array | None = Non
         interpret=interpret,
         name="norm_forward",
     )(*map(see.array, arriving), *given)
-    flat = lambda a: a if a.ndim == 2 else a.reshape(x.shape)
-    return flat(y), *(statistics[..., k, :].reshape(-1) for k in range(3)), *map(flat, new)
+    flat = lambda a: a.reshape(x.shape)
+    return flat(y), *(see.flat(statistics[..., k, :]) for k in range(3)), *map(flat, new)
 
 
 def _statistics(job: Job, x: Array) -> tuple[Array, Array, Array]:
@@ -156,10 +156,10 @@ def backward(
     block to block.
     """
     arriving = [x, g] if g_stream is None else [x, g, g_stream]
-    n, see = len(arriving), _View(x, job.examples)
+    n, see = len(arriving), _View(x, job)
     rows, columns = see.rows, see.columns
     plan = _plan(rows, columns, n - 2, see.examples)
-    statistics = jnp.stack([a.reshape(*see.lead, rows) for a in (mean_hi, mean_lo, m2, *[jnp.zeros_like(m2)] * 5)], -2)
+    statistics = jnp.stack([see.by_example(a) for a in (mean_hi, mean_lo, m2, *[jnp.zeros_like(m2)] * 5)], -2)
     given = [] if scale is None else [see.params(scale)]
     count = sum(grad_shapes)
 
@@ -214,19 +214,30 @@ def backward(
         interpret=interpret,
         name="norm_backward",
     )(*map(see.array, arriving), statistics, *given)
-    return dx if dx.ndim == 2 else dx.reshape(x.shape), *(s.sum(-2) for s in sums)
+    return dx.reshape(x.shape), *(s.sum(-2) for s in sums)
 
 
 class _View:
-    """Rows of one example, or of several with parameters of their own: then the examples are a leading axis."""
+    """Rows of one example, or of several with parameters of their own: then the examples are a leading axis of the grid
+    and of arrays, or where they take turns, neighbouring columns."""
 
-    def __init__(self, x: Array, examples: int):
-        self.examples, self.rows, self.columns = examples, x.shape[0] // examples, x.shape[1]
-        self.lead = () if examples == 1 else (examples,)
+    def __init__(self, x: Array, job: Job):
+        self.examples, self.rows, self.columns = job.examples, x.shape[0] // job.examples, x.shape[1]
+        self.lead, self.in_turn = () if job.examples == 1 else (job.examples,), job.in_turn
         self.shape = (*self.lead, self.rows, self.columns)
+        if self.in_turn:
+            self.shape = (self.rows, self.examples * self.columns)
 
     def array(self, a: Array) -> Array:
         return a.reshape(self.shape) if self.lead else a
+
+    def by_example(self, a: Array) -> Array:
+        """Statistics (R,) as (E, R / E)."""
+        return a.reshape(self.rows, self.examples).T if self.in_turn else a.reshape(*self.lead, self.rows)
+
+    def flat(self, a: Array) -> Array:
+        """The same, back."""
+        return (a.T if self.in_turn else a).reshape(-1)
 
     def params(self, p: Array) -> Array:
         return p.reshape(*self.lead, 1, self.columns)
@@ -240,6 +251,8 @@ class _View:
         return pl.BlockSpec((None, *block), lambda example, i: (example, *at(i)))
 
     def block(self, plan: _Plan) -> pl.BlockSpec:
+        if self.in_turn:
+            return pl.BlockSpec((plan.rows, self.columns), lambda example, i: (i, example))
         return self._spec((plan.rows, self.columns), lambda i: (i, 0))
 
     def shared(self, size: int) -> pl.BlockSpec:
