@@ -12,7 +12,6 @@ and NCHW for equinox, which has no other layout.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 
@@ -99,9 +98,7 @@ def summary(of_allocator: list[dict]) -> str:
             limits = [least(norm, which)] * len(ours)
             for names, units in [*((names, ours) for names in RATIOS.values()), (FLAX_AND_OTHERS, limits)]:
                 theirs = [table.copies_of(case, which, names) for case in cases]
-                ratios = [a / b for a, b in zip(theirs, units, strict=True) if a and b]
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0
-                row.append(f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-")
+                row.append(table.spread([a / b for a, b in zip(theirs, units, strict=True) if a and b]))
             rows.append(row)
     return table.table(heads, rows)
 

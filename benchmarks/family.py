@@ -7,11 +7,10 @@ same arrays: what a norm costs that only adds parameters to it.
 
 from __future__ import annotations
 
-import math
-
 from benchmarks import cpu
 from benchmarks.harness import records, table
-from benchmarks.harness.family import FORMATS, ROWS, FamilyCase
+from benchmarks.harness.case import FORMATS
+from benchmarks.harness.family import ROWS, FamilyCase
 
 NAMES = ("jaxnorm", "plain norm", "jaxnorm-xla", "jnp", "torch", "torch-spin")
 RATIOS = {"jaxnorm / plain norm": ("jaxnorm", ["plain norm"]), "jnp / jaxnorm": ("jnp", ["jaxnorm"]),
@@ -36,9 +35,7 @@ def summary(cases: list[dict]) -> str:
             for a, b in RATIOS.values():
                 pairs = [[table.copies_of(case, which, names) for names in ([a, f"{a}-spin"], b)]
                          for case in records.grouped(of, *table.CASE).values()]  # fmt: skip
-                ratios = [mine / other for mine, other in pairs if mine and other]
-                mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0
-                row.append(f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "-")
+                row.append(table.spread([mine / other for mine, other in pairs if mine and other]))
             if set(row[1:]) != {"-"}:
                 rows.append(row)
     return table.table(["", *RATIOS], rows)

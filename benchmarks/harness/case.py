@@ -14,6 +14,8 @@ import oracle
 
 EPSILON, GROUPS, HEAD = 1e-5, 32, 128  # epsilon, groups of a group norm, channels of a head
 FP8_SCALE = 6 / 448  # of a whole tensor, static
+#: RMS norms that end in 8 bits: data, and scales that dequantize it. In bfloat16, and forward alone.
+FORMATS = ("fp8", "fp8_row", "int8_row", "mxfp8")
 PASSES = ("forward", "backward", "forward+backward")
 #: Copies of x that a pass takes at least, where a copy reads and writes x once. Forward reads x and writes y; backward
 #: reads x and the cotangent and writes dx. A batch fits no cache, so batch norm reads x, and then x and g, once more.
@@ -22,7 +24,7 @@ PASSES = ("forward", "backward", "forward+backward")
 #: gradient is the cotangent; `rms_add_next` normalizes the sum, too. Norms that end in 8 bits have no backward pass.
 LEAST = {"batch": (1.5, 2.5), "add_rms": (2.0, 2.0), "gated_rms": (1.5, 2.5), "qk": (1.25, 1.875),
          "rms_add": (1.5, 1.5), "layer_add": (1.5, 1.5), "rms_add_next": (2.0, 3.0),
-         **dict.fromkeys(("fp8", "fp8_row", "int8_row", "mxfp8"), (0.75, 0.0))}  # fmt: skip
+         **dict.fromkeys(FORMATS, (0.75, 0.0))}  # fmt: skip
 #: Largest relative errors in the 2-norm, of outputs, gradients of arrays, and gradients of parameters. The first shows
 #: that a library computes the norm it was asked for. (Some sum the gradients of parameters in bfloat16 and lose a fifth
 #: of them.) The second, for `strict` peers, is one rounding of arrays, and float32 sums for parameters.

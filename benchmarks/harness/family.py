@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.harness.case import Case, Data, Outcome
+from benchmarks.harness.case import FORMATS, Case, Data, Outcome
 
 DIT, FLUX, PI0, LUMINA = (32, 256, 1152), (4, 1024, 3072), (32, 256, 1024), (4, 1024, 2304)  # examples, tokens, width
 HEADS = ((8192, 16, 64), (4096, 32, 128), (1024, 128, 128))  # tokens, heads, their width
 WIDTHS = ((8192, 1024), (4096, 4096), (1024, 8192))  # tokens, width
-#: RMS norms that end in 8 bits: data, and scales that dequantize it. In bfloat16, and forward alone.
-FORMATS = ("fp8", "fp8_row", "int8_row", "mxfp8")
 #: By norm: its shapes, and its arrays: "x" has x's shape, "k" that of a quarter of the heads, "example" a row for each
 #: example, all in x's dtype; "scale", "bias" and "number" are parameters in float32. After "|": not differentiated.
 ROWS: dict[str, tuple[tuple[tuple[int, ...], ...], str]] = {

@@ -41,6 +41,14 @@ def copies_of(of: list[dict], which: str, names: Iterable[str]) -> float | None:
     return min((r[which]["copies"][1] for r in of if r.get("name") in names and which in r), default=None)
 
 
+def spread(ratios: list[float]) -> str:
+    """The geometric mean of ratios, and their range."""
+    if not ratios:
+        return "-"
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
 def contestants(records: list[dict], passes: Iterable[str], form: Callable[[str, str, float], str]) -> str:
     """A line for each case and pass, a column for each contestant: `form(norm, pass, copies)`."""
     names = names_of(records)

@@ -97,6 +97,13 @@ def _positive(name: str, what: str, value: Any) -> float:
     return number
 
 
+def _scale_from(amax: Any, factor: float, old: Any) -> Array:
+    """amax * factor; the old scale where amax is 0 or not finite."""
+    amax = jnp.asarray(amax, jnp.float32)
+    fits = (amax > 0) & (amax < jnp.inf)
+    return jnp.where(fits, amax * jnp.float32(factor), jnp.asarray(old, jnp.float32))
+
+
 @_format
 class _Linear(Format):
     """A format with scales in float32.
@@ -145,9 +152,7 @@ class _Linear(Format):
         >>> float(jn.Fp8().scale_for(896.0)), float(jn.Fp8().scale_for(float("nan"), old=0.5))
         (2.0, 0.5)
         """
-        amax = jnp.asarray(amax, jnp.float32)
-        fits = (amax > 0) & (amax < jnp.inf)
-        return jnp.where(fits, amax * jnp.float32(2.0**self.margin / self.largest), jnp.asarray(old, jnp.float32))
+        return _scale_from(amax, 2.0**self.margin / self.largest, old)
 
 
 @_format
@@ -159,7 +164,6 @@ class Fp8(_Linear):
 
     Args:
       dtype: float8_e4m3fn, or float8_e5m2.
-      upper: values of a row or block beyond it are clipped; None is no limit.
       transposed_scale: scales of blocks are (..., C / block, T) for x of (..., T, C), as some matrix products want
         them.
 
@@ -252,9 +256,7 @@ class NvFp4(Format):
 
     def scale_for(self, amax: Any, old: Any = 1.0) -> Array:
         """The global scale of a tensor whose largest absolute value is amax, amax / (448 * 6); see `Fp8.scale_for`."""
-        amax = jnp.asarray(amax, jnp.float32)
-        fits = (amax > 0) & (amax < jnp.inf)
-        return jnp.where(fits, amax * jnp.float32(1.0 / (448 * 6)), jnp.asarray(old, jnp.float32))
+        return _scale_from(amax, 1.0 / (448 * 6), old)
 
 
 FORMATS = (Fp8, Int8, MxFp8, NvFp4)

@@ -100,8 +100,8 @@ def normalize_stream(
         untyped = jax.ShapeDtypeStruct(mask.shape, mask.dtype)  # its type's sharding may be one that the view splits
         seen: Any = jax.eval_shape(view, untyped) if spans_devices else view(mask)
         type_of: Any = lambda a: None if a is None else jax.eval_shape(view, jax.ShapeDtypeStruct(a.shape, a.dtype))
-        by_kernel = quantize is None and takes_mask(plan, viewed, type_of(scale), type_of(bias), seen)
-        if all(seen.shape[a] == 1 for a in axes) and not by_kernel:
+        by_kernel = lambda: quantize is None and takes_mask(plan, viewed, type_of(scale), type_of(bias), seen)
+        if all(seen.shape[a] == 1 for a in axes) and not by_kernel():
             kept_rows = recompute(zeroed, lax_alone)  # keeps the mask as it came
             # A gate that rows share is out where all of them are. Spread over the rows first, it would have a gradient
             # that is summed in the gate's own dtype.

@@ -64,9 +64,7 @@ def standardize(
     return standardize_by_formula(plan, x, scale, bias, mask, weights, ids)
 
 
-def standardize_quantized(
-    norm: str, fmt: Any, plan: Plan, x: Any, scale, bias, mask, keep, given, gate=None, ids=None
-) -> Quantized:
+def standardize_quantized(norm: str, fmt: Any, plan: Plan, x: Any, scale, bias, mask, keep, given) -> Quantized:
     """`standardize`, its output in a format. `given` is the scale of a tensor; elements that `keep` leaves out do not
     count in its largest value.
 
@@ -91,7 +89,7 @@ def standardize_quantized(
         return replace(made, gradient=gradient[0] if gradient else None)
     plain = unquantized(fmt, plan, x)
     plain = replace(plain, backend="xla") if plain.backend is None else plain
-    y, _ = standardize(norm, plain, x, scale, bias, mask, gate=gate, ids=ids)
+    y, _ = standardize(norm, plain, x, scale, bias, mask)
     made = quantize_array(fmt, y, plan.reduction, given, keep, plan.dtype)
     return replace(made, gradient=carrier(y.astype(plan.dtype))) if fmt.straight_through else made
 
