@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import gallery
 import jax
 import pytest
 import yaml
@@ -26,6 +27,10 @@ def test_the_documentation_of_a_norm_is_complete(name):
     text = " ".join(jn.catalogue()[name].function.__doc__.split())
     missing = [part for part in ("Args:", "Returns:", "Raises:", "sed by ", "Source: ", ">>> ") if part not in text]
     assert not missing
+
+
+def test_the_page_of_all_norms_is_current():
+    assert gallery.main(["--check"]) == 0, "run python -m tests.gallery"
 
 
 # A value that is not the default, for each option that is no number and no bool; and what else must be given with it.
