@@ -26,6 +26,7 @@ from jaxnorm._core.docstrings import sections
 
 ROOT = Path(__file__).parents[1]
 PAGE, COUNTS = ROOT / "docs" / "all-norms.md", ROOT / "benchmarks" / "results" / "passes.json"
+WHICH = ("inference", "forward+backward")  # of `passes`: y alone, in training too; and y with all gradients
 # The norms of another's statistics, which have no row of their own: whose row tells what they reduce over.
 AS = {
     "AddLayerNorm": "LayerNorm", "AddRMSNorm": "RMSNorm", "LayerNormAdd": "LayerNorm", "GatedRMSNorm": "RMSNorm",
@@ -153,8 +154,8 @@ def count() -> dict[str, list[float]]:
             row.spec, params, state, x, **operands, train=True
         )[0]
         try:
-            of = passes(f, "v5e", jax.ShapeDtypeStruct(shape, jnp.bfloat16), params, operands)
-            found[name] = [round(of[which].traffic, 2) for which in ("forward", "forward+backward")]
+            of = passes(f, "v5e", jax.ShapeDtypeStruct(shape, jnp.bfloat16), params, operands, which=WHICH)
+            found[name] = [round(of[which].traffic, 2) for which in WHICH]
         except Exception as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
         print(name, found.get(name), flush=True)
