@@ -14,6 +14,8 @@ from .batch import BatchNorm, batch_norm
 from .batch_instance import BatchInstanceNorm, batch_instance_norm
 from .batch_renorm import BatchRenorm, batch_renorm
 from .conditional import ConditionalNorm, conditional_norm
+from .crms import CRMSNorm, crms_norm
+from .cumulative_group import CumulativeGroupNorm, cumulative_group_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
@@ -22,22 +24,28 @@ from .evo_s import EvoNormS, evo_norm_s
 from .film import FiLM, film
 from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
+from .gated_norm import GatedNorm, gated_norm
+from .global_response import GlobalResponseNorm, global_response_norm
 from .group import GroupNorm, group_norm
 from .group_rms import GroupRMSNorm, group_rms_norm
+from .hypersphere import HypersphereUpdate, hypersphere_update
 from .instance import InstanceNorm, instance_norm
 from .instance_batch import InstanceBatchNorm, instance_batch_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
+from .local_response import LocalResponseNorm, local_response_norm
 from .norm_add import LayerNormAdd, RMSNormAdd, layer_norm_add, rms_norm_add
 from .partial_rms import PartialRMSNorm, partial_rms_norm
 from .pixel import PixelNorm, pixel_norm
+from .poly import PolyNorm, poly_norm
 from .positional import PositionalNorm, positional_norm
 from .query_key import QKNorm, qk_norm
 from .rep_batch import RepBatchNorm, rep_batch_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
 from .scale import ScaleNorm, scale_norm
+from .seed import SeeDNorm, seednorm
 from .segment import SegmentNorm, segment_norm
 from .spade import SPADE, spade
 from .switchable import SwitchableNorm, switchable_norm

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core.arithmetic import nan_if_infinite, nonzero_divisor
+from .._core.arithmetic import abs_squared, nan_if_infinite, nonzero_divisor
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.channels import spans_devices, split_channels
 from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
@@ -65,9 +65,9 @@ class OfElements:
         """x - mean, with the low bits that `mean` has not."""
         return (x - self.parts.mean_hi) - self.parts.mean_lo
 
-    def rsqrt(self, epsilon: float | Array) -> Array:
-        """1 / sqrt(var + epsilon), epsilon >= 0, a number or an array; 0 where nothing was counted, and for 1 / 0."""
-        return rsqrt_of_mixture([(1.0, self)], epsilon)
+    def rsqrt(self, epsilon: float | Array, share: float | Array = 1.0, beside: Array | None = None) -> Array:
+        """1 / sqrt(share var + |beside|**2 + epsilon): see `rsqrt_of_mixture`."""
+        return rsqrt_of_mixture([(share, self)], epsilon, beside)
 
     def std(self, epsilon: float | Array) -> Array:
         """sqrt(var + epsilon); 0, with a derivative of 0, where that is 0."""
@@ -76,10 +76,13 @@ class OfElements:
 
     def standardize(self, x: Array, epsilon: float | Array) -> Array:
         """(x - mean) / sqrt(var + epsilon)."""
-        xhat = self.deviation(x) * self.rsqrt(epsilon).astype(x.dtype)
-        if self.keep is not None and not jnp.iscomplexobj(xhat):
-            xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
-        return xhat
+        return self.bounded(self.deviation(x) * self.rsqrt(epsilon).astype(x.dtype))
+
+    def bounded(self, xhat: Array) -> Array:
+        """xhat, and no infinity for what is absent, of which a cotangent of 0 would make NaN."""
+        if self.keep is None or jnp.iscomplexobj(xhat):
+            return xhat
+        return jnp.clip(xhat, -1e30, 1e30)
 
     @property
     def _is_plain(self) -> bool:
@@ -105,27 +108,33 @@ class OfElements:
 Mixture = Sequence[tuple[Any, OfElements]]  # statistics of the same elements, each with its weight >= 0
 
 
-def rsqrt_of_mixture(mixture: Mixture, epsilon: float | Array) -> Array:
-    """1 / sqrt(sum of weight var + epsilon); 0 where nothing was counted at all, or for 1 / 0."""
-    v, s, void = in_unit_range(mixture, epsilon)
-    void |= functools.reduce(jnp.logical_and, [of.count == 0 for _, of in mixture])
+def rsqrt_of_mixture(mixture: Mixture, epsilon: float | Array, beside: Array | None = None) -> Array:
+    """1 / sqrt(sum of weight var + |beside|**2 + epsilon); epsilon >= 0, a number or an array, beside in units of x.
+
+    0 for 1 / 0, and where nothing was counted at all, but for a `beside`: it may be of other elements.
+    """
+    v, s, void = in_unit_range(mixture, epsilon, beside)
+    if beside is None:
+        void |= functools.reduce(jnp.logical_and, [of.count == 0 for _, of in mixture])
     return jnp.where(void, 0.0, s * lax.rsqrt(jnp.where(void, 1.0, v)))
 
 
-def in_unit_range(mixture: Mixture, epsilon: float | Array) -> tuple[Array, Array, Array]:
-    """(v s**2, s, whether v is 0) of v = sum of weight var + epsilon.
+def in_unit_range(mixture: Mixture, epsilon: float | Array, beside: Array | None = None) -> tuple[Array, Array, Array]:
+    """(v s**2, s, whether v is 0) of v = sum of weight var + |beside|**2 + epsilon.
 
     The constant s brings the largest of the terms, but for its weight, to 1. So all that is differentiated is in range.
     """
     epsilon = jnp.asarray(epsilon, mixture[0][1].parts.m2.dtype)
     spreads = [of._spread() for _, of in mixture]
     larger = lax.stop_gradient(functools.reduce(jnp.maximum, spreads, jnp.sqrt(epsilon)))
+    if beside is not None:
+        larger = jnp.maximum(larger, jnp.abs(lax.stop_gradient(beside)))
     void = larger == 0
     s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
     v = (epsilon * s) * s
     for weight, of in mixture:
         v = v + weight * (of._scaled_m2(s) / nonzero_divisor(of.count))
-    return v, s, void
+    return v if beside is None else v + abs_squared(beside * s), s, void
 
 
 @jax.custom_jvp
