@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -95,9 +96,13 @@ class Row:
         """Random parameters, as they are handed to the norm (or in x's rank); None where the spec has none."""
         shape = self.param if x_rank or self.given is None else self.given
         made = self.spec.init(self.features)[0]
-        of = lambda name, p: shape if p is None or (p.ndim and name not in self.spec.whole) else p.shape
+        of = lambda name, p: shape if p is None or not self._whole(name, p) else p.shape
         drawn = [rng.normal(size=of(name, p)) for name, p in made._asdict().items()]
         return type(made)(*(None if p is None else jnp.asarray(d, dtype) for p, d in zip(made, drawn, strict=True)))
+
+    def _whole(self, name: str, p) -> bool:
+        """Whether a parameter has a shape of its own, which is no feature shape."""
+        return not p.ndim or (name in self.spec.whole and p.size != math.prod(self.param))
 
     def in_rank(self, params, xp=np) -> Any:
         """Parameters for the oracle, as a tuple of the same type: in x's rank, float64, scale_offset included."""
@@ -105,8 +110,7 @@ class Row:
 
         def one(name, p):
             p = oracle.wide(p) if xp is np else p
-            whole = not p.ndim or name in self.spec.whole
-            return (p if whole else p.reshape(self.param)) + offset.get(name, 0.0)
+            return (p if self._whole(name, p) else p.reshape(self.param)) + offset.get(name, 0.0)
 
         return type(params)(*(None if p is None else one(name, p) for name, p in params._asdict().items()))
 
