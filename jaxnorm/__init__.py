@@ -28,6 +28,7 @@ from ._ops.normalize import normalize as normalize
 from ._ops.policy import EMA as EMA
 from ._ops.policy import Cumulative as Cumulative
 from ._ops.policy import Devices as Devices
+from ._ops.policy import Ramp as Ramp
 from ._ops.running import sync_state as sync_state
 from ._ops.running import update_state as update_state
 

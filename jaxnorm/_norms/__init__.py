@@ -11,6 +11,7 @@ from .ada_layer import AdaLayerNorm, AdaLayerNormZero, ada_layer_norm, ada_layer
 from .ada_layer_single import AdaLayerNormSingle, ada_layer_norm_single
 from .ada_rms import AdaRMSNorm, ada_rms_norm
 from .batch import BatchNorm, batch_norm
+from .batch_renorm import BatchRenorm, batch_renorm
 from .conditional import ConditionalNorm, conditional_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
 from .dynamic_erf import DynamicErf, dynamic_erf
@@ -29,6 +30,7 @@ from .partial_rms import PartialRMSNorm, partial_rms_norm
 from .pixel import PixelNorm, pixel_norm
 from .positional import PositionalNorm, positional_norm
 from .query_key import QKNorm, qk_norm
+from .rep_batch import RepBatchNorm, rep_batch_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
 from .scale import ScaleNorm, scale_norm

@@ -239,7 +239,8 @@ def batch_norm(
     return normalize_batch(
         norm, x, scale, bias, state, policy, train=train, channels=channels, mask=mask, weights=weights,
         update_stats=update_stats, share=share, sync=sync, virtual_batch_size=virtual_batch_size,
-        centered=spread != "rms", by=BY[spread], given=normalize_by(spread), gathers=spread in ("std", "none"), **options,
+        centered=spread != "rms", by=BY[spread], given=normalize_by(spread), gathers=spread in ("std", "none"),
+        **options,
     )  # fmt: skip
 
 

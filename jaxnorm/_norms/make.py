@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from .._core.formats import FORMATS
 from .._core.messages import shown
-from .._ops.policy import EMA, Cumulative, Devices
+from .._ops.policy import EMA, Cumulative, Devices, Ramp
 from . import SPECS
 from .base import Norm, Spec
 
-_POLICIES = {policy.__name__: policy for policy in (EMA, Cumulative, Devices, *FORMATS)}
+_POLICIES = {policy.__name__: policy for policy in (EMA, Cumulative, Devices, Ramp, *FORMATS)}
 
 
 def catalogue() -> dict[str, Any]:

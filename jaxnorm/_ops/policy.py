@@ -6,13 +6,20 @@ The flat keywords of `batch_norm` (momentum, zero_debias, axis_name, sync, ...) 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
-from .._core.checks import canonicalize_flags, canonicalize_min_count, check_axis_name, check_momentum
+from .._core.checks import (
+    canonicalize_flags,
+    canonicalize_min_count,
+    canonicalize_number,
+    check_axis_name,
+    check_momentum,
+)
 from .._core.messages import shown, to_python
 from .sharing import Sync, canonicalize_sync
 
@@ -109,6 +116,60 @@ class Devices:
             object.__setattr__(self, name, to_python(getattr(self, name)))
         if self.groups is not None:
             canonicalize_sync("Devices", self.groups, self.axis_name, None, None)
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A schedule: a number that is `first` for `begin` updates, and moves along a line to `last` at update `end`.
+
+    Args:
+      first: the value while count <= begin.
+      last: the value from count >= end on.
+      begin: the count of updates where it starts to move.
+      end: the count where it stops. The same as `begin` is a step there.
+
+    Raises:
+      ValueError: one of them is no finite number, or end < begin.
+
+    >>> import jaxnorm as jn
+    >>> r_max = jn.Ramp(1.0, 3.0, begin=5_000, end=40_000)
+    >>> [float(r_max(count)) for count in (0, 22_500, 50_000)]
+    [1.0, 2.0, 3.0]
+    """
+
+    first: float
+    last: float
+    begin: float
+    end: float
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last", "begin", "end"):
+            object.__setattr__(self, name, canonicalize_number("Ramp", name, getattr(self, name), "0.0"))
+        if self.end < self.begin:
+            raise ValueError(f"Ramp: end={self.end:g} is before begin={self.begin:g}. Write begin={self.end:g}.")
+
+    def __call__(self, count: Any) -> Array:
+        count = jnp.asarray(count, jnp.float32)
+        if self.begin == self.end:
+            return jnp.where(count >= self.end, jnp.float32(self.last), jnp.float32(self.first))
+        share = jnp.clip((count - self.begin) / (self.end - self.begin), 0.0, 1.0)
+        return self.first + (self.last - self.first) * share
+
+
+Schedule = float | Callable[[Any], Any]  # a number, or a function of the count of updates
+
+
+def check_schedule(norm: str, what: str, value: Any, least: float) -> Schedule:
+    """A schedule, whose number is at least that; what a function returns is not known before it runs."""
+    if callable(value):
+        return value
+    return canonicalize_number(norm, what, value, f"{least}, or jaxnorm.Ramp({least}, 3.0, 5000, 40000)", least)
+
+
+def scheduled(value: Schedule, count: Array) -> Array:
+    """The value at each count, in its dtype and shape."""
+    given = value(count) if callable(value) else value
+    return jnp.broadcast_to(jnp.asarray(given).astype(count.dtype), count.shape)
 
 
 Running = EMA | Cumulative

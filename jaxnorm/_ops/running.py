@@ -173,8 +173,11 @@ def _sharded_as_the_state(f: Callable) -> Callable:
 
 
 @_sharded_as_the_state
-def update(state, batch: Moments, policy: Running) -> RunningStats:
-    """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own."""
+def update(state, batch: Moments, policy: Running, counts: bool = False) -> RunningStats:
+    """The running statistics after this batch; a channel that saw nothing, or not enough, keeps its own.
+
+    `counts`: `state.count` is the number of updates, whatever the policy.
+    """
     momentum, min_count, unbiased = policy.momentum, policy.min_count, policy.unbiased
     acc = widest(state.var.dtype, batch.m2.dtype)
     old_mean, old_var = state.mean.astype(widest(acc, state.mean.dtype)), state.var.astype(acc)
@@ -198,9 +201,9 @@ def update(state, batch: Moments, policy: Running) -> RunningStats:
     else:
         momentum = jnp.asarray(momentum, acc) if isinstance(momentum, jax.Array) else float(momentum)
         part = 1.0 - momentum
-        if policy.debias and count is not None:
+        if (policy.debias or counts) and count is not None:
             count = count + 1.0
-            part = _debiased(part, momentum, count)
+            part = _debiased(part, momentum, count) if policy.debias else part
         var = _toward(old_var, batch.m2 / nonzero_divisor(jnp.maximum(batch.count - freedom, 0.0)), part)
         mean = _toward(old_mean, batch.mean, part)
     keep = lambda new, old, where=seen: lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))
@@ -209,6 +212,11 @@ def update(state, batch: Moments, policy: Running) -> RunningStats:
         keep(var, state.var, seen & has_var),
         None if state.count is None else keep(count, state.count),
     )
+
+
+def update_and_count(state, batch: Moments, policy: Running) -> RunningStats:
+    """`update`, with `state.count` as the number of updates, which schedules are functions of."""
+    return update(state, batch, policy, True)
 
 
 def _toward(old: Array, new: Array, part) -> Array:
