@@ -14,6 +14,7 @@ from .batch import BatchNorm, batch_norm
 from .batch_renorm import BatchRenorm, batch_renorm
 from .conditional import ConditionalNorm, conditional_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
+from .domain_batch import DomainBatchNorm, domain_batch_norm
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
 from .film import FiLM, film

@@ -61,16 +61,17 @@ def normalize_batch(
     own: Callable[[RunningStats], tuple[Array, ...]] = nothing_own, own_params: tuple[Any, ...] = (),
     given: Callable[..., Array] = normalize_given,
     step: Callable[[Any, Moments, Running], RunningStats] = update, gathers: bool = True,
+    lead: tuple[int, ...] = (),
 ) -> tuple[Array, Any]:  # fmt: skip
     """(y, new state) of a norm by the statistics of the batch over all axes but `channels`.
 
     `by` takes `own_params` of the feature shape or of one that broadcasts, as arrays, and `own(state)` of the feature
     shape, after what `standardize` takes. `given` takes what `normalize_given` does, then `own_params`.
-    `gathers`: the state may be `Moments`.
+    `gathers`: the state may be `Moments`. `lead`: the sizes of its axes before those of the features.
     """
-    features = sizes_along(x.shape, channels)
+    features = lead + sizes_along(x.shape, channels)
     update_stats, frozen = canonicalize_flags(norm, update_stats=update_stats, frozen=frozen)
-    old = checked_state(norm, state, channels, x, policy.needs_count)
+    old = checked_state(norm, state, channels, x, policy.needs_count, lead)
     refuse = check_implementation if by is standardize else refuse_kernels
     refuse(norm, implementation)
     epsilon = canonicalize_epsilon(norm, epsilon)
