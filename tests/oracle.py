@@ -234,7 +234,9 @@ def act_norm(x, params, groups, spec, **_):
 
 def renormalize(x, params, groups, spec, **_):
     """Toward the running statistics of a state that has seen nothing: mean 0 and deviation 1."""
-    still = lambda a: a.real if groups.xp is np else __import__("jax").lax.stop_gradient(a)
+    from jax.lax import stop_gradient
+
+    still = lambda a: a.real if groups.xp is np else stop_gradient(a)
     mean, d = groups.mean(x), x - groups.mean(x)
     r = still(groups.xp.sqrt(groups.mean(d * d) + spec.epsilon)).clip(1 / spec.r_max, spec.r_max)
     shift = still(mean).clip(-spec.d_max, spec.d_max)
@@ -245,20 +247,6 @@ def over_absolute(x, params, groups, spec, **_):
     d = x - groups.mean(x)
     spread = math.sqrt(math.pi / 2) * groups.mean(magnitude(d, groups.xp)) + spec.epsilon
     return affine(groups.xp.where(groups.count == 0, 0.0, d / spread), *params)
-
-
-def mean_only(x, params, groups, spec, **_):
-    return affine(groups.xp.where(groups.count == 0, 0.0, x - groups.mean(x)), *params)
-
-
-def faded(x, params, groups, spec, **_):
-    """The groups are all of x: those of the batch norm are its channels, and of the layer norm its rows."""
-    of = lambda labels: Groups(np.ascontiguousarray(labels), None, groups.weight, groups.xp)
-    channel = np.broadcast_to(np.arange(x.shape[-1]), x.shape)
-    row = np.broadcast_to(np.arange(x[..., 0].size).reshape(*x.shape[:-1], 1), x.shape)
-    layer = affine(analytic(x, of(row), spec.epsilon, True), params.ln_scale, params.ln_bias)
-    batch = affine(analytic(x, of(channel), spec.epsilon, True), params.scale, params.bias)
-    return spec.fade * layer + (1.0 - spec.fade) * (batch + params.eta * x)
 
 
 def filter_response(x, params, groups, spec, **_):
