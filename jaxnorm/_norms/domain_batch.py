@@ -66,7 +66,7 @@ class DomainBatchNorm(Spec):
     use_domain_params: bool = False
     num_domains: int | None = None
     axis: int | Sequence[int] = -1
-    momentum: float | Array | None = 0.9
+    momentum: float | Array | None = 0.99
     epsilon: float = 1e-5
     running: EMA | Cumulative | None = None
     share: Devices | None = None

@@ -71,7 +71,7 @@ def normalize_batch(
     """
     features = lead + sizes_along(x.shape, channels)
     update_stats, frozen = canonicalize_flags(norm, update_stats=update_stats, frozen=frozen)
-    old = checked_state(norm, state, channels, x, policy.needs_count, lead)
+    old: Any = checked_state(norm, state, channels, x, policy.needs_count, lead)
     refuse = check_implementation if by is standardize else refuse_kernels
     refuse(norm, implementation)
     epsilon = canonicalize_epsilon(norm, epsilon)
@@ -102,7 +102,7 @@ def normalize_batch(
     if frozen or train is False:
         return by_running(), as_given(state, old)
 
-    align = lambda name, p: align_param(norm, name, p, x.shape, channels)
+    align: Any = lambda name, p: align_param(norm, name, p, x.shape, channels)
     params = (align("scale", scale), align("bias", bias), *(align("a parameter", p) for p in own_params))
     scale_, bias_, *more = [None if p is None else shard_like(x, p) for p in params]
     of_state = [shard_like(x, align("state", jax.lax.stop_gradient(a))) for a in own(old)]

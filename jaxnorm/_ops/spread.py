@@ -83,7 +83,7 @@ def normalize_by(spread: str):
             scale, bias = (
                 align_param("batch_norm", w, p, x.shape, axis) for w, p in (("scale", scale), ("bias", bias))
             )
-            factor = align_param("batch_norm", "state.var", over_spread(var, epsilon), x.shape, axis)
+            factor: Any = align_param("batch_norm", "state.var", over_spread(var, epsilon), x.shape, axis)
             scale, bias = affine_times(factor, scale, None, scale_offset, factor.dtype)[0], bias
             scale_offset = 0.0
         return normalize_given(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from catalogue import draw
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
@@ -126,7 +127,7 @@ def test_limits_come_back_from_plain_values_and_bad_ones_are_explained():
 
 
 def test_each_domain_is_a_batch_norm_of_its_examples(rng):
-    norm, plain = jn.DomainBatchNorm(num_domains=4), jn.BatchNorm(momentum=0.9)
+    norm, plain = jn.DomainBatchNorm(num_domains=4), jn.BatchNorm()
     x, params = draw(rng, (12, 2, 5), 2.0), affine(rng, 4, 5)
     state = norm.init(5)[1]
     ids = np.arange(12) // 4 * 2 % 4  # 0, 2, 0: domains 1 and 3 are not there
@@ -196,7 +197,8 @@ def test_the_gradients_of_rep_batch_norm_match_the_formula_under_a_mask(rng):
         d, e = (x - a for a in (x.mean(0, keepdims=True), x.mean(1, keepdims=True)))
         over = lambda d, axis: d / jnp.sqrt((d * d).mean(axis, keepdims=True) + 1e-5)
         layer = over(e, 1) * (params.ln_scale + 1)[None] + params.ln_bias[None]
-        return jnp.tanh(0.25 * layer + 0.75 * (over(d, 0) * (params.scale + 1)[None] + params.bias[None] + params.eta * x))
+        batch = over(d, 0) * (params.scale + 1)[None] + params.bias[None] + params.eta * x
+        return jnp.tanh(0.25 * layer + 0.75 * batch)
 
     def own(params, x):
         return norm.apply(params, state, x, train=True, mask=mask)[0]
@@ -249,7 +251,7 @@ SHARED = {  # the all-reduces of the statistics forward; as many backward, for x
 @pytest.mark.parametrize("name", SHARED)
 def test_devices_share_statistics_by_one_all_reduce_each_way(name, rng):
     norm, rounds = SHARED[name]
-    mesh = jax.make_mesh((4,), ("d",), devices=jax.devices()[:4])
+    mesh = Mesh(jax.devices()[:4], ("d",))
     x, g, params, state = draw(rng, (12, 5), 2.0), draw(rng, (12, 5)), *norm.init(5)
     ids = np.arange(12) % 2 if name == "domain" else None
     call = lambda norm: lambda x, *ids: norm.apply(params, state, x, *ids, train=True)
