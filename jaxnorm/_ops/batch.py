@@ -58,7 +58,7 @@ def normalize_batch(
     scale_offset, activation, share: Devices | None, axis_name, axis_index_groups, sync, virtual_batch_size, frozen,
     dtype, implementation, mask, weights, update_stats, centered: bool = True,
     by: Callable[..., tuple[Array, Statistics]] = standardize,
-    own: Callable[[RunningStats], tuple[Array, ...]] = nothing_own, own_params: tuple[Any, ...] = (),
+    own: Callable[[Any], tuple[Array, ...]] = nothing_own, own_params: tuple[Any, ...] = (),
     given: Callable[..., Array] = normalize_given,
     step: Callable[[Any, Moments, Running], RunningStats] = update, gathers: bool = True,
     lead: tuple[int, ...] = (),
