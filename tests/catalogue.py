@@ -64,7 +64,8 @@ class Row:
 
     @property
     def batch(self) -> bool:
-        return isinstance(self.spec, jn.BatchNorm)
+        """Whether it has running statistics."""
+        return self.spec.State is jn.RunningStats
 
     @property
     def ghost(self) -> int | None:
@@ -344,6 +345,12 @@ ROWS = [
     Row("batch-conditional", jn.BatchNorm(), (16, 5, 4, 6), (16, 1, 1, 6), lambda n, h, w, c: (c,),
         per_sample=True, exempt=PER_SAMPLE | {NOT_NATIVE: "without transposing"}),
     Row("batch-ghost", jn.BatchNorm(virtual_batch_size=8), (16, 9, 6), (1, 1, 6), ghosts(8), (6,), exempt=GHOSTS),
+    Row("renorm", jn.BatchRenorm(r_max=1.5, d_max=0.5, axis=1, activation="relu"), (6, 4, 3), (1, 4, 1), lambda n, c, t: (c,), (4,),
+        oracle=oracle.renormalize, exempt=FUSED),
+    Row("domain", jn.DomainBatchNorm(num_domains=3), (9, 3, 6), (1, 1, 6), lambda n, t, c: (n * n % 3, c), (6,),
+        exempt=SEGMENTS, operands=lambda shape: {"domain": np.arange(shape[0]) ** 2 % 3}),
+    Row("batch-l1", jn.BatchNorm(spread="l1"), (8, 3, 6), (1, 1, 6), lambda n, t, c: (c,), (6,), oracle=oracle.over_absolute,
+        exempt={NOT_NATIVE: "XLA computes it"}),
     Row("batch-ghost-remainder", jn.BatchNorm(virtual_batch_size=6), (16, 9, 6), (1, 1, 6), ghosts(6), (6,),
         exempt=GHOSTS),
     Row("evo-s0", jn.EvoNormS(num_groups=3), (5, 4, 12), (1, 1, 12), lambda n, t, c: (n, c // 4), (12,), **evolved),
@@ -357,7 +364,7 @@ ROWS = [
     Row("switchable", jn.SwitchableNorm(axis=1), (3, 4, 9), (1, 4, 1), lambda n, c, t: (0 * n,), (4,), oracle=oracle.switched, exempt=MIXED),
 ]  # fmt: skip
 
-BATCH_NORMS = [r for r in ROWS if r.batch]
+BATCH_NORMS = [r for r in ROWS if isinstance(r.spec, jn.BatchNorm) and r.spec.spread == "std"]
 by_name = {r.name: r for r in ROWS}
 # One row for each mechanism of axes, parameters, statistics and roundings: for laws that cost much of each row.
 MECHANISMS = {

@@ -232,6 +232,23 @@ def act_norm(x, params, groups, spec, **_):
     return times * (x + params.shift) if spec.shift_first else times * x + params.shift
 
 
+def renormalize(x, params, groups, spec, **_):
+    """Toward the running statistics of a state that has seen nothing: mean 0 and deviation 1."""
+    from jax.lax import stop_gradient
+
+    still = lambda a: a.real if groups.xp is np else stop_gradient(a)
+    mean, d = groups.mean(x), x - groups.mean(x)
+    r = still(groups.xp.sqrt(groups.mean(d * d) + spec.epsilon)).clip(1 / spec.r_max, spec.r_max)
+    shift = still(mean).clip(-spec.d_max, spec.d_max)
+    return affine(analytic(x, groups, spec.epsilon, True) * groups.xp.where(groups.count == 0, 1, r) + shift, *params)
+
+
+def over_absolute(x, params, groups, spec, **_):
+    d = x - groups.mean(x)
+    spread = math.sqrt(math.pi / 2) * groups.mean(magnitude(d, groups.xp)) + spec.epsilon
+    return affine(groups.xp.where(groups.count == 0, 0.0, d / spread), *params)
+
+
 def filter_response(x, params, groups, spec, **_):
     xp, learned = groups.xp, params.learned_epsilon
     epsilon = spec.epsilon + (0.0 if learned is None else magnitude(learned, xp))

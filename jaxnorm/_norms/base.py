@@ -87,6 +87,7 @@ class Spec:
     Params: ClassVar[Any] = Affine  # NamedTuple: its fields name the parameters, in layers and checkpoints too
     function: ClassVar[Callable[..., Any]]  # whose options the fields are
     State: ClassVar[Any] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
+    state_axes: ClassVar[int] = 0  # how many axes its fields have before those of the features
     whole: ClassVar[tuple[str, ...]] = ()  # the parameters that have a shape of their own, not that of the features
     scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
     paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name

@@ -75,7 +75,7 @@ class RepBatchNorm(Spec):
 
     use_bias: bool = True
     axis: int | Sequence[int] = -1
-    momentum: float | Array = 0.9
+    momentum: float | Array = 0.99
     epsilon: float = 1e-5
     fade: float | Callable[[Any], Any] = Ramp(1.0, 0.0, 0.0, 300_000.0)
     running: EMA | None = None
@@ -132,7 +132,7 @@ class RepBatchNorm(Spec):
         """
         given, stats = as_params("RepBatchNorm.as_affine", params, RepBatchParams), as_stats(state)
         options = dict(epsilon=self.epsilon, scale_offset=self.scale_offset)
-        folded = as_affine(stats.mean, stats.var, given.scale, given.bias, **options)  # pyright: ignore
+        folded: Any = as_affine(stats.mean, stats.var, given.scale, given.bias, **options)  # pyright: ignore
         eta = 0.0 if given.eta is None else jnp.asarray(given.eta).astype(folded.scale.dtype)
         return Affine(folded.scale + eta, folded.bias)
 
@@ -209,7 +209,7 @@ def rep_batch_norm(
         epsilon=epsilon, mask=mask, weights=weights, update_stats=update_stats, virtual_batch_size=None,
         by=_Faded(channels) if fades else ByFormula(_with_skip), given=_by_running, step=update_and_count,
         own_params=(eta, given.ln_scale, given.ln_bias) if fades else (eta,),
-        own=(lambda old: (scheduled(fade, old.count),)) if fades else (lambda old: ()), gathers=False, **options,
+        own=lambda old: (scheduled(fade, old.count),) if fades else (), gathers=False, **options,
     )  # fmt: skip
 
 
@@ -240,12 +240,12 @@ class _Faded:
         return z.astype(plan.dtype), stats
 
 
-def _by_running(x, mean, var, scale, bias, keep, eta, *layer, axis, activation, dtype, **options) -> Array:
+def _by_running(x, mean, var, scale, bias, keep, eta: Any, *layer, axis, activation, dtype, **options) -> Array:
     wide = widest(accumulator(x), mean.dtype)
     out = canonicalize_dtype("rep_batch_norm", dtype, x, *(p for p in (scale, bias) if p is not None))
     y = normalize_given(x, mean, var, scale, bias, keep, axis=axis, activation=None, dtype=wide, **options)
-    eta = align_param("rep_batch_norm", "eta", eta, x.shape, axis).astype(wide)
-    z = y + eta * finite_where_masked(x, keep).astype(wide)
+    skip: Any = align_param("rep_batch_norm", "eta", eta, x.shape, axis)
+    z = y + skip.astype(wide) * finite_where_masked(x, keep).astype(wide)
     return (z if activation is None else activate_output(activation, z, keep)).astype(out)
 
 
@@ -254,6 +254,6 @@ def _policy(norm: str, running: Any, flat: dict[str, Any]) -> Running:
     if policy.momentum is None:
         raise ValueError(
             f"{norm}: its count is that of updates, and cumulative statistics need that of elements; got momentum=None."
-            " Write momentum=0.9."
+            " Write momentum=0.99."
         )
     return policy

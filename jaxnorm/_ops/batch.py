@@ -58,19 +58,20 @@ def normalize_batch(
     scale_offset, activation, share: Devices | None, axis_name, axis_index_groups, sync, virtual_batch_size, frozen,
     dtype, implementation, mask, weights, update_stats, centered: bool = True,
     by: Callable[..., tuple[Array, Statistics]] = standardize,
-    own: Callable[[RunningStats], tuple[Array, ...]] = nothing_own, own_params: tuple[Any, ...] = (),
+    own: Callable[[Any], tuple[Array, ...]] = nothing_own, own_params: tuple[Any, ...] = (),
     given: Callable[..., Array] = normalize_given,
     step: Callable[[Any, Moments, Running], RunningStats] = update, gathers: bool = True,
+    lead: tuple[int, ...] = (),
 ) -> tuple[Array, Any]:  # fmt: skip
     """(y, new state) of a norm by the statistics of the batch over all axes but `channels`.
 
     `by` takes `own_params` of the feature shape or of one that broadcasts, as arrays, and `own(state)` of the feature
     shape, after what `standardize` takes. `given` takes what `normalize_given` does, then `own_params`.
-    `gathers`: the state may be `Moments`.
+    `gathers`: the state may be `Moments`. `lead`: the sizes of its axes before those of the features.
     """
-    features = sizes_along(x.shape, channels)
+    features = lead + sizes_along(x.shape, channels)
     update_stats, frozen = canonicalize_flags(norm, update_stats=update_stats, frozen=frozen)
-    old = checked_state(norm, state, channels, x, policy.needs_count)
+    old: Any = checked_state(norm, state, channels, x, policy.needs_count, lead)
     refuse = check_implementation if by is standardize else refuse_kernels
     refuse(norm, implementation)
     epsilon = canonicalize_epsilon(norm, epsilon)
@@ -101,7 +102,7 @@ def normalize_batch(
     if frozen or train is False:
         return by_running(), as_given(state, old)
 
-    align = lambda name, p: align_param(norm, name, p, x.shape, channels)
+    align: Any = lambda name, p: align_param(norm, name, p, x.shape, channels)
     params = (align("scale", scale), align("bias", bias), *(align("a parameter", p) for p in own_params))
     scale_, bias_, *more = [None if p is None else shard_like(x, p) for p in params]
     of_state = [shard_like(x, align("state", jax.lax.stop_gradient(a))) for a in own(old)]

@@ -166,7 +166,7 @@ def check_schedule(norm: str, what: str, value: Any, least: float) -> Schedule:
     return canonicalize_number(norm, what, value, f"{least}, or jaxnorm.Ramp({least}, 3.0, 5000, 40000)", least)
 
 
-def scheduled(value: Schedule, count: Array) -> Array:
+def scheduled(value: Schedule, count: Any) -> Array:
     """The value at each count, in its dtype and shape."""
     given = value(count) if callable(value) else value
     return jnp.broadcast_to(jnp.asarray(given).astype(count.dtype), count.shape)

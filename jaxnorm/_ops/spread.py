@@ -44,7 +44,8 @@ def by_absolute(norm: str, plan: Plan, x: Array, scale, bias, mask, weights) -> 
     if reduction.axis_name is not None:
         (total,) = psum_grouped([total], reduction.axis_name, reduction.groups)
     spread = _OF_NORMAL * total / nonzero_divisor(jnp.asarray(stats.count))
-    y = recompute(functools.partial(_over, plan), reduction.plain)(x, keep, *mean, spread, scale, bias)
+    factor = jnp.where(stats.count == 0, 0.0, over_spread(spread, plan.epsilon))
+    y = recompute(functools.partial(_times, plan), reduction.plain)(x, keep, *mean, factor, scale, bias)
     sum_of_spread = spread * stats.count  # in the place of m2, which is divided by the count, and by prescale**2
     if reduction.large_prescale is None:
         m2 = (sum_of_spread * reduction.prescale) * reduction.prescale
@@ -59,9 +60,8 @@ def _absolute_sum(reduction: Reduction, x: Array, mask, weights, *mean) -> Array
     return reduction.over.sum(a if mask is None else jnp.where(mask, a, 0.0), None)
 
 
-def _over(plan: Plan, x: Array, keep, mean_hi, mean_lo, spread, scale, bias) -> Array:
-    over = spread + plan.epsilon
-    z = deviation(x, keep, mean_hi, mean_lo) / nonzero_divisor(over).astype(accumulator(x))
+def _times(plan: Plan, x: Array, keep, mean_hi, mean_lo, factor, scale, bias) -> Array:
+    z = deviation(x, keep, mean_hi, mean_lo) * factor.astype(accumulator(x))
     if plan.activation is None:
         return affine(z, scale, bias, plan.scale_offset, plan.dtype)
     z = affine(z, scale, bias, plan.scale_offset, widened_to(z, scale, bias))
@@ -69,7 +69,7 @@ def _over(plan: Plan, x: Array, keep, mean_hi, mean_lo, spread, scale, bias) -> 
 
 
 def _deviation(x: Array, of, affine, epsilon: float) -> Array:
-    return affine(of.deviation(x))
+    return affine(jnp.where(of.count == 0, 0.0, of.deviation(x)))
 
 
 BY: dict[str, Any] = {"std": standardize, "rms": standardize, "l1": by_absolute, "none": ByFormula(_deviation)}
@@ -83,7 +83,7 @@ def normalize_by(spread: str):
             scale, bias = (
                 align_param("batch_norm", w, p, x.shape, axis) for w, p in (("scale", scale), ("bias", bias))
             )
-            factor = align_param("batch_norm", "state.var", over_spread(var, epsilon), x.shape, axis)
+            factor: Any = align_param("batch_norm", "state.var", over_spread(var, epsilon), x.shape, axis)
             scale, bias = affine_times(factor, scale, None, scale_offset, factor.dtype)[0], bias
             scale_offset = 0.0
         return normalize_given(

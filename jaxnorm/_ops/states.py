@@ -72,9 +72,14 @@ def _name(path) -> str:
     return getattr(path[0], "name", None) or path[0].key
 
 
-def checked_state(norm: str, state, channels: tuple[int, ...], x: Array, needs_count: bool) -> Any:
-    """The state of a batch norm of x as a NamedTuple of arrays. Raises if it does not fit x."""
-    features = sizes_along(x.shape, channels)
+def checked_state(
+    norm: str, state, channels: tuple[int, ...], x: Array, needs_count: bool, lead: tuple[int, ...] = ()
+) -> Any:
+    """The state of a batch norm of x as a NamedTuple of arrays. Raises if it does not fit x.
+
+    `lead` are the sizes of the axes that it has before those of the features.
+    """
+    features = lead + sizes_along(x.shape, channels)
     if not isinstance(state, (RunningStats, Moments)):
         if not is_stats(state):
             several = isinstance(state, (tuple, list)) and len(state) in (2, 3)

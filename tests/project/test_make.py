@@ -43,12 +43,13 @@ OTHER = {
     "reduction_axes": [1, 2], "running": jn.EMA(momentum=0.5), "share": jn.Devices("data", 2), "size": 7, "sync": 2,
     "virtual_batch_size": 8, "act.activation": None, "partial_rms.epsilon_mode": "outside",
     "quantize": jn.Fp8(per="row", floor=1e-6),
+    "num_domains": 4, "spread": "rms", "track": "var", "r_max": jn.Ramp(1.0, 2.0, 3.0, 4.0), "d_max": 2.0, "fade": 0.5,
     "pixel.epsilon_mode": "outside", "scale.epsilon_mode": "inside", "segment.kind": "rms",
 }  # fmt: skip
 NEEDS = {
     "segment.num_groups": {"kind": "group"},
     "segment.group_size": {"kind": "group"},
-    "batch.sync": {"axis_name": "d"},
+    **{f"{name}.sync": {"axis_name": "d"} for name in ("batch", "batch_renorm", "domain_batch", "rep_batch")},
 }
 
 
