@@ -12,6 +12,8 @@ from .ada_layer_single import AdaLayerNormSingle, ada_layer_norm_single
 from .ada_rms import AdaRMSNorm, ada_rms_norm
 from .batch import BatchNorm, batch_norm
 from .conditional import ConditionalNorm, conditional_norm
+from .crms import CRMSNorm, crms_norm
+from .cumulative_group import CumulativeGroupNorm, cumulative_group_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core.arithmetic import nan_if_infinite, nonzero_divisor
+from .._core.arithmetic import abs_squared, nan_if_infinite, nonzero_divisor
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
 from .._core.dtypes import accumulator
@@ -64,27 +64,33 @@ class OfElements:
         """x - mean, with the low bits that `mean` has not."""
         return (x - self.parts.mean_hi) - self.parts.mean_lo
 
-    def rsqrt(self, epsilon: float | Array) -> Array:
-        """1 / sqrt(var + epsilon) for an epsilon >= 0, a number or an array. 0 where nothing was counted, or for 1 / 0.
+    def rsqrt(self, epsilon: float | Array, share: float | Array = 1.0, beside: Array | None = None) -> Array:
+        """1 / sqrt(share var + |beside|**2 + epsilon); share is of 0..1, epsilon >= 0, and beside is in units of x.
 
-        Computed as s rsqrt(var s**2 + epsilon s**2), where the constant s brings the sum between 1 and 2. So all that
-        is differentiated is in range.
+        0 for 1 / 0, and where nothing was counted, but for a `beside`: it may be of other elements. Computed with a
+        constant s that brings the sum, times s**2, near 1. So all that is differentiated is in range.
         """
         m2, n = self.parts.m2, nonzero_divisor(self.count)
         epsilon = jnp.asarray(epsilon, m2.dtype)
         spread = jnp.sqrt(m2 / n) / self.reduction.prescale if self._is_plain else m2 / jnp.sqrt(n)
         larger = lax.stop_gradient(jnp.maximum(spread, jnp.sqrt(epsilon)))
-        void = (self.count == 0) | (larger == 0)
+        if beside is not None:
+            larger = jnp.maximum(larger, jnp.abs(lax.stop_gradient(beside)))
+        void = (larger == 0) if beside is not None else (self.count == 0) | (larger == 0)
         s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
-        v = self._scaled_m2(s) / n + (epsilon * s) * s
+        v = self._scaled_m2(s) / n * share + (epsilon * s) * s
+        v = v if beside is None else v + abs_squared(beside * s)
         return jnp.where(void, 0.0, s * lax.rsqrt(jnp.where(void, 1.0, v)))
 
     def standardize(self, x: Array, epsilon: float | Array) -> Array:
         """(x - mean) / sqrt(var + epsilon)."""
-        xhat = self.deviation(x) * self.rsqrt(epsilon).astype(x.dtype)
-        if self.keep is not None and not jnp.iscomplexobj(xhat):
-            xhat = jnp.clip(xhat, -1e30, 1e30)  # of what is absent: if infinite, a cotangent of 0 would give NaN
-        return xhat
+        return self.bounded(self.deviation(x) * self.rsqrt(epsilon).astype(x.dtype))
+
+    def bounded(self, xhat: Array) -> Array:
+        """xhat, and no infinity for what is absent, of which a cotangent of 0 would make NaN."""
+        if self.keep is None or jnp.iscomplexobj(xhat):
+            return xhat
+        return jnp.clip(xhat, -1e30, 1e30)
 
     @property
     def _is_plain(self) -> bool:
