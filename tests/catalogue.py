@@ -90,7 +90,8 @@ class Row:
         """Random parameters, as they are handed to the norm (or in x's rank); None where the spec has none."""
         shape = self.param if x_rank or self.given is None else self.given
         made = self.spec.init(self.features)[0]
-        drawn = [rng.normal(size=shape if p is None or p.ndim else ()) for p in made]
+        of = lambda name, p: shape if p is None or (p.ndim and name not in self.spec.whole) else p.shape
+        drawn = [rng.normal(size=of(name, p)) for name, p in made._asdict().items()]
         return type(made)(*(None if p is None else jnp.asarray(d, dtype) for p, d in zip(made, drawn, strict=True)))
 
     def in_rank(self, params, xp=np) -> Any:
@@ -99,7 +100,8 @@ class Row:
 
         def one(name, p):
             p = oracle.wide(p) if xp is np else p
-            return (p.reshape(self.param) if p.ndim else p) + offset.get(name, 0.0)
+            whole = not p.ndim or name in self.spec.whole
+            return (p if whole else p.reshape(self.param)) + offset.get(name, 0.0)
 
         return type(params)(*(None if p is None else one(name, p) for name, p in params._asdict().items()))
 
@@ -188,6 +190,10 @@ def condition(parts: int, axis: int = -1, tokens: bool = False):
     return of
 
 
+def residual(shape):
+    return {"residual": np.random.default_rng(7).normal(size=shape).astype(np.float32)}
+
+
 def modulated(*condition_of, **exempt) -> dict[str, Any]:
     return dict(operands=condition(*condition_of), oracle=oracle.modulated, exempt=PER_SAMPLE | exempt)
 
@@ -219,6 +225,7 @@ def of_token(n, t, h, d):
 
 pair = dict(applied=queries_and_keys, calls=2, oracle=oracle.query_key, exempt=UNCENTERED)
 segments = dict(operands=lambda shape: {"segment_ids": segment_ids(np.arange(shape[0]))}, exempt=SEGMENTS)
+so_far = dict(applied=first_alone, oracle=oracle.cumulative_group, exempt={NOT_NATIVE: "statistics so far are XLA's"})
 _image, _planes, _tokens = (6, 5, 4, 12), (6, 12, 5, 4), (4, 6, 40)
 
 ROWS = [
@@ -267,6 +274,22 @@ ROWS = [
         (1, 12, 1, 1), lambda n, c, h, w: (n, c), (12,), **response),
     Row("response-silu", jn.FilterResponseNorm(use_threshold=False, activation="silu"), (5, 30, 4), (1, 1, 4),
         lambda n, t, c: (n, c), (4,), **response),
+    Row("crms", jn.CRMSNorm(), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), oracle=oracle.compressed, exempt=FUSED),
+    Row("gated-norm", jn.GatedNorm(init_rank=3, gate_scale=2.0, scale_offset=1.0), (4, 10, 8), (1, 1, 8),
+        lambda n, t, c: (n, t), (8,), oracle=oracle.gated_norm, exempt=FUSED),
+    Row("seednorm-heads", jn.SeeDNorm(num_heads=3), (4, 6, 12), (1, 1, 12), lambda n, t, c: (n, t), (12,),
+        oracle=oracle.seednorm, exempt=FUSED),
+    Row("poly", jn.PolyNorm(activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t), oracle=oracle.poly_norm, exempt=FUSED),
+    Row("hypersphere", jn.HypersphereUpdate(), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,),
+        operands=residual, oracle=oracle.hypersphere_update, exempt=FUSED | PER_SAMPLE | {
+            "test_only_x_is_saved_at_full_size": "the residual is kept as well"}),
+    Row("global-response", jn.GlobalResponseNorm(), (4, 3, 2, 12), (1, 1, 1, 12), lambda n, h, w, c: (n,), (12,),
+        oracle=oracle.global_response, exempt=FUSED),
+    Row("local-response", jn.LocalResponseNorm(size=4, alpha=0.5), _tokens, (1, 1, 40), lambda n, t, c: (n, t),
+        oracle=oracle.local_response, exempt=FUSED),
+    Row("cumulative", jn.CumulativeGroupNorm(num_groups=3, epsilon=1e-3), (3, 5, 12), (1, 1, 12), lambda n, t, c: (n, c // 4), (12,), **so_far),
+    Row("cumulative-running-nct", jn.CumulativeGroupNorm(axis=1, time_axis=-1, variance="running", epsilon=1e-3, activation="tanh"),
+        (3, 12, 5), (1, 12, 1), lambda n, c, t: (n,), (12,), **so_far),
     Row("segments", packed("layer"), (48, 8), (1, 8), lambda m, c: (segment_ids(m),), (8,), **segments),
     Row("segments-group", packed("group", num_groups=2, activation="gelu"), (48, 12), (1, 12),
         lambda m, c: (segment_ids(m), c // 6), (12,), **segments),

@@ -239,6 +239,88 @@ def filter_response(x, params, groups, spec, **_):
     return z if params.threshold is None else xp.where((z - params.threshold).real > 0, z, params.threshold + 0.0 * z)
 
 
+def compressed(x, params, groups, spec, **_):
+    xp, n = groups.xp, groups.count
+    v = (groups.mean(x * x) * n + (groups.mean(x) * n) ** 2) / (n + 1) + spec.epsilon
+    nothing = (n == 0) | (v == 0)
+    return affine(xp.where(nothing, 0.0, x / xp.sqrt(xp.where(nothing, 1.0, v))), *params)
+
+
+def _kept(x, groups):
+    return groups.xp.where(groups.weight == 0, 0.0, x)
+
+
+def gated_norm(x, params, groups, spec, **_):
+    xp = groups.xp
+    h = affine(analytic(_kept(x, groups), groups, spec.epsilon, False), params.scale, None)
+    inner = h @ params.down
+    gate = (inner * (0.5 + 0.5 * xp.tanh(0.5 * inner))) @ params.up
+    return spec.gate_scale * h * (0.5 + 0.5 * xp.tanh(0.5 * gate))
+
+
+def seednorm(x, params, groups, spec, **_):
+    xp, z = groups.xp, _kept(x, groups)
+    parts = xp.split(z * params.beta, spec.num_heads, -1)
+    seed = xp.concatenate([xp.tanh(part.sum(-1, keepdims=True)) + 0.0 * part for part in parts], -1)
+    return (seed * params.alpha + params.scale) * analytic(z, groups, spec.epsilon, False)
+
+
+def poly_norm(x, params, groups, spec, **_):
+    """In a unit of x, because x**6 of 1e20 or more leaves the range of float64."""
+    xp, z, order = groups.xp, _kept(x, groups), params.weight.shape[0]
+    unit = xp.max(magnitude(z, xp).real) + 0.1
+    y = sum(
+        params.weight[order - p] * analytic((z / unit) ** p, groups, spec.epsilon / unit ** (2 * p), False)
+        for p in range(1, order + 1)
+    )
+    return y + params.bias
+
+
+def hypersphere_update(x, params, groups, spec, residual):
+    xp = groups.xp
+
+    def unit(u):
+        square = groups.mean(u * u) * groups.count
+        nothing = square == 0
+        return xp.where(nothing, 0.0, u / xp.sqrt(xp.where(nothing, 1.0, square)))
+
+    a = magnitude(params.alpha, xp) * spec.rate * x.shape[-1] ** 0.5
+    h = unit(xp.asarray(residual, x.dtype))
+    return unit(h + a * (unit(x) - h))
+
+
+def global_response(x, params, groups, spec, **_):
+    xp, z = groups.xp, _kept(x, groups)
+    square = (z * z).sum((1, 2), keepdims=True)
+    dead = square == 0
+    length = xp.where(dead, 0.0, xp.sqrt(xp.where(dead, 1.0, square)))
+    n = (groups.weight != 0).any((1, 2), keepdims=True).sum(-1, keepdims=True)
+    return z + affine(z * length / (length.sum(-1, keepdims=True) / np.maximum(n, 1) + spec.epsilon), *params)
+
+
+def local_response(x, params, groups, spec, **_):
+    xp, z, n, channels = groups.xp, _kept(x, groups), spec.size, x.shape[-1]
+    c, j = np.arange(channels)[:, None], np.arange(channels)
+    near = ((j >= c - n // 2) & (j <= c + (n - 1) // 2)).astype(np.float64)
+    energy = (z * z) @ xp.asarray(near.T, z.dtype)
+    return z / (spec.k + spec.alpha / (n if spec.divide else 1) * energy) ** spec.beta
+
+
+def cumulative_group(x, params, groups, spec, **_):
+    """Sums of all frames so far, by the 0/1 matrix of elements that an element's statistics are of."""
+    xp, time = groups.xp, np.indices(x.shape)[spec.time_axis % x.ndim].ravel()
+    label = groups.labels.ravel()
+    so_far = ((label[:, None] == label) & (time[:, None] >= time)) * groups.weight.ravel()
+    n = so_far.sum(1).reshape(x.shape)
+    mean = lambda a: (xp.asarray(so_far, x.real.dtype) @ a.ravel()).reshape(x.shape) / np.maximum(n, 1)
+    x = x - x.real.ravel()[0]  # which changes nothing
+    d = x - mean(x)
+    v = mean(d * d) if spec.variance == "running" else mean(x * x) - mean(x) ** 2
+    v = v + spec.epsilon
+    nothing = (n == 0) | (v.real <= 0)
+    return affine(xp.where(nothing, 0.0, d / xp.sqrt(xp.where(nothing, 1.0, v))), *params)
+
+
 def _written_out(centered):
     def of_formula(x, params, g, groups, spec, **_):
         how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)

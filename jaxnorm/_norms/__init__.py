@@ -20,20 +20,26 @@ from .dynamic_tanh import DynamicTanh, dynamic_tanh
 from .film import FiLM, film
 from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
+from .gated_norm import GatedNorm, gated_norm
+from .global_response import GlobalResponseNorm, global_response_norm
 from .group import GroupNorm, group_norm
 from .group_rms import GroupRMSNorm, group_rms_norm
+from .hypersphere import HypersphereUpdate, hypersphere_update
 from .instance import InstanceNorm, instance_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
+from .local_response import LocalResponseNorm, local_response_norm
 from .norm_add import LayerNormAdd, RMSNormAdd, layer_norm_add, rms_norm_add
 from .partial_rms import PartialRMSNorm, partial_rms_norm
 from .pixel import PixelNorm, pixel_norm
+from .poly import PolyNorm, poly_norm
 from .positional import PositionalNorm, positional_norm
 from .query_key import QKNorm, qk_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rms import RMSNorm, rms_norm
 from .scale import ScaleNorm, scale_norm
+from .seed import SeeDNorm, seednorm
 from .segment import SegmentNorm, segment_norm
 from .spade import SPADE, spade
 

@@ -50,7 +50,7 @@ class CumulativeGroupNorm(Spec):
     >>> params, state = norm.init(2)
     >>> (y, carry), state = norm.apply(params, state, np.array([[[1., 3.], [4., 4.]]]))
     >>> y.round(3).tolist(), carry.count.tolist(), carry.mean.tolist()
-    ([[[-1.0, 1.0], [0.8159999847412109, 0.8159999847412109]]], [[4.0]], [[3.0]])
+    ([[[-1.0, 1.0], [0.8160000443458557, 0.8160000443458557]]], [[4.0]], [[3.0]])
     """
 
     use_bias: bool = True
@@ -150,7 +150,7 @@ def cumulative_group_norm(
     >>> x = np.array([[[1., 3.], [4., 4.]]])
     >>> y, carry = jn.cumulative_group_norm(x[:, :1], epsilon=0.)
     >>> jn.cumulative_group_norm(x[:, 1:], epsilon=0., carry=carry)[0].round(3).tolist()
-    [[[0.8159999847412109, 0.8159999847412109]]]
+    [[[0.8160000443458557, 0.8160000443458557]]]
     """
     norm = "cumulative_group_norm"
     _check_variance(norm, variance)

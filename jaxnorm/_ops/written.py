@@ -22,7 +22,7 @@ from .._core.platforms import recompute
 from .._core.vma import shard_like
 from .activation import activate_output, check_activation, widened_to
 from .formula import affine
-from .plan import check_implementation
+from .plan import refuse_kernels
 
 Array = jax.Array
 
@@ -36,7 +36,7 @@ def normalize_written(
     `f` gets x in the accumulator's dtype, with 0 for what is masked out, and `keep`, the mask of x's rank or None. It
     calls `affine`: z -> z (scale + scale_offset) + bias. `own` are further arrays, or None.
     """
-    check_implementation(norm, implementation)
+    refuse_kernels(norm, implementation)
     if jnp.iscomplexobj(x):
         raise TypeError(f"{norm}: x must be real, got {x.dtype}. Write {norm}(x.real, ...), and the same of x.imag.")
     scale, bias = (align_param(norm, name, p, x.shape, feature_axes) for name, p in (("scale", scale), ("bias", bias)))
