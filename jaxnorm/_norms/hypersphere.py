@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from .._core.arrays import align_boolean_mask, align_param, as_float_array, canonicalize_axes, canonicalize_dtype
 from .._core.checks import canonicalize_flags, canonicalize_number
+from .._core.dtypes import accumulator, widest
 from .._core.explain import explained
 from .._core.masks import finite_padding
 from .._core.platforms import recompute
@@ -164,7 +165,7 @@ def hypersphere_update(
     x, residual = masked["x"], masked["residual"]
 
     def unit(u: Array, keep: Array | None) -> Array:
-        wide = jnp.promote_types(u.dtype, jnp.float32)
+        wide = accumulator(u)
         return normalize_length(
             norm, u, None, (channel,), epsilon=epsilon, epsilon_mode="max", scale_offset=0.0, activation=None,
             mask=keep, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=wide, implementation=implementation,
@@ -173,7 +174,7 @@ def hypersphere_update(
     def update(x: Array, residual: Array, alpha: Array, keep: Array | None) -> Array:
         to = unit(x, keep)
         h = unit(residual, keep) if normalize_residual else _without_padding(residual, keep)
-        wide = jnp.promote_types(to.dtype, jnp.promote_types(h.dtype, alpha.dtype))
+        wide = widest(to.dtype, h.dtype, alpha.dtype)
         to, h, a = to.astype(wide), h.astype(wide), alpha.astype(wide) * times
         y = unit(h + (jnp.abs(a) if absolute else a) * (to - h), keep)
         return (y if activation is None else activate_output(activation, y, keep)).astype(out)
@@ -182,5 +183,5 @@ def hypersphere_update(
 
 
 def _without_padding(h: Array, keep: Array | None) -> Array:
-    h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    h = h.astype(accumulator(h))
     return h if keep is None else jnp.where(keep, h, 0.0)
