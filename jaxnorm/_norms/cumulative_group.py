@@ -181,7 +181,9 @@ def cumulative_group_norm(
 
     def plan(f, centered: bool) -> Whole:
         reduction = Reduction(over, centered)
-        return Whole(f, make_plan(viewed, (), epsilon, scale_offset, out, reduction, implementation, activation=activation))
+        return Whole(
+            f, make_plan(viewed, (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
+        )
 
     def run(x, mask, scale, bias, carry) -> tuple[Array, Moments]:
         x, mask, scale, bias = (None if a is None else view(a) for a in (x, mask, scale, bias))

@@ -69,7 +69,9 @@ def _check(norm: str, size, alpha, beta, k) -> tuple[int, float, float, float]:
     beta = canonicalize_number(norm, "beta", beta, "0.75")
     k = canonicalize_number(norm, "k", k, "1.0", 0.0)
     if k == 0.0:
-        raise ValueError(f"{norm}: k must be > 0, got {shown(k)}: a window of zeros would be divided by 0. Write k=1.0.")
+        raise ValueError(
+            f"{norm}: k must be > 0, got {shown(k)}: a window of zeros would be divided by 0. Write k=1.0."
+        )
     return number, alpha, beta, k
 
 
