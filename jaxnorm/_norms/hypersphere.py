@@ -168,7 +168,8 @@ def hypersphere_update(
         wide = accumulator(u)
         return normalize_length(
             norm, u, None, (channel,), epsilon=epsilon, epsilon_mode="max", scale_offset=0.0, activation=None,
-            mask=keep, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=wide, implementation=implementation,
+            mask=keep, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=wide,
+            implementation=implementation,
         )  # fmt: skip
 
     def update(x: Array, residual: Array, alpha: Array, keep: Array | None) -> Array:

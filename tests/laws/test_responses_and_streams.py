@@ -75,7 +75,8 @@ def test_the_last_frame_has_the_statistics_of_group_norm_and_the_carry_is_its_mo
 
 def test_layers_take_and_return_the_carry_and_keep_no_variable(rng):
     x = draw(rng, (2, 2, 8), 1.0)
-    (y, carry), variables = jnn.CumulativeGroupNorm(**STREAM).init_with_output(jax.random.key(0), x)
+    made = lambda x: jnn.CumulativeGroupNorm(**STREAM).init_with_output(jax.random.key(0), x)
+    (y, carry), variables = jit_unoptimized(made)(x)
     assert {k: sorted(v) for k, v in variables.items()} == {"params": ["bias", "scale"]}
     assert carry.count.tolist() == [[8.0, 8.0]] * 2
     layer = jnnx.CumulativeGroupNorm(8, **STREAM, rngs=nnx.Rngs(0))
@@ -148,7 +149,7 @@ def test_layers_have_the_parameters_of_their_own_shape(rng):
 @pytest.mark.parametrize(("call", "message"), [
     (lambda x: jn.cumulative_group_norm(x, time_axis=2), r"axis=-1 and time_axis=2 must be two others"),
     (lambda x: jn.cumulative_group_norm(x, variance="whole"), r"variance must be one of .*Write \"prefix\""),
-    (lambda x: jn.cumulative_group_norm(x, carry=jn.Moments.empty((2, 3))), r"Write carry=jaxnorm\.Moments\.empty\(\(2, 1"),
+    (lambda x: jn.cumulative_group_norm(x, carry=jn.Moments.empty((2, 3))), r"Write carry=jaxnorm\.Moments\.empty"),
     (lambda x: jn.cumulative_group_norm(x, carry=np.zeros((2, 1))), r"carry must be jaxnorm\.Moments"),
     (lambda x: jn.cumulative_group_norm(x, num_groups=3), r"num_groups=3 does not divide the 8 channels"),
     (lambda x: jn.seednorm(x, None, np.ones(8), np.ones(8), num_heads=3), r"num_heads=3 does not divide"),
