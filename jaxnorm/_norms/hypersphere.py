@@ -155,7 +155,8 @@ def hypersphere_update(
         raise TypeError(f"{norm}: alpha must be an array or a number, got None. Write alpha=0.05, stored_rate=0.05.")
     absolute, normalize_residual = canonicalize_flags(norm, absolute=absolute, normalize_residual=normalize_residual)
     times = canonicalize_number(norm, "rate", rate, "0.05") / _stored(norm, stored_rate, x.shape[channel])
-    alpha = shard_like(x, align_param(norm, "alpha", alpha, x.shape, (channel,)))
+    of_x: Any = align_param(norm, "alpha", alpha, x.shape, (channel,))
+    alpha = shard_like(x, of_x)
     out = canonicalize_dtype(norm, dtype, x, residual, alpha)
     check_activation(norm, activation, x.shape, x.dtype)
     masked = {}
