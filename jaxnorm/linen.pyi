@@ -515,6 +515,31 @@ class BatchNorm(_flax.BatchNorm):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class CRMSNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
 class ConditionalNorm(_flax.Module):
     def __init__(
         self,
@@ -547,6 +572,39 @@ class ConditionalNorm(_flax.Module):
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
+
+class CumulativeGroupNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        axis: int = ...,
+        time_axis: int = ...,
+        variance: str = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        carry: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
 
 class DeepNorm(_flax.Module):
     def __init__(
@@ -716,6 +774,38 @@ class FilterResponseNorm(_flax.Module):
         learned_epsilon: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class GatedNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        init_rank: int = ...,
+        gate_scale: float = ...,
+        gate_activation: str | Callable[..., Array] = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        down_init: _Function | None = ...,
+        up_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        down: ArrayLike | None = ...,
+        up: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class GatedRMSNorm(_flax.Module):
     def __init__(
         self,
@@ -740,6 +830,29 @@ class GatedRMSNorm(_flax.Module):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, gate: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
+class GlobalResponseNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
 class GroupNorm(_flax.GroupNorm):
@@ -799,6 +912,33 @@ class GroupRMSNorm(_flax.Module):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
+class HypersphereUpdate(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        rate: float = ...,
+        stored_rate: float | None = ...,
+        absolute: bool = ...,
+        normalize_residual: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        alpha_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = ..., alpha: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
 class InstanceNorm(_flax.InstanceNorm):
@@ -946,6 +1086,28 @@ class LayerScale(_flax.Module):
     ) -> None: ...
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ..., gamma: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
+class LocalResponseNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        size: int = ...,
+        alpha: float = ...,
+        beta: float = ...,
+        k: float = ...,
+        divide: bool = ...,
+        axis: int = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
 class Norm(_flax.Module):
     def __init__(
         self,
@@ -1001,6 +1163,35 @@ class PixelNorm(_flax.Module):
         cast_params: bool = ...,
     ) -> None: ...
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
+class PolyNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        init_order: int = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        weight_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        weight: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
 
 class PositionalNorm(_flax.Module):
     def __init__(
@@ -1204,6 +1395,36 @@ class ScaleNorm(_flax.Module):
         cast_params: bool = ...,
     ) -> None: ...
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ..., g: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
+class SeeDNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis: int = ...,
+        num_heads: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        alpha_init: _Function | None = ...,
+        beta_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        alpha: ArrayLike | None = ...,
+        beta: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
 
 class SegmentNorm(_flax.Module):
     def __init__(
