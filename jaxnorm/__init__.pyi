@@ -29,6 +29,8 @@ from ._norms.base import Norm as Norm
 from ._norms.batch import BatchNorm as BatchNorm
 from ._norms.batch_renorm import BatchRenorm as BatchRenorm
 from ._norms.conditional import ConditionalNorm as ConditionalNorm
+from ._norms.crms import CRMSNorm as CRMSNorm
+from ._norms.cumulative_group import CumulativeGroupNorm as CumulativeGroupNorm
 from ._norms.deep import DeepNorm as DeepNorm
 from ._norms.domain_batch import DomainBatchNorm as DomainBatchNorm
 from ._norms.dynamic_erf import DynamicErf as DynamicErf
@@ -36,16 +38,21 @@ from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
 from ._norms.film import FiLM as FiLM
 from ._norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from ._norms.gated import GatedRMSNorm as GatedRMSNorm
+from ._norms.gated_norm import GatedNorm as GatedNorm
+from ._norms.global_response import GlobalResponseNorm as GlobalResponseNorm
 from ._norms.group import GroupNorm as GroupNorm
 from ._norms.group_rms import GroupRMSNorm as GroupRMSNorm
+from ._norms.hypersphere import HypersphereUpdate as HypersphereUpdate
 from ._norms.instance import InstanceNorm as InstanceNorm
 from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
 from ._norms.layer_scale import LayerScale as LayerScale
+from ._norms.local_response import LocalResponseNorm as LocalResponseNorm
 from ._norms.norm_add import LayerNormAdd as LayerNormAdd
 from ._norms.norm_add import RMSNormAdd as RMSNormAdd
 from ._norms.partial_rms import PartialRMSNorm as PartialRMSNorm
 from ._norms.pixel import PixelNorm as PixelNorm
+from ._norms.poly import PolyNorm as PolyNorm
 from ._norms.positional import PositionalNorm as PositionalNorm
 from ._norms.query_key import QKNorm as QKNorm
 from ._norms.rep_batch import RepBatchNorm as RepBatchNorm
@@ -53,6 +60,7 @@ from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
 from ._norms.rms import RMSNorm as RMSNorm
 from ._norms.scale import ScaleNorm as ScaleNorm
+from ._norms.seed import SeeDNorm as SeeDNorm
 from ._norms.segment import SegmentNorm as SegmentNorm
 from ._norms.spade import SPADE as SPADE
 from ._ops.activation import Activation
@@ -311,6 +319,39 @@ def conditional_norm(
     train: Any = ...,
     mask: ArrayLike | None = ...,
 ) -> tuple[Array, Any]: ...
+def crms_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def cumulative_group_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    num_groups: int | None = ...,
+    group_size: int | None = ...,
+    axis: int = ...,
+    time_axis: int = ...,
+    variance: str = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+    carry: Moments | None = ...,
+) -> tuple[Array, Moments]: ...
 def deep_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -418,6 +459,22 @@ def filter_response_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def gated_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    down: ArrayLike,
+    up: ArrayLike,
+    *,
+    gate_scale: float = ...,
+    gate_activation: Activation = ...,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
 def gated_rms_norm(
     x: ArrayLike,
     gate: ArrayLike,
@@ -434,6 +491,19 @@ def gated_rms_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def global_response_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def group_norm(
@@ -465,6 +535,25 @@ def group_rms_norm(
     axis: int = ...,
     epsilon: float = ...,
     cast: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def hypersphere_update(
+    x: ArrayLike,
+    residual: ArrayLike,
+    alpha: ArrayLike,
+    *,
+    rate: float = ...,
+    stored_rate: float | None = ...,
+    absolute: bool = ...,
+    normalize_residual: bool = ...,
+    axis: int = ...,
+    epsilon: float = ...,
     scale_offset: float = ...,
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,
@@ -553,6 +642,21 @@ def layer_scale(
     implementation: str | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def local_response_norm(
+    x: ArrayLike,
+    *,
+    size: int = ...,
+    alpha: float = ...,
+    beta: float = ...,
+    k: float = ...,
+    divide: bool = ...,
+    axis: int = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
 def make(norm: str, **options: Any) -> Any: ...
 def partial_rms_norm(
     x: ArrayLike,
@@ -583,6 +687,19 @@ def pixel_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def poly_norm(
+    x: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike | None = ...,
+    *,
+    axis: int | Sequence[int] = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def positional_norm(
@@ -701,6 +818,21 @@ def scale_norm(
     implementation: str | None = ...,
     axis_name: str | tuple[str, ...] | None = ...,
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def seednorm(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    alpha: ArrayLike,
+    beta: ArrayLike,
+    *,
+    axis: int = ...,
+    num_heads: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def segment_norm(

@@ -359,7 +359,7 @@ def global_response(x, params, groups, spec, **_):
     dead = square == 0
     length = xp.where(dead, 0.0, xp.sqrt(xp.where(dead, 1.0, square)))
     n = (groups.weight != 0).any((1, 2), keepdims=True).sum(-1, keepdims=True)
-    return z + affine(z * length / (length.sum(-1, keepdims=True) / np.maximum(n, 1) + spec.epsilon), *params)
+    return z + affine(z * length / (length.sum(-1, keepdims=True) / np.maximum(n, 1.0) + spec.epsilon), *params)
 
 
 def local_response(x, params, groups, spec, **_):

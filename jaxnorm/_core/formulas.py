@@ -124,7 +124,7 @@ def in_range(reduction: Reduction, squares: Callable, size: Array | None = None)
 
 
 def two_pass(
-    x, keep, weights, n, reduction: Reduction, rough: Array | None = None, ids: Array | None = None
+    x, keep, weights, n, reduction: Reduction, rough: Array | None = None, ids: Array | None = None, round_mean=False
 ) -> tuple[Array, Array, Array]:
     """The corrected two-pass algorithm: the mean, then everything about it, the rounding error of that mean included.
 
@@ -133,10 +133,10 @@ def two_pass(
     """
     about = None if rough is None else reduction.over.spread(rough, ids)
     shift = mean_of(reduction.over.sum(weighted(difference(x, keep, about), weights), ids), n)
-    if keep is not None or weights is not None:
+    if keep is not None or weights is not None or round_mean:
         # XLA makes a product of the division by n, and contracts it with the subtraction in x - shift. That shift is
         # not rounded, so it is not the one returned. XLA keeps this rounding.
-        shift = _rounded(shift)
+        shift = rounded(shift)
     shift = shift if rough is None else rough + shift
     size = None
     if reduction.large_prescale is not None and isinstance(reduction.over, Axes):
@@ -159,7 +159,7 @@ def is_long(x: Array, over: Over) -> bool:
     return are_static(size) and size >= _LONG_SUM
 
 
-def _rounded(a: Array) -> Array:
+def rounded(a: Array) -> Array:
     """a with three bits fewer."""
     kind = jnp.finfo(a.dtype)
     shorter = lambda a: lax.reduce_precision(a, kind.nexp, kind.nmant - 3)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .arithmetic import nonzero_divisor, pick_in_range, scaled_abs_squared
-from .formulas import mean_of, two_pass
+from .formulas import mean_of, rounded, two_pass
 from .masks import count_valid, valid_mask
 from .over import Axes, Prefix
 from .types import Reduction, Statistics
@@ -23,10 +23,10 @@ def statistics_so_far(x, mask, weights, n: Array, reduction: Reduction, over: Pr
     places = Axes(over.axes)
     of_place = Reduction(places, prescale=reduction.prescale, large_prescale=reduction.large_prescale)
     count = count_valid(x, mask, weights, places)
-    hi, lo, m2 = two_pass(x, valid_mask(mask, weights), weights, count, of_place)
+    hi, lo, m2 = two_pass(x, valid_mask(mask, weights), weights, count, of_place, round_mean=True)
     count = jnp.broadcast_to(count, m2.shape)
     whole = lambda a: a.sum(over.axis, keepdims=True)
-    shared = lax.stop_gradient(mean_of(whole(count.astype(hi.dtype) * hi), whole(count)))
+    shared = rounded(lax.stop_gradient(mean_of(whole(count.astype(hi.dtype) * hi), whole(count))))  # see `two_pass`
     large = reduction.large_prescale is not None
     squares = [scaled_abs_squared(m2, prescale) for prescale in reduction.prescales] if large else [m2]
 

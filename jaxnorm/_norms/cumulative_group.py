@@ -181,10 +181,12 @@ def cumulative_group_norm(
 
     def plan(f, centered: bool) -> Whole:
         reduction = Reduction(over, centered)
-        return Whole(f, make_plan(viewed, (), epsilon, scale_offset, out, reduction, implementation, activation=activation))
+        return Whole(
+            f, make_plan(viewed, (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
+        )
 
     def run(x, mask, scale, bias, carry) -> tuple[Array, Moments]:
-        x, mask, scale, bias = (None if a is None else view(a) for a in (x, mask, scale, bias))
+        x, (mask, scale, bias) = view(x), (None if a is None else view(a) for a in (mask, scale, bias))
         at_x = None if carry is None else Moments(*(_spread(a, x.ndim, group) for a in carry))
         after = moments_after(x, (*beside, time), mask, carry)
         if variance == "prefix":
@@ -198,11 +200,11 @@ def cumulative_group_norm(
         m2 = jnp.sum(squares if mask is None else jnp.where(mask, squares, 0.0), (*beside, time))
         return y, after._replace(m2=m2 if carry is None else carry.m2 + m2)
 
-    run = recompute(run, implementation == "lax")
+    whole: Any = recompute(run, implementation == "lax")
     if spans_devices(x, channel, groups):
-        run = jax.sharding.auto_axes(run, out_sharding=jax.sharding.PartitionSpec())
-    y, carry = run(finite_padding(x, mask), mask, scale, bias, carry)
-    return y.reshape(x.shape), carry
+        whole = jax.sharding.auto_axes(whole, out_sharding=jax.sharding.PartitionSpec())
+    y, after = whole(finite_padding(x, mask), mask, scale, bias, carry)
+    return y.reshape(x.shape), after
 
 
 def _checked_carry(norm: str, carry: Any, shape: tuple[int, int]) -> Moments | None:

@@ -87,7 +87,7 @@ def global_response_norm(
 
     >>> import jaxnorm as jn, numpy as np
     >>> jn.global_response_norm(np.array([[[3., 1.], [-4., 0.]]]), epsilon=0.).round(3).tolist()
-    [[[8.0, 1.3329999446868896], [-10.666999816894531, 0.0]]]
+    [[[8.0, 1.3330000638961792], [-10.667000770568848, 0.0]]]
     """
     norm = "global_response_norm"
     x = as_float_array(norm, x, rank=2, layout="(batch, ..., channels)")

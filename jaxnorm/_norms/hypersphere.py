@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from .._core.arrays import align_boolean_mask, align_param, as_float_array, canonicalize_axes, canonicalize_dtype
 from .._core.checks import canonicalize_flags, canonicalize_number
+from .._core.dtypes import accumulator, widest
 from .._core.explain import explained
 from .._core.masks import finite_padding
 from .._core.platforms import recompute
@@ -154,7 +155,8 @@ def hypersphere_update(
         raise TypeError(f"{norm}: alpha must be an array or a number, got None. Write alpha=0.05, stored_rate=0.05.")
     absolute, normalize_residual = canonicalize_flags(norm, absolute=absolute, normalize_residual=normalize_residual)
     times = canonicalize_number(norm, "rate", rate, "0.05") / _stored(norm, stored_rate, x.shape[channel])
-    alpha = shard_like(x, align_param(norm, "alpha", alpha, x.shape, (channel,)))
+    of_x: Any = align_param(norm, "alpha", alpha, x.shape, (channel,))
+    alpha = shard_like(x, of_x)
     out = canonicalize_dtype(norm, dtype, x, residual, alpha)
     check_activation(norm, activation, x.shape, x.dtype)
     masked = {}
@@ -164,16 +166,17 @@ def hypersphere_update(
     x, residual = masked["x"], masked["residual"]
 
     def unit(u: Array, keep: Array | None) -> Array:
-        wide = jnp.promote_types(u.dtype, jnp.float32)
+        wide = accumulator(u)
         return normalize_length(
             norm, u, None, (channel,), epsilon=epsilon, epsilon_mode="max", scale_offset=0.0, activation=None,
-            mask=keep, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=wide, implementation=implementation,
+            mask=keep, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=wide,
+            implementation=implementation,
         )  # fmt: skip
 
     def update(x: Array, residual: Array, alpha: Array, keep: Array | None) -> Array:
         to = unit(x, keep)
         h = unit(residual, keep) if normalize_residual else _without_padding(residual, keep)
-        wide = jnp.promote_types(to.dtype, jnp.promote_types(h.dtype, alpha.dtype))
+        wide = widest(to.dtype, h.dtype, alpha.dtype)
         to, h, a = to.astype(wide), h.astype(wide), alpha.astype(wide) * times
         y = unit(h + (jnp.abs(a) if absolute else a) * (to - h), keep)
         return (y if activation is None else activate_output(activation, y, keep)).astype(out)
@@ -182,5 +185,5 @@ def hypersphere_update(
 
 
 def _without_padding(h: Array, keep: Array | None) -> Array:
-    h = h.astype(jnp.promote_types(h.dtype, jnp.float32))
+    h = h.astype(accumulator(h))
     return h if keep is None else jnp.where(keep, h, 0.0)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -68,7 +69,9 @@ def _check(norm: str, size, alpha, beta, k) -> tuple[int, float, float, float]:
     beta = canonicalize_number(norm, "beta", beta, "0.75")
     k = canonicalize_number(norm, "k", k, "1.0", 0.0)
     if k == 0.0:
-        raise ValueError(f"{norm}: k must be > 0, got {shown(k)}: a window of zeros would be divided by 0. Write k=1.0.")
+        raise ValueError(
+            f"{norm}: k must be > 0, got {shown(k)}: a window of zeros would be divided by 0. Write k=1.0."
+        )
     return number, alpha, beta, k
 
 
@@ -122,7 +125,7 @@ def local_response_norm(
     def window(a: Array) -> Array:
         whole = [size if i == channel else 1 for i in range(a.ndim)]
         beside = [(size // 2, (size - 1) // 2) if i == channel else (0, 0) for i in range(a.ndim)]
-        return lax.reduce_window(a, jnp.zeros((), a.dtype), lax.add, whole, [1] * a.ndim, beside)
+        return lax.reduce_window(a, np.zeros((), a.dtype), lax.add, whole, [1] * a.ndim, beside)
 
     def f(x: Array, keep: Array | None, affine) -> Array:
         # A window with a value whose square could overflow is summed in a unit of its own.

@@ -59,7 +59,9 @@ class PolyNorm(Spec):
 
     def init_param(self, name: str, shape: tuple[int, ...]) -> Array:
         order = self.init_order
-        return jnp.full((order,), 1.0 / order, self.param_dtype) if name == "weight" else jnp.zeros((), self.param_dtype)
+        return (
+            jnp.full((order,), 1.0 / order, self.param_dtype) if name == "weight" else jnp.zeros((), self.param_dtype)
+        )
 
 
 @function_of(PolyNorm)
@@ -122,10 +124,8 @@ def poly_norm(
         m = unit_of(x, axes, epsilon ** (0.5 / order))
         unit, z = x / m, jnp.zeros_like(x)
         for power in range(1, order + 1):
-            u, least = unit**power, epsilon
-            for _ in range(2 * power):
-                least = least / m
-            v = mean_of_kept(lax.square(u), keep, axes) + least
+            u = unit**power
+            v = mean_of_kept(lax.square(u), keep, axes) + (epsilon ** (0.5 / power) / m) ** (2 * power)
             r = jnp.where(v == 0, 0.0, lax.rsqrt(jnp.where(v == 0, 1.0, v)))
             z = z + weight[order - power].astype(x.dtype) * (u * r)
         return z if bias is None else z + bias.reshape(()).astype(x.dtype)

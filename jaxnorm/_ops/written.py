@@ -16,7 +16,6 @@ from jax import lax
 from .._core.arithmetic import nonzero_divisor
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
 from .._core.checks import canonicalize_number
-from .._core.dtypes import accumulator
 from .._core.masks import finite_padding, finite_where_masked
 from .._core.platforms import recompute
 from .._core.vma import shard_like
