@@ -12,6 +12,7 @@ from jax import lax
 from .arithmetic import FULL, abs_squared, scaled_abs_squared
 from .dtypes import accumulator, are_static
 from .formulas import first_along, total_over
+from .platforms import is_for_one_cpu
 from .types import Reduction
 from .vma import pvary_like
 
@@ -79,7 +80,6 @@ def fused_on_cpu(x: Array, n: Array, reduction: Reduction, epsilon: float) -> Ar
 
 
 _LONGEST_PLAIN = {4: 1 << 11, 2: 1 << 12}  # elements of a row up to which `plain_on_cpu` is faster, by bytes; measured
-_FEWEST = 1 << 17  # elements of x from which a program with a loop, which runs as a rule never, pays off; measured
 
 
 def is_plain_on_cpu(x: Array, reduction: Reduction, dtype) -> bool:
@@ -88,14 +88,7 @@ def is_plain_on_cpu(x: Array, reduction: Reduction, dtype) -> bool:
     if not narrow or reduction.plain or reduction.large_prescale is not None or not are_static(*x.shape):
         return False
     short = not reduction.centered or math.prod(x.shape[a] for a in reduction.axes) <= _LONGEST_PLAIN[x.dtype.itemsize]
-    return short and x.size >= _FEWEST and _has_one_cpu()
-
-
-def _has_one_cpu() -> bool:
-    try:
-        return len(jax.devices("cpu")) == 1
-    except RuntimeError:  # JAX_PLATFORMS names others alone
-        return False
+    return short and is_for_one_cpu(x.shape)
 
 
 def plain_on_cpu(x: Array, n: Array, reduction: Reduction, epsilon: float) -> tuple[Array, Array]:

@@ -1,14 +1,17 @@
-"""Rows for XLA on one CPU device: by squares of x as it is, and again with care where those overflow."""
+"""XLA on one CPU device: by squares of x as it is, and again with care where those overflow."""
+
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from catalogue import draw
+from catalogue import EACH, draw
+from test_accuracy import check_magnitudes
 
 import jaxnorm as jn
-from jaxnorm._core import fused
+from jaxnorm._core import platforms
 
 SIZES = (1e-30, 1e-10, 1.0, 1e18, 1e20, 1e30)  # of six rows
 
@@ -16,8 +19,8 @@ SIZES = (1e-30, 1e-10, 1.0, 1e18, 1e20, 1e30)  # of six rows
 @pytest.fixture
 def one_device(monkeypatch):
     """As where JAX has one CPU device, for arrays of any size."""
-    monkeypatch.setattr(fused, "_FEWEST", 1)
-    monkeypatch.setattr(fused, "_has_one_cpu", lambda: True)
+    monkeypatch.setattr(platforms, "_FEWEST", 1)
+    monkeypatch.setattr(platforms, "_has_one_cpu", lambda: True)
 
 
 def norm_of(name):
@@ -54,3 +57,17 @@ def test_their_derivatives_and_what_is_not_finite(name, rng, one_device):
     y = np.asarray(jax.jit(norm)(x))
     assert not np.isfinite(y[2]).all()
     assert np.isfinite(np.delete(y, 2, 0)).all()
+
+
+@pytest.mark.parametrize("row", EACH, ids=str)
+def test_statistics_of_every_magnitude(row, rng, one_device):
+    """Those that the backward pass has, too: of all norms, beside each other under vmap."""
+    row = replace(row, spec=replace(row.spec, implementation="xla"))
+    check_magnitudes(row, np.float32, rng)
+    if row.name != "rms":
+        return
+    x = np.stack([draw(rng, row.shape, 1.0) * np.float32(size) for size in SIZES])
+    params = row.params(rng)
+    forth = jax.jit(jax.vmap(lambda x: jax.jvp(lambda x: row.apply(params, x), (x,), (x,))[0]))(x)
+    for y, one in zip(forth, x, strict=True):
+        np.testing.assert_allclose(y, row.truth(params, one).y, rtol=1e-6, atol=2e-6)
