@@ -218,6 +218,11 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
     s = effective_scale(scale, plan.scale_offset, xhat.dtype)
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
     s, times, plus, direct = s.astype(wide), [], [], 0.0
+    columns = not reduction.plain and isinstance(reduction.over, Axes) and not are_last(x, reduction.axes)
+    # Where s varies along them, as with channels in front, XLA for CPU would sum and multiply in one slow loop; not if
+    # there is a select between. Where r is NaN, so is dy by its other terms.
+    columns = columns and any(s.ndim and s.shape[a] > 1 for a in reduction.axes)
+    apart = (lambda a: where(r == r, a, 0.0)) if columns else lambda a: a
     if dx is not None or dweights is not None:
         dx = None if dx is None else at_x(r) * zero_where_padding(x, valid_mask(mask, weights), dx.astype(xhat.dtype))
         dn, d1, d2 = tangent_sums(reduction, xhat, mask, weights, dx, dweights, ids)
@@ -228,9 +233,9 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
             else:
                 share = share_of_root(stats.m2, stats.count, plan.epsilon)
             d2 = d2 - dn * share
-        times.append(-s * at_x((d2 / (2.0 * n)).astype(wide)))
+        times.append(-s * at_x(apart((d2 / (2.0 * n)).astype(wide))))
         if reduction.centered:
-            plus.append(-s * at_x((d1 / n.astype(xhat.dtype)).astype(wide)))
+            plus.append(-s * at_x(apart((d1 / n.astype(xhat.dtype)).astype(wide))))
     if dx is not None:
         direct = s * dx.astype(wide)
     if dscale is not None:
