@@ -14,8 +14,9 @@ from jax import lax
 from .arithmetic import FULL, abs_squared, nonzero_divisor, pick_in_range, scaled_abs_squared, scaled_by, where
 from .dtypes import accumulator, are_static
 from .over import Axes, Over
-from .platforms import by_platform
+from .platforms import by_platform, is_for_one_cpu
 from .types import Reduction
+from .vma import pvary_like
 
 Array = jax.Array
 
@@ -82,9 +83,12 @@ def shifted_moments(
     total = total or functools.partial(reduction.over.sum, ids=ids)
     offset = mean_of(total(weighted(d, weights)), n)
     # The prescale taken first, which is exact: were d shared by the two sums, XLA might write it out for a GPU.
-    squares = lambda prescale: total(weighted(abs_squared(difference(x, keep, at_x, prescale)), weights))
+    about = lambda at_x, prescale: total(weighted(abs_squared(difference(x, keep, at_x, prescale)), weights))
+    squares = functools.partial(about, at_x)
     if reduction.large_prescale is None:
-        m2, prescale = squares(reduction.prescale), reduction.prescale
+        # Of rows a CPU would write out d if both sums were of it; of columns that is faster.
+        apart = (lambda: about(lax.optimization_barrier(at_x), 1.0)) if are_last(x, reduction.axes) else None
+        m2, prescale = in_unit(reduction, squares, x, apart), reduction.prescale
     else:
         m2, prescale = in_range(reduction, squares, size)
     correction = n * scaled_abs_squared(offset, prescale)
@@ -96,6 +100,24 @@ def shifted_moments(
         where(constant, 0.0, offset),
         m2 if reduction.large_prescale is None else jnp.sqrt(m2) / prescale,
     )
+
+
+def in_unit(reduction: Reduction, squares: Callable, x: Array, bare: Callable | None = None) -> Array:
+    """`squares(reduction.prescale)`. Of many elements on one CPU device first without a prescale, which is faster.
+
+    That is `bare()`, if given.
+    """
+    if reduction.plain or reduction.prescale == 1.0 or not is_for_one_cpu(x.shape):
+        return squares(reduction.prescale)
+
+    def on_cpu():
+        plain = squares(1.0) if bare is None else bare()
+        full = ~jnp.all(plain <= FULL)
+        # A loop that runs once at the most: under vmap a conditional would always do both.
+        again = lambda carry: (squares(reduction.prescale), pvary_like(full, jnp.zeros((), bool)))
+        return lax.while_loop(lambda carry: carry[1], again, (plain * reduction.prescale**2, full))[0]
+
+    return by_platform(reduction, cpu=on_cpu, default=lambda: squares(reduction.prescale))
 
 
 def in_range(reduction: Reduction, squares: Callable, size: Array | None = None) -> tuple[Array, Array]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .arithmetic import FULL, abs_squared, scaled_abs_squared
-from .dtypes import accumulator
+from .dtypes import accumulator, are_static
 from .formulas import first_along, total_over
+from .platforms import is_for_one_cpu
 from .types import Reduction
+from .vma import pvary_like
 
 Array = jax.Array
 
@@ -74,3 +77,41 @@ def fused_on_cpu(x: Array, n: Array, reduction: Reduction, epsilon: float) -> Ar
     scaled = (d - total_over(d, reduction.axes) / n) * reduction.prescale
     v = total_over(lax.square(scaled), reduction.axes) / n + epsilon * reduction.prescale**2
     return (scaled + 0.0 * (n * lax.square(scaled))) * lax.rsqrt(v)
+
+
+_LONGEST_PLAIN = {4: 1 << 11, 2: 1 << 12}  # elements of a row up to which `plain_on_cpu` is faster, by bytes; measured
+
+
+def is_plain_on_cpu(x: Array, reduction: Reduction, dtype) -> bool:
+    """Whether `plain_on_cpu` is for these rows: not where several devices would have to agree that none overflowed."""
+    narrow = x.dtype.itemsize in _LONGEST_PLAIN and jnp.dtype(dtype).itemsize >= 2
+    if not narrow or reduction.plain or reduction.large_prescale is not None or not are_static(*x.shape):
+        return False
+    short = not reduction.centered or math.prod(x.shape[a] for a in reduction.axes) <= _LONGEST_PLAIN[x.dtype.itemsize]
+    return short and is_for_one_cpu(x.shape)
+
+
+def plain_on_cpu(x: Array, n: Array, reduction: Reduction, epsilon: float) -> tuple[Array, Array]:
+    """x - mean and r for one loop of XLA's over each row, by squares of x as it is: if they overflow, r is NaN.
+
+    XLA has a faster sum of squares where nothing scales them. An epsilon that needs no second prescale is far above
+    what is flushed to zero. So that each row's numbers have one use, which keeps the loop one, NaN comes of the root
+    itself: 1 / (2**-64 v) is at least 2**-64, to which -2**-100 adds nothing, and 0 where v is infinite.
+    """
+    d = x.astype(accumulator(x))
+    if reduction.centered:
+        if x.dtype.itemsize > 2:
+            d = d - first_along(d, reduction.axes)
+        d = d - total_over(d, reduction.axes) / n
+    v = total_over(lax.square(d), reduction.axes) / n + epsilon
+    return d, 2.0**-32 * lax.sqrt(1.0 / (v * 2.0**-64) - 2.0**-100)
+
+
+def unless_overflowed(y: Array, careful: Callable[[], Array], axes: tuple[int, ...]) -> Array:
+    """y, but `careful()` if a row of y begins with NaN, as those do whose sum has overflowed.
+
+    A loop, which runs once at the most, keeps y where it is. A conditional would copy it.
+    """
+    failed = jnp.isnan(first_along(y, axes)).any()
+    again = lambda carry: (careful(), pvary_like(failed, jnp.zeros((), bool)))
+    return lax.while_loop(lambda carry: carry[1], again, (y, failed))[0]

@@ -18,6 +18,7 @@ from .formulas import (
     are_last,
     difference,
     in_range,
+    in_unit,
     is_long,
     long_two_pass_on_cpu,
     one_pass,
@@ -53,7 +54,7 @@ def local_statistics(
             weighted(abs_squared(difference(x, keep, over.spread(zero, ids)) * prescale), weights), ids
         )
         if reduction.large_prescale is None:
-            return Statistics(n, zero, zero, squares(reduction.prescale))
+            return Statistics(n, zero, zero, in_unit(reduction, squares, x))
         m2, prescale = in_range(reduction, squares)
         return Statistics(n, zero, zero, jnp.sqrt(m2) / prescale)
     if 0 in x.shape:

@@ -18,14 +18,21 @@ from jax import lax
 from .._core.arithmetic import nan_if_infinite, nonzero_divisor, where
 from .._core.dtypes import are_static, round_to, widest
 from .._core.formulas import are_last, split_axes
-from .._core.fused import fused_on_cpu, fused_two_pass, is_fused_on_cpu
+from .._core.fused import (
+    fused_on_cpu,
+    fused_two_pass,
+    is_fused_on_cpu,
+    is_plain_on_cpu,
+    plain_on_cpu,
+    unless_overflowed,
+)
 from .._core.masks import deviation, valid_mask, zero_where_padding
 from .._core.over import Axes
 from .._core.platforms import by_platform
 from .._core.reduce import is_row
 from .._core.types import Plan, Statistics
 from .._core.vma import broadcast_like, pvary_like
-from .statistics import count_of, tangent_sums
+from .statistics import count_of, statistics, tangent_sums
 
 Array = jax.Array
 
@@ -124,7 +131,12 @@ def affine_times(factor: float | Array, scale, bias, scale_offset: float, dtype)
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def output(plan: Plan, x, mask, weights, stats: Statistics, scale, bias, ids=None) -> Array:
     kept = plan.for_backward or plan.statistics_first
-    xhat = (_xhat if kept else _xhat_alone)(plan, x, mask, weights, stats, ids)
+    if kept or mask is not None or weights is not None or not _are_rows(plan, x):
+        return _affine_of(plan, _xhat(plan, x, mask, weights, stats, ids), scale, bias)
+    return _output_alone(plan, x, stats, scale, bias)
+
+
+def _affine_of(plan: Plan, xhat, scale, bias) -> Array:
     cast = (plan.cast_dtype or plan.dtype) if plan.cast_before_scale else None
     return affine(xhat, scale, bias, plan.scale_offset, plan.dtype, cast)
 
@@ -133,22 +145,42 @@ def _xhat(plan: Plan, x, mask, weights, stats: Statistics, ids) -> Array:
     return xhat_and_r(plan, x, mask, weights, stats, ids)[0]
 
 
-def _xhat_alone(plan: Plan, x, mask, weights, stats: Statistics, ids) -> Array:
-    """xhat where no statistics are kept: for rows by formulas of which XLA makes one kernel, or one loop of a CPU.
+def _are_rows(plan: Plan, x) -> bool:
+    return isinstance(plan.reduction.over, Axes) and is_row(x, plan.reduction)
+
+
+def _output_alone(plan: Plan, x, stats: Statistics, scale, bias) -> Array:
+    """y where no statistics are kept: of rows by formulas of which XLA makes one kernel, or one loop of a CPU.
 
     Where they are kept as well, two sets of statistics would cost a pass more than one.
     """
     reduction = plan.reduction
-    rows = mask is None and weights is None and isinstance(reduction.over, Axes) and is_row(x, reduction)
-    if not rows or not (reduction.centered or reduction.large_prescale):
-        return _xhat(plan, x, mask, weights, stats, ids)
-    n = count_of(reduction, x, mask, weights, stats)
+    n = count_of(reduction, x, None, None, stats)
     of = lambda x, *stats: _xhat(plan, x, None, None, Statistics(n, *stats), None)
-    on_gpu = lambda x, *_: of(x, *fused_two_pass(x, n, reduction))
-    formulas: dict[str, Any] = dict(cuda=on_gpu, rocm=on_gpu)
+    formulas: dict[str, Any] = {}
+    if reduction.centered or reduction.large_prescale:
+        formulas["cuda"] = formulas["rocm"] = lambda x, *_: of(x, *fused_two_pass(x, n, reduction))
     if is_fused_on_cpu(x, reduction, plan.epsilon):
         formulas["cpu"] = lambda x, *_: fused_on_cpu(x, n, reduction, plan.epsilon)
-    return by_platform(reduction, x, *stats[1:], default=of, **formulas)
+    if plan.within or not is_plain_on_cpu(x, reduction, plan.dtype):
+        xhat = by_platform(reduction, x, *stats[1:], default=of, **formulas) if formulas else of(x, *stats[1:])
+        return _affine_of(plan, xhat, scale, bias)
+
+    def careful(x) -> Array:  # with statistics of its own: of those that are given the loop would need a pass
+        of_x = formulas.get("cpu", lambda x: of(x, *statistics(reduction, x, None, None)[1:]))
+        return of_x(x)
+
+    def on_cpu(x, scale, bias, *_):
+        d, r = plain_on_cpu(x, n, reduction, plan.epsilon)
+        if reduction.centered or x.dtype.itemsize > 2 or scale is None or plan.cast_before_scale:
+            y = _affine_of(plan, d * r, scale, bias)
+        else:  # of 16 bits the loop is faster if r is in the scale
+            y = affine(d, r * effective_scale(scale, plan.scale_offset, d.dtype), bias, 0.0, plan.dtype)
+        return unless_overflowed(y, lambda: _affine_of(plan, careful(x), scale, bias), reduction.axes)
+
+    whole = lambda f: lambda x, scale, bias, *stats: _affine_of(plan, f(x, *stats), scale, bias)
+    on = {platform: whole(f) for platform, f in formulas.items()} | dict(cpu=on_cpu)
+    return by_platform(reduction, x, scale, bias, *stats[1:], default=whole(of), **on)
 
 
 def xhat_and_r(plan: Plan, x, mask, weights, stats: Statistics, ids=None) -> tuple[Array, Array]:
@@ -186,6 +218,11 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
     s = effective_scale(scale, plan.scale_offset, xhat.dtype)
     wide = widest(s.dtype, *(t.dtype for t in (dscale, dbias) if t is not None))
     s, times, plus, direct = s.astype(wide), [], [], 0.0
+    columns = not reduction.plain and isinstance(reduction.over, Axes) and not are_last(x, reduction.axes)
+    # Where s varies along them, as with channels in front, XLA for CPU would sum and multiply in one slow loop; not if
+    # there is a select between. Where r is NaN, so is dy by its other terms.
+    columns = columns and any(s.ndim and s.shape[a] > 1 for a in reduction.axes)
+    apart = (lambda a: where(r == r, a, 0.0)) if columns else lambda a: a
     if dx is not None or dweights is not None:
         dx = None if dx is None else at_x(r) * zero_where_padding(x, valid_mask(mask, weights), dx.astype(xhat.dtype))
         dn, d1, d2 = tangent_sums(reduction, xhat, mask, weights, dx, dweights, ids)
@@ -196,9 +233,9 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
             else:
                 share = share_of_root(stats.m2, stats.count, plan.epsilon)
             d2 = d2 - dn * share
-        times.append(-s * at_x((d2 / (2.0 * n)).astype(wide)))
+        times.append(-s * at_x(apart((d2 / (2.0 * n)).astype(wide))))
         if reduction.centered:
-            plus.append(-s * at_x((d1 / n.astype(xhat.dtype)).astype(wide)))
+            plus.append(-s * at_x(apart((d1 / n.astype(xhat.dtype)).astype(wide))))
     if dx is not None:
         direct = s * dx.astype(wide)
     if dscale is not None:

@@ -6,30 +6,18 @@
 
 #include <algorithm>
 #include <array>
-#include <new>
 #include <utility>
 #include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "view.h"
 
 namespace jaxnorm {
 
-// Scratch at the addresses that whole vectors are fastest at.
-template <class A> struct Aligned {
-  using value_type = A;
-  static constexpr std::align_val_t at{64};
-  Aligned() = default;
-  template <class B> Aligned(const Aligned<B>&) {}
-  A* allocate(size_t n) { return static_cast<A*>(::operator new(n * sizeof(A), at)); }
-  void deallocate(A* a, size_t) { ::operator delete(a, at); }
-  template <class B> bool operator==(const Aligned<B>&) const { return true; }
-  template <class B> bool operator!=(const Aligned<B>&) const { return false; }
-};
-
 template <class A> class Norm {
   using Vector = std::vector<A, Aligned<A>>;
-  using Doubles = std::vector<double>;
+  using Doubles = std::vector<double, Aligned<double>>;
 
  public:
   Norm(Job job, const Kernels<A>& kernels, const Threads& threads)
