@@ -160,8 +160,6 @@ class Whole:
         return z if self.plan.activation is None else activate_output(self.plan.activation, z, statistics.keep)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def by_statistics(f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None) -> Array:
     """y = f(x, statistics, params), elementwise, of x's shape, and rounded once, to `dtype`.
 
@@ -169,10 +167,20 @@ def by_statistics(f: F, reduction: Reduction, dtype, x: Array, mask, weights, pa
     mean. Params are any pytree of arrays that broadcast against x, each in its own dtype. Mask, weights and ids have
     x's rank; the mask leaves out what no segment has (`Over.present`).
     """
-    return _output(f, reduction, dtype, x, mask, weights, statistics(reduction, x, mask, weights, ids), params, ids)
+    return with_statistics(f, reduction, dtype, x, mask, weights, params, ids)[0]
 
 
-@functools.partial(by_statistics.defjvp, symbolic_zeros=True)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
+def with_statistics(
+    f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None
+) -> tuple[Array, Statistics]:
+    """`by_statistics`, and the statistics as constants, without a derivative: running ones are made of them."""
+    stats = statistics(reduction, x, mask, weights, ids)
+    return _output(f, reduction, dtype, x, mask, weights, stats, params, ids), stats
+
+
+@functools.partial(with_statistics.defjvp, symbolic_zeros=True)
 def _(f, reduction, dtype, primals, tangents):
     x, mask, weights, params, ids = primals
     dx, _, dweights, *dparams, _ = drop_symbolic_zeros((*tangents[:3], *jax.tree.leaves(tangents[3]), None))
@@ -180,7 +188,7 @@ def _(f, reduction, dtype, primals, tangents):
     y = _output(f, reduction, dtype, x, mask, weights, stats, params, ids)
     tangent = recompute(functools.partial(_tangent, f, reduction, dtype), reduction.plain)
     dy = tangent(x, mask, weights, stats, params, ids, (dx, dweights, dparams))
-    return y, tangent_like(y, dy)
+    return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)

@@ -77,22 +77,27 @@ def canonicalize_sync(norm: str, sync, axis_name, axis_index_groups, virtual_bat
 
 
 def standardize_shared(
-    norm: str, plan: Plan, args, axis_name, sync: Sync, virtual_batch_size: int | None, whole: bool = True
-) -> tuple[Array, Statistics]:
-    """x normalized as `sync` says; the statistics are those of everything, on all devices (only if `whole`)."""
+    norm: str, plan: Plan, args, axis_name, sync: Sync, virtual_batch_size: int | None, whole: bool = True,
+    by: Callable[..., Any] = standardize,
+) -> tuple[Array, Statistics]:  # fmt: skip
+    """x normalized as `sync` says; the statistics are those of everything, on all devices (only if `whole`).
+
+    `by` normalizes, as `standardize` does: another formula is `batch.ByFormula`. `args` are x, scale, bias, mask,
+    weights, and what else it takes, of x's rank.
+    """
     names = active_axis_names(axis_name)
     by_shards = axis_name is not None and len(names) < len(_tuple(axis_name))  # these axes jit partitions
     if virtual_batch_size is not None:
-        y, stats = _by_ghost_batches(norm, plan, args, virtual_batch_size)
+        y, stats = _by_ghost_batches(norm, plan, args, virtual_batch_size, by)
         return y, _merged(stats, names, plan) if names and whole else stats
     if by_shards and sync != "global":
-        return _by_shards(norm, plan, args, _tuple(axis_name), names, sync, whole)
+        return _by_shards(norm, plan, args, _tuple(axis_name), names, sync, whole, by)
     if not names or sync == "global":
         reduction = replace(plan.reduction, axis_name=names or None)
-        return standardize(norm, replace(plan, reduction=reduction), *args)
+        return by(norm, replace(plan, reduction=reduction), *args)
     inner, outer, groups = _divided(norm, sync, names)
     reduction = replace(plan.reduction, axis_name=inner or None, groups=groups)
-    y, stats = standardize(norm, replace(plan, reduction=reduction), *args)
+    y, stats = by(norm, replace(plan, reduction=reduction), *args)
     if groups is not None:  # all members of a group know its statistics: the first brings them
         first = jnp.isin(lax.axis_index(names), jnp.asarray([members[0] for members in groups], jnp.int32))
         stats = stats._replace(count=jnp.where(first, stats.count, 0.0), m2=jnp.where(first, stats.m2, 0.0))
@@ -126,7 +131,7 @@ def _merged(stats: Statistics, names, plan: Plan) -> Statistics:
     return merge_over_devices(Statistics(*map(lax.stop_gradient, stats)), names, None, plan.reduction)
 
 
-def _by_shards(norm, plan, args, axis_name, bound, sync, whole) -> tuple[Array, Statistics]:
+def _by_shards(norm, plan, args, axis_name, bound, sync, whole, by) -> tuple[Array, Statistics]:
     """Over an array that jit partitions along its batch: each part as a device of its own has it."""
     if bound:
         raise ValueError(
@@ -142,7 +147,7 @@ def _by_shards(norm, plan, args, axis_name, bound, sync, whole) -> tuple[Array, 
             f'axis_name={axis_name}. Write sync="global", or pad the batch and give a mask.'
         )
     if any(jax.typeof(x).sharding.spec):
-        by_jit = lambda *args: _by_shards(norm, plan, args, axis_name, bound, sync, whole)
+        by_jit = lambda *args: _by_shards(norm, plan, args, axis_name, bound, sync, whole, by)
         return _on_auto_axes(by_jit, plan, args, whole)
     split = [a is not None and a.shape[batch] == x.shape[batch] for a in args]
     # Groups of neighbours are an axis of their own, so that each all-reduce stays among them.
@@ -151,7 +156,7 @@ def _by_shards(norm, plan, args, axis_name, bound, sync, whole) -> tuple[Array, 
     sizes = (*parts.values(), x.shape[batch] // shards)
     cut = [_split(a, batch, *sizes) if s else a for a, s in zip(args, split, strict=True)]
     each: Any = functools.partial(
-        standardize_shared, norm, plan, axis_name=tuple(parts), sync=sync, virtual_batch_size=None, whole=whole
+        standardize_shared, norm, plan, axis_name=tuple(parts), sync=sync, virtual_batch_size=None, whole=whole, by=by
     )
     run = lambda *args: each(args)
     axes = tuple(batch if s else None for s in split)
@@ -174,12 +179,12 @@ def _on_auto_axes(f: Callable, plan: Plan, args, whole: bool) -> tuple[Array, St
     return partitioned(*args)
 
 
-def _by_ghost_batches(norm: str, plan: Plan, args, size: int) -> tuple[Array, Statistics]:
+def _by_ghost_batches(norm: str, plan: Plan, args, size: int, by) -> tuple[Array, Statistics]:
     """Each run of `size` examples by its own statistics; returns also the merged ones."""
     size = to_python(size)
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{norm}: virtual_batch_size must be an int >= 1, got {shown(size)}. Write 32, or None.")
-    (x, scale, bias, mask, weights), reduction = args, plan.reduction
+    (x, scale, bias, mask, weights, *own), reduction = args, plan.reduction
     batch = _batch_axis(norm, plan, x, "virtual_batch_size")
     ghosts = -(-x.shape[batch] // size)
     padding = ghosts * size - x.shape[batch]
@@ -197,13 +202,13 @@ def _by_ghost_batches(norm: str, plan: Plan, args, size: int) -> tuple[Array, St
     local = replace(reduction, over=Axes(tuple(a + 1 for a in reduction.axes)))
 
     def normalized(*args) -> tuple[Array, Statistics]:
-        y, stats = standardize(norm, replace(plan, reduction=local), *map(view, args))
+        y, stats = by(norm, replace(plan, reduction=local), *map(view, args))
         y = y.reshape(*y.shape[:batch], ghosts * size, *y.shape[batch + 2 :])
         y = lax.slice_in_dim(y, 0, x.shape[batch], axis=batch)
         stats = Statistics(*(jnp.broadcast_to(a, stats.mean_hi.shape) for a in stats))
         return y, combine(Statistics(*(jnp.moveaxis(a, batch, 0) for a in stats)), reduction)
 
-    args, sharding = (x, scale, bias, mask, weights), jax.typeof(x).sharding
+    args, sharding = (x, scale, bias, mask, weights, *own), jax.typeof(x).sharding
     devices = math.prod(sharding.mesh.shape[name] for name in mesh_axes_of(sharding.spec[batch]))
     if devices > 1 and (padding or ghosts % devices):  # a ghost batch is on several devices
         return _on_auto_axes(normalized, plan, args, whole=True)
