@@ -10,38 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from .._core.arrays import (
-    align_boolean_mask,
-    align_param,
-    align_weights,
-    as_float_array,
-    canonicalize_axes,
-    canonicalize_dtype,
-    sizes_along,
-)
-from .._core.checks import (
-    canonicalize_epsilon,
-    canonicalize_flags,
-    canonicalize_number,
-    warn_if_single,
-)
+from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.explain import explained
-from .._core.masks import finite_padding, valid_mask
-from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
-from .._core.over import Axes
-from .._core.types import Affine, Features, Moments, Params, Reduction, RunningStats, Statistics
-from .._core.vma import shard_like
-from .._ops.activation import check_activation
-from .._ops.normalize import as_affine, normalize_given
-from .._ops.plan import check_implementation, make_plan
+from .._core.types import Affine, Features, Moments, Params, RunningStats
+from .._ops.batch import normalize_batch
+from .._ops.normalize import as_affine
 from .._ops.policy import EMA, Cumulative, Devices, Running, running_policy, sharing_policy
-from .._ops.running import accumulate, update, update_state
-from .._ops.sharing import standardize_shared
-from .._ops.states import as_given, as_stats, checked_state, is_stats
+from .._ops.running import update_state
+from .._ops.spread import BY, SPREADS, normalize_by, over_spread
+from .._ops.states import as_stats, is_stats
 from .base import Spec
 from .declare import as_params, function_of, refuse_params_as_state, spec
 
@@ -80,6 +60,10 @@ class BatchNorm(Spec):
       zero_debias: correct the running statistics for their start, as Adam does: after t updates their weights sum to 1,
         with nothing of the initial values (needs `state.count`).
       unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
+      spread: what x - mean is divided by. "std" is sqrt(var + epsilon). "rms" is sqrt(mean(x**2) + epsilon), and no
+        mean is taken out. "l1" is sqrt(pi / 2) mean|x - mean| + epsilon, and `state.var` holds that spread, without
+        epsilon. "none" divides by nothing: mean-only batch norm. All but "std" are of tier C: they may change in any
+        release.
       implementation: a backend listed by `jaxnorm.backends()`. None picks the fastest one that supports the call. XLA
         runs inference for every backend: it is elementwise and fuses with what follows.
 
@@ -109,10 +93,11 @@ class BatchNorm(Spec):
     skip_nonfinite: bool = False
     zero_debias: bool = False
     unbiased_running_var: bool = False
+    spread: str = "std"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._running()
+        _check_spread("BatchNorm", self.spread, self._running(), self.share, self.sync, self.virtual_batch_size)
         sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, self.virtual_batch_size)
         sharing_policy("BatchNorm", *sharing)
 
@@ -148,6 +133,11 @@ class BatchNorm(Spec):
         >>> norm.update_state(norm.init(1)[1], jn.moments([[2.], [6.]], axes=0)).mean.tolist()
         [2.0]
         """
+        if self.spread in ("l1", "rms"):
+            raise ValueError(
+                f"BatchNorm.update_state: moments hold no spread={self.spread!r}. Write spread='std', or update at "
+                "each batch by norm.apply(params, state, x, train=True)."
+            )
         return state if self.frozen else update_state(state, moments, running=self._running())
 
     def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
@@ -164,7 +154,12 @@ class BatchNorm(Spec):
                 f"BatchNorm.as_affine: state must be a jaxnorm.RunningStats, got {shown(state)}. Write "
                 "norm.as_affine(params, state)."
             )
-        return as_affine(stats.mean, stats.var, scale, bias, epsilon=self.epsilon, scale_offset=self.scale_offset)
+        epsilon, offset, var = self.epsilon, self.scale_offset, stats.var
+        if self.spread in ("l1", "none"):
+            factor = over_spread(var, epsilon) if self.spread == "l1" else jnp.ones_like(var)
+            scale = factor if scale is None else (jnp.asarray(scale, factor.dtype) + offset) * factor
+            epsilon, offset, var = 0.0, 0.0, jnp.ones_like(var)
+        return as_affine(stats.mean, var, scale, bias, epsilon=epsilon, scale_offset=offset)
 
 
 @function_of(BatchNorm)
@@ -174,11 +169,12 @@ def batch_norm(
     state: S,
     *,
     train: Any,
-    axis, momentum, epsilon, scale_offset, activation, running, share, axis_name, axis_index_groups, sync,
-    virtual_batch_size, min_count, frozen, skip_nonfinite, zero_debias, unbiased_running_var, dtype, implementation,
+    axis, momentum, running, share, sync, virtual_batch_size, min_count, skip_nonfinite, zero_debias,
+    unbiased_running_var, spread,
     mask: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     update_stats: bool = True,
+    **options,
 ) -> tuple[Array, S]:  # fmt: skip
     """Batch normalization, synchronized over devices where `axis_name` says so.
 
@@ -220,7 +216,8 @@ def batch_norm(
     Used by ResNet and most convolutional networks.
 
     Source: Ioffe, Szegedy, "Batch Normalization" (2015), arXiv:1502.03167. Ghost batches: Hoffer, Hubara, Soudry,
-    "Train longer, generalize better" (2017), arXiv:1705.08741.
+    "Train longer, generalize better" (2017), arXiv:1705.08741. spread="l1": Hoffer, Banner, Golan, Soudry, "Norm
+    matters" (2018), arXiv:1803.01814; "none": Salimans, Kingma, "Weight Normalization" (2016), arXiv:1602.07868.
 
     >>> import jaxnorm as jn, numpy as np
     >>> state = jn.RunningStats(np.zeros(1, "f"), np.ones(1, "f"))
@@ -232,80 +229,29 @@ def batch_norm(
     norm = "batch_norm"
     x = as_float_array(norm, x, rank=1, layout="(batch, ..., channels)")
     channels = canonicalize_axes(norm, x.ndim, axis)
-    features = sizes_along(x.shape, channels)
     scale, bias = as_params(norm, params)
-    update_stats, frozen = canonicalize_flags(norm, update_stats=update_stats, frozen=frozen)
+    refuse_params_as_state(norm, state)
     policy = running_policy(
         norm, running, momentum=momentum, min_count=min_count, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias,
         unbiased_running_var=unbiased_running_var,
     )  # fmt: skip
-    refuse_params_as_state(norm, state)
-    old = checked_state(norm, state, channels, x, policy.needs_count)
-    check_implementation(norm, implementation)
-    epsilon = canonicalize_epsilon(norm, epsilon)
-    scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
-    train = False if frozen and train is None else _checked_flag(norm, train)
-    check_activation(norm, activation, x.shape, x.dtype)
-    seen, mask = align_boolean_mask(norm, x, mask)
-    weights = align_weights(norm, x, weights)
-    seen = finite_padding(seen, mask, weights)
-    axis_name, sync = sharing_policy(norm, share, axis_name, axis_index_groups, sync, virtual_batch_size)
-    if isinstance(old, Moments) and (frozen or train is not True):
-        raise TypeError(
-            f"{norm}: there are no running statistics in the Moments given as a state: they gather what training sees. "
-            "Write train=True, and jaxnorm.update_state(state, moments) afterwards."
+    _check_spread(norm, spread, policy, share, sync, virtual_batch_size)
+    return normalize_batch(
+        norm, x, scale, bias, state, policy, train=train, channels=channels, mask=mask, weights=weights,
+        update_stats=update_stats, share=share, sync=sync, virtual_batch_size=virtual_batch_size,
+        centered=spread != "rms", by=BY[spread], given=normalize_by(spread), gathers=spread in ("std", "none"), **options,
+    )  # fmt: skip
+
+
+def _check_spread(norm: str, spread: Any, policy: Running, share: Any, sync: Any, virtual_batch_size: Any) -> None:
+    if not isinstance(spread, str) or spread not in SPREADS:
+        raise ValueError(f'{norm}: spread must be one of {SPREADS}, got {shown(spread)}. Write spread="std".')
+    if spread != "l1":
+        return
+    parts = not (isinstance(sync, str) and sync == "global") or virtual_batch_size is not None
+    parts |= share is not None and share.groups is not None
+    if parts or policy.momentum is None or policy.unbiased:
+        raise ValueError(
+            f'{norm}: spread="l1" is no sum of squares, which merges: it takes no momentum=None, unbiased_running_var, '
+            'virtual_batch_size or sync beside "global". Write spread="std", or leave them out.'
         )
-
-    def by_running() -> Array:
-        return normalize_given(
-            seen, old.mean, old.var, scale, bias, valid_mask(mask, weights), axis=channels, epsilon=epsilon,
-            scale_offset=scale_offset, activation=activation, dtype=dtype, implementation=implementation,
-        )  # fmt: skip
-
-    if frozen or train is False:
-        return by_running(), as_given(state, old)
-
-    scale = align_param(norm, "scale", scale, x.shape, channels)
-    bias = align_param(norm, "bias", bias, x.shape, channels)
-    scale, bias = [None if p is None else shard_like(x, p) for p in (scale, bias)]
-    args = (seen, scale, bias, mask, weights)
-    out = canonicalize_dtype(norm, dtype, x, scale, bias)
-    axes = tuple([a for a in range(x.ndim) if a not in channels])
-    if axis_name is None:
-        warn_if_single(norm, x, axes, "channel in training")
-    reduction = Reduction(Axes(axes), one_pass=True)
-    names = active_axis_names(axis_name)
-    plan = make_plan(x, names, epsilon, scale_offset, out, reduction, implementation, activation=activation)
-    with explain_unbound_axis(norm, axis_name):
-        y, stats = standardize_shared(norm, plan, args, axis_name, sync, virtual_batch_size, whole=update_stats)
-    new = old
-    if update_stats:
-        batch = _as_batch_moments(stats, features, plan.reduction)
-        if isinstance(old, Moments):
-            new = accumulate(old, batch, policy.skip_nonfinite)
-        else:
-            new = update(old, batch, policy)
-    if train is not True:
-        y = jnp.where(train, y, by_running())
-        new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, old)
-    return y, as_given(state, new)
-
-
-def _as_batch_moments(stats: Statistics, features, reduction: Reduction) -> Moments:
-    """In x's own units and of the feature shape; the count takes part in the sharding of the others."""
-    m2 = (
-        stats.m2 / reduction.prescale / reduction.prescale if reduction.large_prescale is None else jnp.square(stats.m2)
-    )
-    count = stats.count + jnp.zeros_like(stats.m2)
-    moments = Moments(count, stats.mean_hi + stats.mean_lo, m2)
-    return Moments(*[a.reshape(features) for a in moments])
-
-
-def _checked_flag(norm: str, train):
-    if isinstance(train, (bool, np.bool_)):
-        return bool(train)
-    if isinstance(train, (jax.Array, np.ndarray)) and train.dtype == jnp.bool_ and train.ndim == 0:
-        return train
-    if train is None:
-        raise TypeError(f"{norm}: train is missing. Write train=True in training and train=False at inference.")
-    raise TypeError(f"{norm}: train must be a bool or a scalar bool array, got {shown(train)}. Write train=True.")
