@@ -8,7 +8,7 @@ all that is kept of x's size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,19 +65,13 @@ class OfElements:
         return (x - self.parts.mean_hi) - self.parts.mean_lo
 
     def rsqrt(self, epsilon: float | Array) -> Array:
-        """1 / sqrt(var + epsilon) for an epsilon >= 0, a number or an array. 0 where nothing was counted, or for 1 / 0.
+        """1 / sqrt(var + epsilon) for an epsilon >= 0, a number or an array. 0 where nothing was counted, or for 1 / 0."""
+        return rsqrt_of_mixture([(1.0, self)], epsilon)
 
-        Computed as s rsqrt(var s**2 + epsilon s**2), where the constant s brings the sum between 1 and 2. So all that
-        is differentiated is in range.
-        """
-        m2, n = self.parts.m2, nonzero_divisor(self.count)
-        epsilon = jnp.asarray(epsilon, m2.dtype)
-        spread = jnp.sqrt(m2 / n) / self.reduction.prescale if self._is_plain else m2 / jnp.sqrt(n)
-        larger = lax.stop_gradient(jnp.maximum(spread, jnp.sqrt(epsilon)))
-        void = (self.count == 0) | (larger == 0)
-        s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
-        v = self._scaled_m2(s) / n + (epsilon * s) * s
-        return jnp.where(void, 0.0, s * lax.rsqrt(jnp.where(void, 1.0, v)))
+    def std(self, epsilon: float | Array) -> Array:
+        """sqrt(var + epsilon); 0, with a derivative of 0, where that is 0."""
+        v, s, void = in_unit_range([(1.0, self)], epsilon)
+        return jnp.where(void, 0.0, jnp.sqrt(jnp.where(void, 1.0, v)) / s)
 
     def standardize(self, x: Array, epsilon: float | Array) -> Array:
         """(x - mean) / sqrt(var + epsilon)."""
@@ -90,6 +84,11 @@ class OfElements:
     def _is_plain(self) -> bool:
         return self.reduction.large_prescale is None
 
+    def _spread(self) -> Array:
+        """The root of the variance, with no care for its derivative."""
+        m2, n = self.parts.m2, nonzero_divisor(self.count)
+        return jnp.sqrt(m2 / n) / self.reduction.prescale if self._is_plain else m2 / jnp.sqrt(n)
+
     def _scaled_m2(self, s: Array) -> Array:
         """m2 s**2 for a constant s."""
         if not self._is_plain:
@@ -100,6 +99,32 @@ class OfElements:
             return square + (self.dm2 * s) * s
         s = s / self.reduction.prescale
         return (self.parts.m2 * s) * s
+
+
+Mixture = Sequence[tuple[Any, OfElements]]  # statistics of the same elements, each with its weight >= 0
+
+
+def rsqrt_of_mixture(mixture: Mixture, epsilon: float | Array) -> Array:
+    """1 / sqrt(sum of weight var + epsilon); 0 where nothing was counted at all, or for 1 / 0."""
+    v, s, void = in_unit_range(mixture, epsilon)
+    void |= functools.reduce(jnp.logical_and, [of.count == 0 for _, of in mixture])
+    return jnp.where(void, 0.0, s * lax.rsqrt(jnp.where(void, 1.0, v)))
+
+
+def in_unit_range(mixture: Mixture, epsilon: float | Array) -> tuple[Array, Array, Array]:
+    """(v s**2, s, whether v is 0) of v = sum of weight var + epsilon.
+
+    The constant s brings the largest of the terms, but for its weight, to 1. So all that is differentiated is in range.
+    """
+    epsilon = jnp.asarray(epsilon, mixture[0][1].parts.m2.dtype)
+    spreads = [of._spread() for _, of in mixture]
+    larger = lax.stop_gradient(functools.reduce(jnp.maximum, spreads, jnp.sqrt(epsilon)))
+    void = larger == 0
+    s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
+    v = (epsilon * s) * s
+    for weight, of in mixture:
+        v = v + weight * (of._scaled_m2(s) / nonzero_divisor(of.count))
+    return v, s, void
 
 
 @jax.custom_jvp
@@ -115,6 +140,7 @@ def _(primals, tangents):
 
 
 F = Callable[[Array, OfElements, Any], Array]
+Several = tuple[Statistics, ...]
 
 
 def normalize_by_statistics(
@@ -161,69 +187,94 @@ class Whole:
 
 
 def by_statistics(f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None) -> Array:
-    """y = f(x, statistics, params), elementwise, of x's shape, and rounded once, to `dtype`.
-
-    f gets x in the accumulator's dtype; for padding (NaN, infinite, or beyond 1e30) it gets a constant that equals the
-    mean. Params are any pytree of arrays that broadcast against x, each in its own dtype. Mask, weights and ids have
-    x's rank; the mask leaves out what no segment has (`Over.present`).
-    """
-    return with_statistics(f, reduction, dtype, x, mask, weights, params, ids)[0]
+    """y = f(x, statistics, params), elementwise, of x's shape, and rounded once, to `dtype`: `by_several` of one."""
+    return by_several(f, (reduction,), dtype, x, mask, weights, params, (None,), ids)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def with_statistics(
-    f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None
-) -> tuple[Array, Statistics]:
-    """`by_statistics`, and the statistics as constants, without a derivative: running ones are made of them."""
-    stats = statistics(reduction, x, mask, weights, ids)
-    return _output(f, reduction, dtype, x, mask, weights, stats, params, ids), stats
+def by_several(
+    f: Callable[..., Array], reductions: tuple[Reduction, ...], dtype, x: Array, mask, weights, params, given, ids=None
+) -> tuple[Array, Several]:
+    """y = f(x, *statistics, params), of several statistics of one x; and the statistics as constants.
+
+    f is elementwise and gets x in the accumulator's dtype; for padding (NaN, infinite, or beyond 1e30) it gets a
+    constant that equals the first mean. Params are any pytree of arrays that broadcast against x, each in its own
+    dtype. `given` has for each reduction its statistics, which are constants, or None. Mask, weights and ids have x's
+    rank; the mask leaves out what no segment has (`Over.present`).
+    """
+    stats = _statistics(reductions, x, mask, weights, given, ids)
+    return _output(f, reductions, dtype, x, mask, weights, stats, params, ids), stats
 
 
-@functools.partial(with_statistics.defjvp, symbolic_zeros=True)
-def _(f, reduction, dtype, primals, tangents):
-    x, mask, weights, params, ids = primals
-    dx, _, dweights, *dparams, _ = drop_symbolic_zeros((*tangents[:3], *jax.tree.leaves(tangents[3]), None))
-    stats = statistics(reduction, x, mask, weights, ids)
-    y = _output(f, reduction, dtype, x, mask, weights, stats, params, ids)
-    tangent = recompute(functools.partial(_tangent, f, reduction, dtype), reduction.plain)
+@functools.partial(by_several.defjvp, symbolic_zeros=True)
+def _(f, reductions, dtype, primals, tangents):
+    x, mask, weights, params, given, ids = primals
+    dx, _, dweights, *dparams = drop_symbolic_zeros((*tangents[:3], *jax.tree.leaves(tangents[3])))
+    stats = _statistics(reductions, x, mask, weights, given, ids)
+    y = _output(f, reductions, dtype, x, mask, weights, stats, params, ids)
+    still = tuple(s is not None for s in given)
+    tangent = recompute(functools.partial(_tangent, f, reductions, still, dtype), reductions[0].plain)
     dy = tangent(x, mask, weights, stats, params, ids, (dx, dweights, dparams))
     return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
 
+def _statistics(reductions, x, mask, weights, given, ids) -> Several:
+    own = lambda reduction: statistics(reduction, x, mask, weights, ids)
+    return tuple(own(r) if s is None else s for r, s in zip(reductions, given, strict=True))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _output(
-    f: F, reduction: Reduction, dtype, x, mask, weights, stats: Statistics, params, ids, dm2=None, unit=None
+    f, reductions: tuple[Reduction, ...], dtype, x, mask, weights, stats: Several, params, ids, dm2s=None, units=None
 ) -> Array:
-    spread = functools.partial(reduction.over.spread, ids=ids)
-    dm2, unit = (None if a is None else spread(a) for a in (dm2, unit))
     keep, wide = valid_mask(mask, weights), x.astype(accumulator(x))
-    at_x = OfElements(Statistics(*map(spread, stats)), reduction, keep, dm2, unit)
+    nothing = (None,) * len(reductions)
+
+    def at_x(reduction: Reduction, stats: Statistics, dm2, unit) -> OfElements:
+        spread = functools.partial(reduction.over.spread, ids=ids)
+        dm2, unit = (None if a is None else spread(a) for a in (dm2, unit))
+        return OfElements(Statistics(*map(spread, stats)), reduction, keep, dm2, unit)
+
+    each = [*map(at_x, reductions, stats, dm2s or nothing, units or nothing)]
     if keep is not None:
-        wide = jnp.where(usable(x, keep), wide, lax.stop_gradient(at_x.mean))
-    return broadcast_like(x, f(wide, at_x, params)).astype(dtype)
+        wide = jnp.where(usable(x, keep), wide, lax.stop_gradient(each[0].mean))
+    return broadcast_like(x, f(wide, *each, params)).astype(dtype)
 
 
-def _tangent(f: F, reduction: Reduction, dtype, x, mask, weights, stats, params, ids, tangents) -> Array:
+def _tangent(f, reductions, still, dtype, x, mask, weights, stats: Several, params, ids, tangents) -> Array:
     """The chain rule through f and through the statistics. None is a tangent of zero."""
     dx, dweights, dparams = tangents
     leaves, tree = jax.tree.flatten(params)
-    dm2 = unit = None
-    if reduction.large_prescale is not None:  # m2 is a root
-        root = lax.stop_gradient(stats.m2) / jnp.sqrt(nonzero_divisor(stats.count))
-        dm2 = jnp.zeros_like(root)
-        if isinstance(reduction.over, Prefix):  # an element is part of several statistics, which need one unit
-            root = root.max(reduction.over.axis, keepdims=True)
-        unit = 1.0 / nonzero_divisor(root)
-    count = mean_lo = m2 = None
-    if dx is not None or dweights is not None:
-        count, _, mean_lo, m2 = statistics_tangent(reduction, x, mask, weights, stats, dx, dweights, ids, unit)
+    moves = dx is not None or dweights is not None
+    units = [_unit(r, s) for r, s in zip(reductions, stats, strict=True)]
+    primals, moving = [], []
+    for reduction, of, unit, given in zip(reductions, stats, units, still, strict=True):
+        count = mean_lo = m2 = None
+        if moves and not given:
+            count, _, mean_lo, m2 = statistics_tangent(reduction, x, mask, weights, of, dx, dweights, ids, unit)
+        primals += [of.count, of.mean_lo, of.m2 if unit is None else jnp.zeros_like(of.m2)]
+        moving += [count, mean_lo, m2]
 
-    def of_moving(x, count, mean_lo, m2, *leaves) -> Array:
-        now = stats._replace(count=count, mean_lo=mean_lo, m2=m2 if unit is None else stats.m2)
-        params = jax.tree.unflatten(tree, leaves)
-        return _output(f, reduction, dtype, x, mask, weights, now, params, ids, None if unit is None else m2, unit)
+    def of_moving(x, *values) -> Array:
+        parts = [values[3 * i : 3 * i + 3] for i in range(len(reductions))]
+        now = tuple(
+            s._replace(count=count, mean_lo=mean_lo, m2=m2 if unit is None else s.m2)
+            for s, unit, (count, mean_lo, m2) in zip(stats, units, parts, strict=True)
+        )
+        dm2s = tuple(None if unit is None else m2 for unit, (_, _, m2) in zip(units, parts, strict=True))
+        params = jax.tree.unflatten(tree, values[3 * len(reductions) :])
+        return _output(f, reductions, dtype, x, mask, weights, now, params, ids, dm2s, tuple(units))
 
-    primals = (x, stats.count, stats.mean_lo, stats.m2 if dm2 is None else dm2, *leaves)
-    dy = jvp_or_none(of_moving, primals, (dx, count, mean_lo, m2, *dparams))[1]
+    dy = jvp_or_none(of_moving, (x, *primals, *leaves), (dx, *moving, *dparams))[1]
     return jnp.zeros(x.shape, dtype) if dy is None else dy
+
+
+def _unit(reduction: Reduction, stats: Statistics) -> Array | None:
+    """What the tangent of m2 is that of the squares of, times x, where m2 is a root; else None."""
+    if reduction.large_prescale is None:
+        return None
+    root = lax.stop_gradient(stats.m2) / jnp.sqrt(nonzero_divisor(stats.count))
+    if isinstance(reduction.over, Prefix):  # an element is part of several statistics, which need one unit
+        root = root.max(reduction.over.axis, keepdims=True)
+    return 1.0 / nonzero_divisor(root)
