@@ -54,7 +54,12 @@ class Row:
         """Whether the mean is taken out, so that a constant becomes the bias."""
         if self.oracle is oracle.modulated:
             return not isinstance(self.spec, (jn.AdaRMSNorm, jn.FiLM))
-        return self.oracle in (oracle.standardize, oracle.like_style)
+        return self.oracle in (oracle.standardize, oracle.like_style, oracle.batch_and_instance, oracle.switched)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the norm keeps statistics between calls."""
+        return hasattr(self.spec.State, "_fields")
 
     @property
     def batch(self) -> bool:
@@ -90,7 +95,9 @@ class Row:
         """Random parameters, as they are handed to the norm (or in x's rank); None where the spec has none."""
         shape = self.param if x_rank or self.given is None else self.given
         made = self.spec.init(self.features)[0]
-        drawn = [rng.normal(size=shape if p is None or p.ndim else ()) for p in made]
+        of = lambda name, p: p.shape if name in self.spec.whole and p is not None else shape
+        shapes = [of(name, p) if p is None or p.ndim else () for name, p in made._asdict().items()]
+        drawn = [rng.normal(size=shape) for shape in shapes]
         return type(made)(*(None if p is None else jnp.asarray(d, dtype) for p, d in zip(made, drawn, strict=True)))
 
     def in_rank(self, params, xp=np) -> Any:
@@ -99,7 +106,7 @@ class Row:
 
         def one(name, p):
             p = oracle.wide(p) if xp is np else p
-            return (p.reshape(self.param) if p.ndim else p) + offset.get(name, 0.0)
+            return (p.reshape(self.param) if p.ndim and name not in self.spec.whole else p) + offset.get(name, 0.0)
 
         return type(params)(*(None if p is None else one(name, p) for name, p in params._asdict().items()))
 
@@ -168,6 +175,8 @@ length = dict(oracle=oracle.unit_length, exempt=UNCENTERED)
 squash = dict(oracle=oracle.dynamic_tanh, exempt=FUSED)
 
 response = dict(oracle=oracle.filter_response, exempt=FUSED)
+evolved = dict(oracle=oracle.evolved, exempt=FUSED)
+MIXED = {NOT_NATIVE: "XLA fuses elementwise functions"}
 
 def segment_ids(m):
     """Of row m: 0, 1 or 4, in no order, of 1, 2 and 2 in 5 rows."""
@@ -312,6 +321,15 @@ ROWS = [
     Row("batch-ghost", jn.BatchNorm(virtual_batch_size=8), (16, 9, 6), (1, 1, 6), ghosts(8), (6,), exempt=GHOSTS),
     Row("batch-ghost-remainder", jn.BatchNorm(virtual_batch_size=6), (16, 9, 6), (1, 1, 6), ghosts(6), (6,),
         exempt=GHOSTS),
+    Row("evo-s0", jn.EvoNormS(num_groups=3), (5, 4, 12), (1, 1, 12), lambda n, t, c: (n, c // 4), (12,), **evolved),
+    Row("evo-s2-nchw", jn.EvoNormS(variant="S2", group_size=4, axis=1, scale_offset=1.0), (4, 12, 5), (1, 12, 1),
+        lambda n, c, t: (n, c // 4), (12,), **evolved),
+    Row("evo-b0", jn.EvoNormB(), (5, 9, 4), (1, 1, 4), lambda n, t, c: (c,), (4,), **evolved),
+    Row("batch-instance", jn.BatchInstanceNorm(activation="silu"), (5, 9, 4), (1, 1, 4), lambda n, t, c: (c,), (4,),
+        oracle=oracle.batch_and_instance, exempt=MIXED),
+    Row("instance-batch", jn.InstanceBatchNorm(), (6, 9, 4), (1, 1, 4), lambda n, t, c: (np.where(c < 2, n, -1), c), (4,), calls=2,
+        exempt={NOT_NATIVE: "on parts of the channels"}),
+    Row("switchable", jn.SwitchableNorm(axis=1), (3, 4, 9), (1, 4, 1), lambda n, c, t: (0 * n,), (4,), oracle=oracle.switched, exempt=MIXED),
 ]  # fmt: skip
 
 BATCH_NORMS = [r for r in ROWS if r.batch]

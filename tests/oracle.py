@@ -239,6 +239,53 @@ def filter_response(x, params, groups, spec, **_):
     return z if params.threshold is None else xp.where((z - params.threshold).real > 0, z, params.threshold + 0.0 * z)
 
 
+def _of_examples(x, groups, axis, kind="instance"):
+    """Groups of the same elements by example ("layer"), or by example and channel."""
+    n, c = np.indices(x.shape)[[0, axis % x.ndim]]
+    labels = n if kind == "layer" else n * x.shape[axis] + c
+    return Groups(labels, None, groups.weight, groups.xp)
+
+
+def _variance(x, groups, centered=True):
+    d = x - groups.mean(x) if centered else x
+    return groups.mean(d * d)
+
+
+def _sigmoid_of(z, xp):
+    return 0.5 * (1.0 + xp.tanh(0.5 * z))
+
+
+def evolved(x, params, groups, spec, **_):
+    xp, variant, u = groups.xp, spec.variant, 1.0 if params.u is None else params.u
+    if variant[0] == "S":
+        v = _variance(x, groups, variant != "S2") + spec.epsilon
+        z = x * _sigmoid_of(u * x, xp) / xp.sqrt(xp.where(v == 0, 1.0, v))
+        return affine(xp.where((groups.count == 0) | (v == 0), 0.0, z), params.scale, params.bias)
+    of = xp.sqrt(_variance(x, _of_examples(x, groups, spec.axis), variant == "B0") + spec.epsilon)
+    second = {"B0": u * x + of, "B1": (x + 1.0) * of, "B2": of - x}[variant]
+    first = xp.sqrt(_variance(x, groups) + spec.epsilon)
+    larger = xp.where((first - second).real > 0, first, second)
+    return affine(xp.where(groups.count == 0, 0.0, x / larger), params.scale, params.bias)
+
+
+def batch_and_instance(x, params, groups, spec, **_):
+    of = (groups, _of_examples(x, groups, spec.axis))
+    batch, instance = (analytic(x, g, spec.epsilon, True) for g in of)
+    return affine(params.rho * batch + (1.0 - params.rho) * instance, params.scale, params.bias)
+
+
+def switched(x, params, groups, spec, **_):
+    xp, c = groups.xp, np.indices(x.shape)[spec.axis]
+    batch = Groups(c, None, groups.weight, xp)
+    of = [_of_examples(x, groups, spec.axis), _of_examples(x, groups, spec.axis, "layer"), batch]
+    a, b = (xp.exp(logits) / xp.exp(logits).sum() for logits in (params.mean_logits, params.var_logits))
+    mean = sum(share * g.mean(x) for share, g in zip(a, of, strict=True))
+    v = sum(share * _variance(x, g) for share, g in zip(b, of, strict=True)) + spec.epsilon
+    nothing = (groups.count == 0) | (v == 0)
+    xhat = xp.where(nothing, 0.0, (x - mean) / xp.sqrt(xp.where(nothing, 1.0, v)))
+    return affine(xhat, params.scale, params.bias)
+
+
 def _written_out(centered):
     def of_formula(x, params, g, groups, spec, **_):
         how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)

@@ -11,16 +11,20 @@ from .ada_layer import AdaLayerNorm, AdaLayerNormZero, ada_layer_norm, ada_layer
 from .ada_layer_single import AdaLayerNormSingle, ada_layer_norm_single
 from .ada_rms import AdaRMSNorm, ada_rms_norm
 from .batch import BatchNorm, batch_norm
+from .batch_instance import BatchInstanceNorm, batch_instance_norm
 from .conditional import ConditionalNorm, conditional_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
+from .evo_b import EvoNormB, evo_norm_b
+from .evo_s import EvoNormS, evo_norm_s
 from .film import FiLM, film
 from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
 from .group import GroupNorm, group_norm
 from .group_rms import GroupRMSNorm, group_rms_norm
 from .instance import InstanceNorm, instance_norm
+from .instance_batch import InstanceBatchNorm, instance_batch_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
@@ -34,6 +38,7 @@ from .rms import RMSNorm, rms_norm
 from .scale import ScaleNorm, scale_norm
 from .segment import SegmentNorm, segment_norm
 from .spade import SPADE, spade
+from .switchable import SwitchableNorm, switchable_norm
 
 SPECS = {name: value for name, value in globals().items() if isinstance(value, type)}
 __all__ = sorted(name for name in globals() if name[0] != "_" and hasattr(globals()[name], "__module__"))  # pyright: ignore

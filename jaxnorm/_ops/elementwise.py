@@ -18,14 +18,15 @@ from jax import lax
 
 from .._core.arithmetic import nan_if_infinite, nonzero_divisor
 from .._core.arrays import align_boolean_mask, align_param, canonicalize_dtype
+from .._core.channels import spans_devices, split_channels
 from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicalize_number, check_axis_name
 from .._core.dtypes import accumulator
 from .._core.masks import finite_padding, usable, valid_mask
 from .._core.mesh import active_axis_names, explain_unbound_axis
-from .._core.over import Axes, Prefix
+from .._core.over import Axes, Groups, Prefix
 from .._core.platforms import recompute
 from .._core.types import Plan, Reduction, Statistics
-from .._core.vma import broadcast_like, shard_like, tangent_like
+from .._core.vma import broadcast_like, shard_like, spec_of, tangent_like
 from .activation import activate_output, check_activation, jvp_or_none, widened_to
 from .formula import affine
 from .plan import make_plan, refuse_kernels
@@ -65,7 +66,7 @@ class OfElements:
         return (x - self.parts.mean_hi) - self.parts.mean_lo
 
     def rsqrt(self, epsilon: float | Array) -> Array:
-        """1 / sqrt(var + epsilon) for an epsilon >= 0, a number or an array. 0 where nothing was counted, or for 1 / 0."""
+        """1 / sqrt(var + epsilon), epsilon >= 0, a number or an array; 0 where nothing was counted, and for 1 / 0."""
         return rsqrt_of_mixture([(1.0, self)], epsilon)
 
     def std(self, epsilon: float | Array) -> Array:
@@ -146,12 +147,13 @@ Several = tuple[Statistics, ...]
 def normalize_by_statistics(
     norm: str, f: Callable[..., Array], x: Array, own: dict[str, Any], scale, bias, axes: tuple[int, ...],
     feature_axes: tuple[int, ...], *, epsilon, scale_offset, activation, mask, axis_name, axis_index_groups, dtype,
-    implementation, centered=True,
+    implementation, centered=True, groups: int | None = None,
 ) -> Array:  # fmt: skip
     """y = activation(f(x, statistics, affine, epsilon, *own)), rounded once; statistics over `axes`.
 
     `f` is elementwise and gets x in the accumulator's dtype. It calls `affine`: z -> z (scale + scale_offset) + bias.
-    `own` are further parameters by name: numbers, or arrays of the feature shape or of one that broadcasts.
+    `own` are further parameters by name: numbers, or arrays of the feature shape or of one that broadcasts. `groups` is
+    the number of groups of channels, at the one feature axis, that statistics are over as well.
     """
     refuse_kernels(norm, implementation)
     given = [
@@ -162,14 +164,33 @@ def normalize_by_statistics(
     check_activation(norm, activation, x.shape, x.dtype)
     check_axis_name(norm, axis_name)
     names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
-    groups = canonicalize_groups(norm, axis_index_groups)
-    reduction = Reduction(Axes(axes), centered, axis_name=names, groups=groups if names else None)
+    shared = canonicalize_groups(norm, axis_index_groups) if names else None
+    over, view, spans = _grouped(x, axes, feature_axes, groups)
+    reduction = Reduction(over, centered, axis_name=names, groups=shared)
     scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
     epsilon = canonicalize_epsilon(norm, epsilon)
-    plan = make_plan(x, names or (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
+    seen = jax.eval_shape(view, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    plan = make_plan(seen, names or (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
     x, mask = align_boolean_mask(norm, x, mask)
-    with explain_unbound_axis(norm, axis_name):
-        return by_statistics(Whole(f, plan), plan.reduction, out, finite_padding(x, mask), mask, None, params)
+
+    def normalized(*args) -> Array:
+        seen, mask, params = jax.tree.map(view, args)
+        with explain_unbound_axis(norm, axis_name):
+            return by_statistics(Whole(f, plan), plan.reduction, out, seen, mask, None, params).reshape(x.shape)
+
+    run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans else normalized
+    return run(finite_padding(x, mask), mask, params)
+
+
+def _grouped(x: Array, axes: tuple[int, ...], feature_axes, groups: int | None):
+    """What statistics are over, in which view of x, and whether that splits an axis that types say is sharded."""
+    if groups is None:
+        return Axes(axes), lambda a: a, False
+    (channel,) = feature_axes
+    if channel == x.ndim - 1 and not any(spec_of(x)):
+        return Groups(axes, groups, x.shape[channel]), lambda a: a, False
+    over = Axes((*(a if a < channel else a + 1 for a in axes), channel + 1))
+    return over, lambda a: split_channels(a, x.shape, channel, groups), spans_devices(x, channel, groups)
 
 
 @dataclass(frozen=True)
@@ -188,7 +209,15 @@ class Whole:
 
 def by_statistics(f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None) -> Array:
     """y = f(x, statistics, params), elementwise, of x's shape, and rounded once, to `dtype`: `by_several` of one."""
-    return by_several(f, (reduction,), dtype, x, mask, weights, params, (None,), ids)[0]
+    return with_statistics(f, reduction, dtype, x, mask, weights, params, ids)[0]
+
+
+def with_statistics(
+    f: F, reduction: Reduction, dtype, x: Array, mask, weights, params, ids=None
+) -> tuple[Array, Statistics]:
+    """`by_statistics`, and the statistics as constants, without a derivative: running ones are made of them."""
+    y, (stats,) = by_several(f, (reduction,), dtype, x, mask, weights, params, (None,), ids)
+    return y, stats
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

@@ -177,7 +177,7 @@ def test_init_makes_identity_parameters_without_data(row):
         if getattr(params, name, None) is not None:
             np.testing.assert_array_equal(getattr(params, name), first)
     assert all(p.dtype == np.float32 for p in jax.tree.leaves(params))
-    assert (state == ()) != row.batch
+    assert (state == ()) != row.stateful
     features = (12, 5) if isinstance(getattr(row.spec, "axis", -1), tuple) else (12,)
     shaped = jax.eval_shape(lambda: row.spec.init(features))
     assert all(leaf.shape in (features, ()) for leaf in jax.tree.leaves(shaped))
@@ -186,7 +186,7 @@ def test_init_makes_identity_parameters_without_data(row):
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half[1]))
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if not r.batch], ids=str)
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.stateful], ids=str)
 def test_a_norm_without_state_ignores_train(row, rng):
     params, x = row.params(rng), draw(rng, row.shape)
     for train in (True, False, jnp.array(True)):
@@ -256,7 +256,7 @@ def test_jaxnorm_needs_no_flax_and_costs_little_beside_jax():
 
 
 # What the files of a folder may import from, beside their own folder. `_core` imports nothing of the package.
-SHARED_BY_NORMS = ("_norms", "_norms.base", "_norms.declare", "_norms.modulated")
+SHARED_BY_NORMS = ("_norms", "_norms.base", "_norms.declare", "_norms.modulated", "_norms.running")
 MAY_IMPORT = {
     "_core": (),
     "_backends": ("_core",),
