@@ -14,6 +14,7 @@ import oracle
 from jax import Array
 
 import jaxnorm as jn
+from jaxnorm._norms.running import RunningSpec
 from jaxnorm._ops.activation import NAMED
 
 
@@ -59,7 +60,7 @@ class Row:
     @property
     def stateful(self) -> bool:
         """Whether the norm keeps statistics between calls."""
-        return hasattr(self.spec.State, "_fields")
+        return isinstance(self.spec, (jn.BatchNorm, RunningSpec))
 
     @property
     def batch(self) -> bool:
