@@ -145,8 +145,8 @@ def iter_norm(
       x: array of shape (N, ..., C), the channels at `axis`. Integers are promoted to float32.
       params: `Affine(scale, bias)`, each of shape (C,), or of one that broadcasts against x, or None; or a dict of the
         same names.
-      state: `WhiteningState(mean, matrix)`, of shapes (C,) and (G, d, d); `IterNorm(...).init(C)` makes one. No gradient
-        flows in.
+      state: `WhiteningState(mean, matrix)`, of shapes (C,) and (G, d, d); `IterNorm(...).init(C)` makes one. No
+        gradient flows in.
       train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: True where an element counts. A place counts for a group of channels where all of the group's channels do.
       weights: a float weight >= 0 for each place, which is one for all channels: of a shape with size 1 at `axis`, or
@@ -154,11 +154,11 @@ def iter_norm(
       update_stats: False leaves the state as it was.
 
     Returns:
-      An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's. What saw nothing keeps it.
+      An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's. What saw nothing stays.
 
     Raises:
-      ValueError: groups that do not divide the channels; a bad method, axis, momentum or epsilon; params, state, mask or
-        weights that do not fit x; a backend of kernels.
+      ValueError: groups that do not divide the channels; a bad method, axis, momentum or epsilon; params, state, mask
+        or weights that do not fit x; a backend of kernels.
       TypeError: a complex x; a dtype that cannot hold the result; `train` is not a bool.
       NameError: axis_name is not bound here.
 
@@ -200,7 +200,7 @@ def iter_norm(
     if weights is not None and weights.shape[channel] != 1:
         raise ValueError(
             f"{norm}: weights of shape {weights.shape} differ between the channels at axis {channel}, which share one "
-            f"covariance. Write weights of shape {x.shape[:channel] + (1,) + x.shape[channel + 1 :]}."
+            f"covariance. Write weights of shape {(*x.shape[:channel], 1, *x.shape[channel + 1 :])}."
         )
     split = lambda a: None if a is None else split_channels(a, x.shape, channel, number)
     seen, of_places = split(finite_padding(seen, mask, weights)), _weights(split(mask), split(weights), x, channel)
@@ -210,36 +210,40 @@ def iter_norm(
     plain = implementation == "lax"
     groups = Groups(channel, x.ndim + 1, small if large is None else large, names, plain)
 
-    def output(x, keep, mean, matrix, scale, bias) -> Array:
-        z = whitened(groups, x, keep, mean, matrix).reshape(shape)
+    def output(x, keep, shift, low, matrix, scale, bias) -> Array:
+        z = whitened(groups, x, keep, shift, low, matrix).reshape(shape)
         z = affine(z, scale, bias, scale_offset, widened_to(z, scale, bias))
         return z if activation is None else activate_output(activation, z, None)
 
     shape, per_group = x.shape, (number, x.shape[channel] // max(number, 1))
-    by = lambda mean, matrix: recompute(output, plain)(
-        seen, keep, mean.reshape(per_group), matrix, scale, bias
-    ).astype(out)  # fmt: skip
+    by = lambda shift, low, matrix: recompute(output, plain)(seen, keep, shift, low, matrix, scale, bias).astype(out)
     wide = lambda a: lax.stop_gradient(a.astype(accumulator(x)))
+
+    def by_state() -> Array:
+        mean = wide(old.mean).reshape(per_group)
+        return by(mean, jnp.zeros_like(mean), wide(old.matrix))
+
     if frozen or train is False:
-        return by(*map(wide, old)), state
+        return by_state(), state
     with explain_unbound_axis(norm, axis_name):
         batch = covariance(groups, seen, of_places)
     least = epsilon * groups.prescale**2
     root = by_newton(batch.second, least, steps) if method == "newton" else by_eigh(batch.second, least)
     matrix = root * groups.prescale
-    y, new = by(batch.mean, matrix), old
+    y, new = by(batch.shift, batch.low, matrix), old
     if update_stats:
         some = batch.count > 0
         kept = (some[:, None], some[:, None, None])
         part = 1.0 - (momentum.astype(accumulator(x)) if isinstance(momentum, jax.Array) else float(momentum))
-        moved = lambda old, new, some: jnp.where(some, old + part * (new.astype(old.dtype) - old), old).astype(
-            old.dtype
-        )
+
+        def moved(old: Array, new: Array, some: Array) -> Array:
+            return jnp.where(some, old + part * (new.astype(old.dtype) - old), old).astype(old.dtype)
+
         stats = zip((old.mean.reshape(per_group), old.matrix), (batch.mean, matrix), kept, strict=True)
         mean, running = (lax.stop_gradient(moved(*each)) for each in stats)
         new = WhiteningState(mean.reshape(-1), running)
     if train is not True:
-        y = jnp.where(train, y, by(*map(wide, old)))
+        y = jnp.where(train, y, by_state())
         new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, old)
     return y, new if isinstance(state, WhiteningState) else {name: getattr(new, name) for name in state}
 
@@ -260,8 +264,8 @@ def _checked_state(norm: str, state, channels: int, groups: int) -> WhiteningSta
     state, size = jax.tree.map(jnp.asarray, state), channels // max(groups, 1)
     if state.mean.shape != (channels,) or state.matrix.shape != (groups, size, size):
         raise ValueError(
-            f"{norm}: state of shapes {state.mean.shape} and {state.matrix.shape} does not fit {groups} groups of {size} "
-            f"channels. Write params, state = jaxnorm.IterNorm(num_groups={groups}).init({channels})."
+            f"{norm}: state of shapes {state.mean.shape} and {state.matrix.shape} does not fit {groups} groups of "
+            f"{size} channels. Write params, state = jaxnorm.IterNorm(num_groups={groups}).init({channels})."
         )
     return state
 

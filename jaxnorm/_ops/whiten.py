@@ -1,7 +1,7 @@
 """Whitening: groups of channels by their covariance, with derivatives of every order, also of equal eigenvalues.
 
 Legend: x is (N, ..., G, d, ...), its channel axis split into G groups of d channels; `at` is the axis of groups. n
-(G,), mean (G, d) and second (G, d, d), the mean of p**2 z z^T with z = x - mean, are those of what counts. p is the prescale.
+(G,), mean (G, d) and second (G, d, d), the mean of p**2 z z^T with z = x - mean, are of what counts. p: the prescale.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ class Covariance(NamedTuple):
     """What is known of each group of channels."""
 
     count: Array
-    mean: Array
+    shift: Array  # mean == shift + low, |low| small beside the spread of x
+    low: Array
     second: Array
+
+    @property
+    def mean(self) -> Array:
+        return self.shift + self.low
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ def covariance(groups: Groups, x: Array, weights: Array) -> Covariance:
     mean = groups.total(w * z, x.shape, "gd") * over(n)
     z = jnp.where(weights == 0, 0.0, z - groups.per(mean))
     left = groups.total(w * z, x.shape, "gd") * over(n)  # what rounding left of the mean
-    mean, z = mean + left, jnp.where(weights == 0, 0.0, (z - groups.per(left)) * groups.prescale)
-    local = Covariance(n, mean, groups.outer(w * z, z))
+    z = jnp.where(weights == 0, 0.0, (z - groups.per(left)) * groups.prescale)
+    local = Covariance(n, mean, left, groups.outer(w * z, z))
     if groups.axis_name is not None:
         local = _merged(groups, local)
     return local._replace(second=local.second / nonzero_divisor(local.count)[:, None, None])
@@ -95,22 +100,23 @@ def _merged(groups: Groups, local: Covariance) -> Covariance:
     """Over devices: sums of outer products about the mean of all. One all-reduce, or two where matrices are large."""
     slots = slots_over_devices(list(local), groups.axis_name)
     if slots is not None:
-        counts, means, seconds = slots
-        total, mean = _mean_of(counts, means)
-        gap = jnp.where(counts[..., None] > 0, means - mean, 0.0) * groups.prescale
-        return Covariance(total, mean, (seconds + _dot("kg,kgd,kgf->kgdf", counts, gap, gap)).sum(0))
-    total, first = psum_grouped([local.count, local.count[:, None] * local.mean], groups.axis_name, None)
-    mean = first / nonzero_divisor(total)[:, None]
-    gap = jnp.where(local.count[:, None] > 0, local.mean - mean, 0.0) * groups.prescale
-    own = local.second + _dot("g,gd,gf->gdf", local.count, gap, gap)
-    return Covariance(total, mean, psum_grouped([own], groups.axis_name, None)[0])
-
-
-def _mean_of(counts: Array, means: Array) -> tuple[Array, Array]:
-    total = counts.sum(0)
-    near = means[jnp.argmax(counts.max(1))]  # about it, so that nothing cancels
-    parts = jnp.where(counts[..., None] > 0, counts[..., None] * (means - near), 0.0)
-    return total, near + parts.sum(0) / nonzero_divisor(total)[:, None]
+        n, shifts, lows, seconds = slots
+        shift = shifts[jnp.argmax(n.max(1))]  # of the device that has most, so that nothing cancels
+        gap = jnp.where(n[..., None] > 0, (shifts - shift[None]) + lows, 0.0)
+        total = n.sum(0)
+        low = (n[..., None] * gap).sum(0) / nonzero_divisor(total)[:, None]
+        apart = (gap - low[None]) * groups.prescale
+        return Covariance(total, shift, low, (seconds + _dot("kg,kgd,kgf->kgdf", n, apart, apart)).sum(0))
+    n = local.count
+    total, first = psum_grouped([n, n[:, None] * local.mean], groups.axis_name, None)
+    over = 1.0 / nonzero_divisor(total)[:, None]
+    shift = first * over
+    gap = jnp.where(n[:, None] > 0, (local.shift - shift) + local.low, 0.0)
+    apart = gap * groups.prescale
+    own = local.second + _dot("g,gd,gf->gdf", n, apart, apart)
+    first, second = psum_grouped([n[:, None] * gap, own], groups.axis_name, None)
+    low = first * over
+    return Covariance(total, shift, low, second - _dot("g,gd,gf->gdf", total, low, low) * groups.prescale**2)
 
 
 def _present(x: Array, weights: Array) -> Array:
@@ -131,8 +137,9 @@ def _covariance_tangent(groups: Groups, x, weights, out: Covariance, tangents) -
     """d(mean) = sum(w dx + dw z) / n; d(second) = sum(w (dx z^T + z dx^T) + dw z z^T) / n - second dn / n."""
     dx, dweights = tangents
     w = weights.astype(accumulator(x))
-    z = jnp.where(weights == 0, 0.0, (_present(x, weights) - groups.per(out.mean)) * groups.prescale)
-    dn, first, second = (jnp.zeros_like(a) for a in out)
+    z = (_present(x, weights) - groups.per(out.shift)) - groups.per(out.low)
+    z = jnp.where(weights == 0, 0.0, z * groups.prescale)
+    dn, still, first, second = (jnp.zeros_like(a) for a in out)
     if dx is not None:
         dz = w * jnp.where(weights == 0, 0.0, dx.astype(z.dtype) * groups.prescale)
         first = first + groups.total(dz, x.shape, "gd")
@@ -147,7 +154,7 @@ def _covariance_tangent(groups: Groups, x, weights, out: Covariance, tangents) -
         dn, first, second = psum_grouped([dn, first, second], groups.axis_name, None)
     n = nonzero_divisor(out.count)
     return Covariance(
-        dn, first / (n[:, None] * groups.prescale), (second - out.second * dn[:, None, None]) / n[:, None, None]
+        dn, still, first / (n[:, None] * groups.prescale), (second - out.second * dn[:, None, None]) / n[:, None, None]
     )
 
 
@@ -192,31 +199,29 @@ def _sandwiched(w: Array, ds: Array) -> Array:
     return _sylvester(w, _dot("...ij,...jk,...kl->...il", square, 0.5 * (ds + ds.mT), square))
 
 
-@jax.custom_jvp
 def _sylvester(w: Array, c: Array) -> Array:
     """The solution of W X + X W = C, of a symmetric W without negative eigenvalues; 0 where W is 0."""
     values, vectors = jnp.linalg.eigh(lax.stop_gradient(w))
     values = jnp.maximum(values, 0.0)
     sums = values[..., :, None] + values[..., None, :]
-    inner = _dot("...ji,...jk,...kl->...il", vectors, c, vectors)
-    inner = jnp.where(sums == 0, 0.0, inner / nonzero_divisor(sums))
-    return _dot("...ij,...jk,...lk->...il", vectors, inner, vectors)
 
+    def operator(x: Array) -> Array:
+        return _dot("...ij,...jk->...ik", w, x) + _dot("...ij,...jk->...ik", x, w)
 
-@_sylvester.defjvp
-def _(primals, tangents):
-    (w, c), (dw, dc) = primals, tangents
-    x = _sylvester(w, c)
-    product = functools.partial(_dot, "...ij,...jk->...ik")
-    return x, _sylvester(w, dc - product(dw, x) - product(x, dw))
+    def solve(_, c: Array) -> Array:
+        inner = _dot("...ji,...jk,...kl->...il", vectors, c, vectors)
+        inner = jnp.where(sums == 0, 0.0, inner / nonzero_divisor(sums))
+        return _dot("...ij,...jk,...lk->...il", vectors, inner, vectors)
+
+    return lax.custom_linear_solve(operator, c, solve, symmetric=True)
 
 
 # --- from the matrix to the output ---
 
 
-def whitened(groups: Groups, x: Array, keep: Array | None, mean: Array, matrix: Array) -> Array:
-    """W (x - mean), with 0 for padding, in the accumulator's dtype."""
+def whitened(groups: Groups, x: Array, keep: Array | None, shift: Array, low: Array, matrix: Array) -> Array:
+    """W (x - shift - low), with 0 for padding, in the accumulator's dtype."""
     wide = x.astype(accumulator(x))
     if keep is not None:
-        wide = jnp.where(usable(x, keep), wide, lax.stop_gradient(groups.per(mean)))
-    return groups.apply(matrix, wide - groups.per(mean))
+        wide = jnp.where(usable(x, keep), wide, lax.stop_gradient(groups.per(shift)))
+    return groups.apply(matrix, (wide - groups.per(shift)) - groups.per(low))
