@@ -1,7 +1,7 @@
 """What the norms over the batch have in common: checks, training, inference, and the running statistics after it.
 
-A norm of this kind says how x is normalized in training (`by`, from what of its state: `own`), how by its state (`given`),
-and what one update of that is (`step`).
+A norm of this kind says how x is normalized in training (`by`, from what of its state: `own`), how by its state
+(`given`), and what one update of that is (`step`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def normalize_batch(
     """(y, new state) of a norm by the statistics of the batch over all axes but `channels`.
 
     `by` takes `own_params` of the feature shape or of one that broadcasts, as arrays, and `own(state)` of the feature
-    shape, after what `standardize` takes. `given` takes what `normalize_given` does, and `own_params` last if there are any.
+    shape, after what `standardize` takes. `given` takes what `normalize_given` does, then `own_params`.
     `gathers`: the state may be `Moments`.
     """
     features = sizes_along(x.shape, channels)
@@ -93,8 +93,9 @@ def normalize_batch(
 
     def by_running() -> Array:
         return given(
-            seen, old.mean, old.var, scale, bias, valid_mask(mask, weights), *own_params, axis=channels, epsilon=epsilon,
-            scale_offset=scale_offset, activation=activation, dtype=dtype, implementation=implementation,
+            seen, old.mean, old.var, scale, bias, valid_mask(mask, weights), *own_params, axis=channels,
+            epsilon=epsilon, scale_offset=scale_offset, activation=activation, dtype=dtype,
+            implementation=implementation,
         )  # fmt: skip
 
     if frozen or train is False:

@@ -1,8 +1,7 @@
-"""Norms by the statistics of the batch and of examples, and whitening: variants, states, devices, degenerate matrices."""
+"""Norms by the statistics of the batch and of examples, and whitening: variants, states, devices, equal eigenvalues."""
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
