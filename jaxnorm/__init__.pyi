@@ -27,16 +27,21 @@ from ._norms.ada_layer_single import AdaLayerNormSingle as AdaLayerNormSingle
 from ._norms.ada_rms import AdaRMSNorm as AdaRMSNorm
 from ._norms.base import Norm as Norm
 from ._norms.batch import BatchNorm as BatchNorm
+from ._norms.batch_instance import BatchInstanceNorm as BatchInstanceNorm
 from ._norms.conditional import ConditionalNorm as ConditionalNorm
 from ._norms.deep import DeepNorm as DeepNorm
 from ._norms.dynamic_erf import DynamicErf as DynamicErf
 from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
+from ._norms.evo_b import EvoNormB as EvoNormB
+from ._norms.evo_s import EvoNormS as EvoNormS
 from ._norms.film import FiLM as FiLM
 from ._norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from ._norms.gated import GatedRMSNorm as GatedRMSNorm
 from ._norms.group import GroupNorm as GroupNorm
 from ._norms.group_rms import GroupRMSNorm as GroupRMSNorm
 from ._norms.instance import InstanceNorm as InstanceNorm
+from ._norms.instance_batch import InstanceBatchNorm as InstanceBatchNorm
+from ._norms.iter_norm import IterNorm as IterNorm
 from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
 from ._norms.layer_scale import LayerScale as LayerScale
@@ -52,6 +57,7 @@ from ._norms.rms import RMSNorm as RMSNorm
 from ._norms.scale import ScaleNorm as ScaleNorm
 from ._norms.segment import SegmentNorm as SegmentNorm
 from ._norms.spade import SPADE as SPADE
+from ._norms.switchable import SwitchableNorm as SwitchableNorm
 from ._ops.activation import Activation
 from ._ops.modulate import modulation as modulation
 from ._ops.moments import merge as merge
@@ -232,6 +238,34 @@ def add_rms_norm(
     quantize_scale: ArrayLike | None = ...,
 ) -> tuple[Any, Array]: ...
 def as_dict(norm: Norm) -> dict[str, Any]: ...
+def batch_instance_norm(
+    x: ArrayLike,
+    params: Any,
+    state: S,
+    *,
+    train: Any,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis: int | Sequence[int] = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    running: EMA | Cumulative | None = ...,
+    share: Devices | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    sync: str | int | Sequence[Sequence[int]] = ...,
+    virtual_batch_size: int | None = ...,
+    min_count: float | None = ...,
+    frozen: bool = ...,
+    skip_nonfinite: bool = ...,
+    zero_debias: bool = ...,
+    unbiased_running_var: bool = ...,
+    mask: ArrayLike | None = ...,
+    weights: ArrayLike | None = ...,
+    update_stats: bool = ...,
+) -> tuple[Array, S]: ...
 def batch_norm(
     x: ArrayLike,
     params: Params,
@@ -252,6 +286,7 @@ def batch_norm(
     skip_nonfinite: bool = ...,
     zero_debias: bool = ...,
     unbiased_running_var: bool = ...,
+    spread: str = ...,
     scale_offset: float = ...,
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,
@@ -320,6 +355,54 @@ def dynamic_tanh(
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,
     implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def evo_norm_b(
+    x: ArrayLike,
+    params: Any,
+    state: S,
+    *,
+    train: Any,
+    variant: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis: int | Sequence[int] = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    running: EMA | Cumulative | None = ...,
+    share: Devices | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    sync: str | int | Sequence[Sequence[int]] = ...,
+    virtual_batch_size: int | None = ...,
+    min_count: float | None = ...,
+    frozen: bool = ...,
+    skip_nonfinite: bool = ...,
+    zero_debias: bool = ...,
+    unbiased_running_var: bool = ...,
+    mask: ArrayLike | None = ...,
+    weights: ArrayLike | None = ...,
+    update_stats: bool = ...,
+) -> tuple[Array, S]: ...
+def evo_norm_s(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    u: ArrayLike | None = ...,
+    *,
+    variant: str = ...,
+    num_groups: int | None = ...,
+    group_size: int | None = ...,
+    axis: int = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def film(
@@ -409,6 +492,35 @@ def group_rms_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def instance_batch_norm(
+    x: ArrayLike,
+    params: Params,
+    state: S,
+    *,
+    train: Any,
+    ratio: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis: int = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    running: EMA | Cumulative | None = ...,
+    share: Devices | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    sync: str | int | Sequence[Sequence[int]] = ...,
+    virtual_batch_size: int | None = ...,
+    min_count: float | None = ...,
+    frozen: bool = ...,
+    skip_nonfinite: bool = ...,
+    zero_debias: bool = ...,
+    unbiased_running_var: bool = ...,
+    mask: ArrayLike | None = ...,
+    weights: ArrayLike | None = ...,
+    update_stats: bool = ...,
+) -> tuple[Array, S]: ...
 def instance_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,
@@ -424,6 +536,29 @@ def instance_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
+def iter_norm(
+    x: ArrayLike,
+    params: Params,
+    state: S,
+    *,
+    train: Any,
+    method: str = ...,
+    steps: int = ...,
+    num_groups: int | None = ...,
+    group_size: int | None = ...,
+    axis: int = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    frozen: bool = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+    weights: ArrayLike | None = ...,
+    update_stats: bool = ...,
+) -> tuple[Array, S]: ...
 def l2_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,
@@ -648,3 +783,31 @@ def spade(
     train: Any = ...,
     mask: ArrayLike | None = ...,
 ) -> tuple[Array, Any]: ...
+def switchable_norm(
+    x: ArrayLike,
+    params: Any,
+    state: S,
+    *,
+    train: Any,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis: int = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    running: EMA | Cumulative | None = ...,
+    share: Devices | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    sync: str | int | Sequence[Sequence[int]] = ...,
+    virtual_batch_size: int | None = ...,
+    min_count: float | None = ...,
+    frozen: bool = ...,
+    skip_nonfinite: bool = ...,
+    zero_debias: bool = ...,
+    unbiased_running_var: bool = ...,
+    mask: ArrayLike | None = ...,
+    weights: ArrayLike | None = ...,
+    update_stats: bool = ...,
+) -> tuple[Array, S]: ...
