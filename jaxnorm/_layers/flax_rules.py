@@ -43,6 +43,8 @@ def check_replicated(layer, old: Any, new: Any) -> None:
 
 def state_for(layer, what: str, state: Any, x: Array, axes: tuple[int, ...]) -> Any:
     """The state in x's feature shape, and with a complex mean for a complex x."""
+    if layer._form().spec.own_state_shape:
+        return state
     features = sizes_along(x.shape, axes)
     for a in jax.tree.leaves(state):
         check_width(layer, what, a.shape, x.shape, axes)

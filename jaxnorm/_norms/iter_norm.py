@@ -77,6 +77,7 @@ class IterNorm(Spec):
     """
 
     State: ClassVar[Any] = WhiteningState
+    own_state_shape: ClassVar[bool] = True
 
     use_bias: bool = True
     method: str = "newton"
