@@ -467,6 +467,54 @@ class AddRMSNorm(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
 
+class BatchInstanceNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int | Sequence[int] = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        virtual_batch_size: int | None = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        unbiased_running_var: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        rho_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        rho: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class BatchNorm(_flax.BatchNorm):
     def __init__(
         self,
@@ -498,6 +546,7 @@ class BatchNorm(_flax.BatchNorm):
         skip_nonfinite: bool = ...,
         zero_debias: bool = ...,
         unbiased_running_var: bool = ...,
+        spread: str = ...,
         mean_init: _Function | None = ...,
         var_init: _Function | None = ...,
         param_names: Mapping[str, str] | None = ...,
@@ -513,31 +562,6 @@ class BatchNorm(_flax.BatchNorm):
         update_stats: bool = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
-    ) -> Array: ...  # type: ignore[override]
-
-class CRMSNorm(_flax.Module):
-    def __init__(
-        self,
-        *,
-        name: str | None = ...,
-        use_scale: bool = ...,
-        param_dtype: DTypeLike = ...,
-        scale_offset: float = ...,
-        activation: str | Callable[..., Array] | None = ...,
-        dtype: DTypeLike | None = ...,
-        implementation: str | None = ...,
-        axis_name: str | tuple[str, ...] | None = ...,
-        axis_index_groups: Sequence[Sequence[int]] | None = ...,
-        use_bias: bool = ...,
-        axis: int | Sequence[int] = ...,
-        epsilon: float = ...,
-        scale_init: _Function | None = ...,
-        bias_init: _Function | None = ...,
-        param_names: Mapping[str, str] | None = ...,
-        cast_params: bool = ...,
-    ) -> None: ...
-    def __call__(
-        self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
 class ConditionalNorm(_flax.Module):
@@ -572,39 +596,6 @@ class ConditionalNorm(_flax.Module):
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
-
-class CumulativeGroupNorm(_flax.Module):
-    def __init__(
-        self,
-        *,
-        name: str | None = ...,
-        use_scale: bool = ...,
-        param_dtype: DTypeLike = ...,
-        scale_offset: float = ...,
-        activation: str | Callable[..., Array] | None = ...,
-        dtype: DTypeLike | None = ...,
-        implementation: str | None = ...,
-        use_bias: bool = ...,
-        num_groups: int | None = ...,
-        group_size: int | None = ...,
-        axis: int = ...,
-        time_axis: int = ...,
-        variance: str = ...,
-        epsilon: float = ...,
-        scale_init: _Function | None = ...,
-        bias_init: _Function | None = ...,
-        param_names: Mapping[str, str] | None = ...,
-        cast_params: bool = ...,
-    ) -> None: ...
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        mask: ArrayLike | None = ...,
-        carry: ArrayLike | None = ...,
-        scale: ArrayLike | None = ...,
-        bias: ArrayLike | None = ...,
-    ) -> Any: ...  # type: ignore[override]
 
 class DeepNorm(_flax.Module):
     def __init__(
@@ -700,6 +691,90 @@ class DynamicTanh(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class EvoNormB(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int | Sequence[int] = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        virtual_batch_size: int | None = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        unbiased_running_var: bool = ...,
+        variant: str = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        u_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        u: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
+class EvoNormS(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        variant: str = ...,
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        u_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        u: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class FiLM(_flax.Module):
     def __init__(
         self,
@@ -774,38 +849,6 @@ class FilterResponseNorm(_flax.Module):
         learned_epsilon: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
-class GatedNorm(_flax.Module):
-    def __init__(
-        self,
-        *,
-        name: str | None = ...,
-        use_scale: bool = ...,
-        param_dtype: DTypeLike = ...,
-        scale_offset: float = ...,
-        activation: str | Callable[..., Array] | None = ...,
-        dtype: DTypeLike | None = ...,
-        implementation: str | None = ...,
-        init_rank: int = ...,
-        gate_scale: float = ...,
-        gate_activation: str | Callable[..., Array] = ...,
-        axis: int = ...,
-        epsilon: float = ...,
-        scale_init: _Function | None = ...,
-        down_init: _Function | None = ...,
-        up_init: _Function | None = ...,
-        param_names: Mapping[str, str] | None = ...,
-        cast_params: bool = ...,
-    ) -> None: ...
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        mask: ArrayLike | None = ...,
-        scale: ArrayLike | None = ...,
-        down: ArrayLike | None = ...,
-        up: ArrayLike | None = ...,
-    ) -> Array: ...  # type: ignore[override]
-
 class GatedRMSNorm(_flax.Module):
     def __init__(
         self,
@@ -830,29 +873,6 @@ class GatedRMSNorm(_flax.Module):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, gate: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ...
-    ) -> Array: ...  # type: ignore[override]
-
-class GlobalResponseNorm(_flax.Module):
-    def __init__(
-        self,
-        *,
-        name: str | None = ...,
-        use_scale: bool = ...,
-        param_dtype: DTypeLike = ...,
-        scale_offset: float = ...,
-        activation: str | Callable[..., Array] | None = ...,
-        dtype: DTypeLike | None = ...,
-        implementation: str | None = ...,
-        use_bias: bool = ...,
-        axis: int = ...,
-        epsilon: float = ...,
-        scale_init: _Function | None = ...,
-        bias_init: _Function | None = ...,
-        param_names: Mapping[str, str] | None = ...,
-        cast_params: bool = ...,
-    ) -> None: ...
-    def __call__(
-        self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
 class GroupNorm(_flax.GroupNorm):
@@ -914,7 +934,7 @@ class GroupRMSNorm(_flax.Module):
         self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
-class HypersphereUpdate(_flax.Module):
+class InstanceBatchNorm(_flax.Module):
     def __init__(
         self,
         *,
@@ -925,20 +945,40 @@ class HypersphereUpdate(_flax.Module):
         activation: str | Callable[..., Array] | None = ...,
         dtype: DTypeLike | None = ...,
         implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
         axis_name: str | tuple[str, ...] | None = ...,
         axis_index_groups: Sequence[Sequence[int]] | None = ...,
-        rate: float = ...,
-        stored_rate: float | None = ...,
-        absolute: bool = ...,
-        normalize_residual: bool = ...,
-        axis: int = ...,
-        epsilon: float = ...,
-        alpha_init: _Function | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        virtual_batch_size: int | None = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        unbiased_running_var: bool = ...,
+        ratio: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
         param_names: Mapping[str, str] | None = ...,
         cast_params: bool = ...,
     ) -> None: ...
     def __call__(
-        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = ..., alpha: ArrayLike | None = ...
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class InstanceNorm(_flax.InstanceNorm):
@@ -967,6 +1007,47 @@ class InstanceNorm(_flax.InstanceNorm):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, *, mask: ArrayLike | None = ..., scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
+class IterNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        method: str = ...,
+        steps: int = ...,
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        axis: int = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        frozen: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        matrix_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class L2Norm(_flax.Module):
@@ -1086,28 +1167,6 @@ class LayerScale(_flax.Module):
     ) -> None: ...
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ..., gamma: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
-class LocalResponseNorm(_flax.Module):
-    def __init__(
-        self,
-        *,
-        name: str | None = ...,
-        use_scale: bool = ...,
-        param_dtype: DTypeLike = ...,
-        scale_offset: float = ...,
-        activation: str | Callable[..., Array] | None = ...,
-        dtype: DTypeLike | None = ...,
-        implementation: str | None = ...,
-        size: int = ...,
-        alpha: float = ...,
-        beta: float = ...,
-        k: float = ...,
-        divide: bool = ...,
-        axis: int = ...,
-        param_names: Mapping[str, str] | None = ...,
-        cast_params: bool = ...,
-    ) -> None: ...
-    def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
-
 class Norm(_flax.Module):
     def __init__(
         self,
@@ -1163,35 +1222,6 @@ class PixelNorm(_flax.Module):
         cast_params: bool = ...,
     ) -> None: ...
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
-
-class PolyNorm(_flax.Module):
-    def __init__(
-        self,
-        *,
-        name: str | None = ...,
-        use_scale: bool = ...,
-        param_dtype: DTypeLike = ...,
-        scale_offset: float = ...,
-        activation: str | Callable[..., Array] | None = ...,
-        dtype: DTypeLike | None = ...,
-        implementation: str | None = ...,
-        use_bias: bool = ...,
-        init_order: int = ...,
-        axis: int | Sequence[int] = ...,
-        epsilon: float = ...,
-        weight_init: _Function | None = ...,
-        bias_init: _Function | None = ...,
-        param_names: Mapping[str, str] | None = ...,
-        cast_params: bool = ...,
-    ) -> None: ...
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        mask: ArrayLike | None = ...,
-        weight: ArrayLike | None = ...,
-        bias: ArrayLike | None = ...,
-    ) -> Array: ...  # type: ignore[override]
 
 class PositionalNorm(_flax.Module):
     def __init__(
@@ -1396,36 +1426,6 @@ class ScaleNorm(_flax.Module):
     ) -> None: ...
     def __call__(self, x: ArrayLike, *, mask: ArrayLike | None = ..., g: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
-class SeeDNorm(_flax.Module):
-    def __init__(
-        self,
-        *,
-        name: str | None = ...,
-        use_scale: bool = ...,
-        param_dtype: DTypeLike = ...,
-        scale_offset: float = ...,
-        activation: str | Callable[..., Array] | None = ...,
-        dtype: DTypeLike | None = ...,
-        implementation: str | None = ...,
-        axis: int = ...,
-        num_heads: int = ...,
-        epsilon: float = ...,
-        scale_init: _Function | None = ...,
-        alpha_init: _Function | None = ...,
-        beta_init: _Function | None = ...,
-        param_names: Mapping[str, str] | None = ...,
-        cast_params: bool = ...,
-    ) -> None: ...
-    def __call__(
-        self,
-        x: ArrayLike,
-        *,
-        mask: ArrayLike | None = ...,
-        scale: ArrayLike | None = ...,
-        alpha: ArrayLike | None = ...,
-        beta: ArrayLike | None = ...,
-    ) -> Array: ...  # type: ignore[override]
-
 class SegmentNorm(_flax.Module):
     def __init__(
         self,
@@ -1459,4 +1459,54 @@ class SegmentNorm(_flax.Module):
         mask: ArrayLike | None = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
+class SwitchableNorm(_flax.Module):
+    def __init__(
+        self,
+        *,
+        name: str | None = ...,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        virtual_batch_size: int | None = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        unbiased_running_var: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_logits_init: _Function | None = ...,
+        var_logits_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        mean_logits: ArrayLike | None = ...,
+        var_logits: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]

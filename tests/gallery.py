@@ -31,7 +31,7 @@ WHICH = ("inference", "forward+backward")  # of `passes`: y alone, in training t
 AS = {
     "AddLayerNorm": "LayerNorm", "AddRMSNorm": "RMSNorm", "LayerNormAdd": "LayerNorm", "GatedRMSNorm": "RMSNorm",
     "AdaLayerNormZero": "AdaLayerNorm", "AdaLayerNormSingle": "AdaLayerNorm", "PositionalNorm": "LayerNorm",
-    "ConditionalNorm": "BatchNorm",
+    "ConditionalNorm": "BatchNorm", "IterNorm": "BatchNorm",
 }  # fmt: skip
 TIER_A = {
     "BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "AddLayerNorm", "AddRMSNorm", "GatedRMSNorm",

@@ -77,6 +77,16 @@ def merge_over_devices(
     return Statistics(n, shift, offset, jnp.sqrt(jnp.maximum(m2 - corrections(prescale), 0.0)) / prescale)
 
 
+def slots_over_devices(parts: list, axis_name: AxisName) -> list | None:
+    """What each device has, along a new leading axis: one all-reduce. None if that is more than `SLOT_BYTES`."""
+    size = lax.axis_size(axis_name)
+    if size * sum(a.nbytes for a in parts) > SLOT_BYTES:
+        return None
+    index = lax.axis_index(axis_name)
+    mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
+    return psum_grouped([mine(a) for a in parts], axis_name, None)
+
+
 def _counted(n: Array, reduction: Reduction, leading: int) -> Array:
     """The count that decides whose shift is taken. The places of a prefix, after some leading axes, share theirs."""
     over = reduction.over

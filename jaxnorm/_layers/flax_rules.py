@@ -43,7 +43,10 @@ def check_replicated(layer, old: Any, new: Any) -> None:
 
 def state_for(layer, what: str, state: Any, x: Array, axes: tuple[int, ...]) -> Any:
     """The state in x's feature shape, and with a complex mean for a complex x."""
-    features, lead = sizes_along(x.shape, axes), layer._form().spec.state_axes
+    spec = layer._form().spec
+    if spec.own_state_shape:
+        return state
+    features, lead = sizes_along(x.shape, axes), spec.state_axes
     for a in jax.tree.leaves(state):
         check_width(layer, what, a.shape[lead:], x.shape, axes)
     state = jax.tree.map(lambda a: a.reshape(a.shape[:lead] + features), state)

@@ -32,6 +32,7 @@ from .group_rms import GroupRMSNorm, group_rms_norm
 from .hypersphere import HypersphereUpdate, hypersphere_update
 from .instance import InstanceNorm, instance_norm
 from .instance_batch import InstanceBatchNorm, instance_batch_norm
+from .iter_norm import IterNorm, iter_norm
 from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale

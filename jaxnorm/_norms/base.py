@@ -88,6 +88,7 @@ class Spec:
     function: ClassVar[Callable[..., Any]]  # whose options the fields are
     State: ClassVar[Any] = tuple  # NamedTuple of the statistics kept between calls; `tuple` is none, `()`
     state_axes: ClassVar[int] = 0  # how many axes its fields have before those of the features
+    own_state_shape: ClassVar[bool] = False  # whether the state is not of the feature shape; the function checks it
     whole: ClassVar[tuple[str, ...]] = ()  # the parameters that have a shape of their own, not that of the features
     scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
     paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name

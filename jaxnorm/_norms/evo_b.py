@@ -114,7 +114,7 @@ def evo_norm_b(
     Source: Liu, Brock, Simonyan, Le, "Evolving Normalization-Activation Layers" (2020), arXiv:2004.02967.
 
     >>> import jaxnorm as jn, numpy as np
-    >>> params, state = jn.EvoNormB().init(1)
+    >>> params, state = jn.EvoNormB(variant="B2").init(1)
     >>> x = np.array([[[-1.], [1.]]])
     >>> jn.evo_norm_b(x, params, state, train=True, variant="B2", epsilon=0.)[0].round(3).tolist()
     [[[-0.5], [1.0]]]

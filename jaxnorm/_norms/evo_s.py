@@ -42,7 +42,7 @@ class EvoNormS(RowSpec):
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.EvoNormS(num_groups=1, variant="S1", epsilon=0.)
     >>> params, state = norm.init(1)
-    >>> print(norm.apply(params, state, np.array([[[-1.], [1.]]]))[0].round(3).ravel())
+    >>> print(np.asarray(norm.apply(params, state, np.array([[[-1.], [1.]]]))[0]).round(3).ravel())
     [-0.269  0.731]
     """
 
@@ -119,7 +119,7 @@ def evo_norm_s(
     Source: Liu, Brock, Simonyan, Le, "Evolving Normalization-Activation Layers" (2020), arXiv:2004.02967.
 
     >>> import jaxnorm as jn, numpy as np
-    >>> print(jn.evo_norm_s(np.array([[[-1.], [1.]]]), num_groups=1, epsilon=0.).round(3).ravel())
+    >>> print(np.asarray(jn.evo_norm_s(np.array([[[-1.], [1.]]]), num_groups=1, epsilon=0.)).round(3).ravel())
     [-0.269  0.731]
     """
     norm = "evo_norm_s"

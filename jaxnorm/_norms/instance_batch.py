@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,11 @@ class InstanceBatchNorm(RunningSpec):
     >>> params, state = norm.init(2)
     >>> x = np.array([[[1., 1.], [3., 3.]], [[5., 5.], [7., 7.]]])
     >>> y, state = norm.apply(params, state, x, train=True)
-    >>> print(y[..., 0].round(3).ravel(), y[..., 1].round(3).ravel(), state.mean.round(3))
+    >>> print(np.asarray(y[..., 0]).round(3).ravel(), np.asarray(y[..., 1]).round(3).ravel(), state.mean)
     [-1.  1. -1.  1.] [-1.342 -0.447  0.447  1.342] [0.4]
     """
+
+    own_state_shape: ClassVar[bool] = True
 
     ratio: float = 0.5
     axis: int = -1

@@ -41,7 +41,7 @@ class SwitchableNorm(RunningSpec):
     >>> params, state = norm.init(1)
     >>> x = np.array([[[1.], [3.]], [[5.], [7.]]])
     >>> of_batch = params._replace(mean_logits=np.array([-99., -99., 0.]), var_logits=np.array([-99., -99., 0.]))
-    >>> print(norm.apply(of_batch, state, x, train=True)[0].round(3).ravel())
+    >>> print(np.asarray(norm.apply(of_batch, state, x, train=True)[0]).round(3).ravel())
     [-1.342 -0.447  0.447  1.342]
     """
 

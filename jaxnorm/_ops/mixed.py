@@ -89,7 +89,8 @@ def normalize_mixed(
     ) -> Array:
         align = lambda name, p: align_param(norm, name, p, x.shape, channels)
         arrays = (align("scale", scale), align("bias", bias), *own, align("mean", mean), align("var", var))
-        *params, mean, var = (None if p is None else shard_like(x, p) for p in arrays)
+        aligned: list[Any] = [None if p is None else shard_like(x, p) for p in arrays]
+        *params, mean, var = aligned
         out = canonicalize_dtype(norm, dtype, x, mean, *params[:2])
         reduction = Reduction(Axes(tuple(a for a in range(x.ndim) if a not in channels)))
         plan = make_plan(x, (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
