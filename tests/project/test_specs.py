@@ -262,8 +262,9 @@ MAY_IMPORT = {
     "_backends": ("_core",),
     "_ops": ("_core", "_backends"),
     "_norms": ("_core", "_ops"),
-    "_layers": ("_core", "_ops", "_norms"),
-    "": ("_core", "_backends", "_ops", "_norms", "_layers"),  # the faces: __init__, linen, nnx; and the demo
+    "_weights": ("_core", "_ops"),
+    "_layers": ("_core", "_ops", "_norms", "_weights"),
+    "": ("_core", "_backends", "_ops", "_norms", "_weights", "_layers"),  # the faces: __init__, weights, linen, nnx
 }
 
 
