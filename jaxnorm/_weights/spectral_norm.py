@@ -111,9 +111,9 @@ class SpectralNorm(Reparametrization):
     """
 
     defaults: ClassVar[Mapping[str | None, Mapping[str, Any]]] = {
-        None: {"axis": -1, "epsilon": 1e-12, "epsilon_mode": "max", "first": "v", "init_steps": 15, "eval_steps": 0},
-        "torch": {"axis": 0, "first": "u"},
-        "flax": {"epsilon_mode": "inside", "init_steps": 0, "eval_steps": 1},
+        None: {"axis": -1, "epsilon": 0.0, "epsilon_mode": "max", "first": "v", "init_steps": 15, "eval_steps": 0},
+        "torch": {"axis": 0, "epsilon": 1e-12, "first": "u"},
+        "flax": {"epsilon": 1e-12, "epsilon_mode": "inside", "init_steps": 0, "eval_steps": 1},
         "haiku": {"epsilon": 1e-4, "epsilon_mode": "inside", "init_steps": 0, "eval_steps": 1},
         "keras": {"epsilon": 1e-7, "init_steps": 0},
     }
