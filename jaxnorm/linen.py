@@ -28,6 +28,7 @@ except ImportError as error:
 
 from ._layers.drop_in import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from ._layers.linen import Layer, Norm, layer_of
+from ._layers.weights_linen import Reparametrized, SpectralNorm, WeightNorm
 from ._norms import SPECS
 
 
@@ -89,6 +90,7 @@ for _spec in SPECS.values():
     if _spec.__name__ not in globals():
         globals()[_spec.__name__] = layer_of(_spec, __name__)
 
+_WRAPPERS = {layer.__name__: layer for layer in (Reparametrized, SpectralNorm, WeightNorm)}  # of other layers
 __all__ = ["Norm", *SPECS]  # pyright: ignore
 
 

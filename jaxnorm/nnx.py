@@ -28,6 +28,7 @@ except ImportError as error:
 
 from ._layers.drop_in import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from ._layers.nnx import Layer, Norm, layer_of
+from ._layers.weights_nnx import Reparametrized, SpectralNorm, WeightNorm
 from ._norms import SPECS
 
 _INSTANCE_NORM: Any = getattr(flax_nnx, "InstanceNorm", flax_nnx.Module)  # Flax has it since 0.12
@@ -90,6 +91,7 @@ for _spec in SPECS.values():
     if _spec.__name__ not in globals():
         globals()[_spec.__name__] = layer_of(_spec, __name__)
 
+_WRAPPERS = {layer.__name__: layer for layer in (Reparametrized, SpectralNorm, WeightNorm)}  # of other layers
 __all__ = ["Norm", *SPECS]  # pyright: ignore
 
 

@@ -94,7 +94,7 @@ def function(name: str, f: Any) -> str:
 def of_layers(library: str) -> str:
     module = importlib.import_module(f"jaxnorm.{library}")
     flax = importlib.import_module(f"flax.{library}")
-    taken = {*module.__all__, *re.findall(r"\w+", WORDS)}
+    taken = {*module.__all__, *module._WRAPPERS, *re.findall(r"\w+", WORDS)}
     others = [n for n in dir(flax) if n[0] != "_" and n not in taken and not inspect.ismodule(getattr(flax, n))]
     head = f"# flax {importlib.metadata.version('flax')}\n"
     head += "# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false\n"
@@ -103,6 +103,8 @@ def of_layers(library: str) -> str:
     plain = lambda name: is_declared(getattr(flax, name), name)
     head += "".join(f"from flax.{library} import {name} as {name}\n" for name in others if plain(name))
     head += "".join(f"{name}: TypeAlias = Any\n" for name in others if not plain(name))
+    for name, cls in module._WRAPPERS.items():  # they have no generated signature
+        head += f"from .{cls.__module__.removeprefix('jaxnorm.')} import {name} as {name}\n"
     body = "".join(f"\n{layer(name, getattr(module, name), hasattr(flax, name))}" for name in sorted(module.__all__))
     more = "\n_Function: TypeAlias = Callable[..., Any]\n"
     return HEAD + WORDS + "\n" + head + more + body

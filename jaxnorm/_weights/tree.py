@@ -37,7 +37,7 @@ class Tree:
     >>> tree = weights.Tree({"**/head/kernel": None, "**/kernel": weights.WeightNorm()})
     >>> layer = lambda n: {"kernel": np.ones((3, n), "f"), "bias": np.zeros(n, "f")}
     >>> params, state = tree.init({"body": layer(2), "head": layer(1)}, jax.random.key(0))
-    >>> (params["body"]["kernel"].g ** 2).round(3).tolist(), params["head"]["kernel"].shape
+    >>> (params["body"]["kernel"].g ** 2).round().tolist(), params["head"]["kernel"].shape
     ([3.0, 3.0], (3, 1))
     >>> effective, state = tree.apply(params, state, train=True)
     >>> jax.tree.map(np.shape, effective)["body"]

@@ -58,8 +58,8 @@ def weight_norm(
 
     >>> import numpy as np
     >>> from jaxnorm import weights
-    >>> weights.weight_norm(np.array([[3., 0.], [4., 0.]]), np.array([10., 1.])).astype(int).tolist()
-    [[6, 0], [8, 0]]
+    >>> weights.weight_norm(np.array([[3., 0.], [4., 0.]]), np.array([10., 1.])).round().tolist()
+    [[6.0, 0.0], [8.0, 0.0]]
     """
     v = as_float_array("weight_norm", v, rank=1, layout="its output axis among its own", what="v")
     kept, reduced = split_axes("weight_norm", v, axis)
@@ -84,8 +84,8 @@ class WeightNorm(Reparametrization):
     >>> from jaxnorm import weights
     >>> spec = weights.WeightNorm()
     >>> params, state = spec.init(np.array([[3., 0.], [4., 2.]], "f"))
-    >>> params.g.tolist(), spec.bake(params).astype(int).tolist()
-    ([5.0, 2.0], [[3, 0], [4, 2]])
+    >>> params.g.tolist(), spec.bake(params).round().tolist()
+    ([5.0, 2.0], [[3.0, 0.0], [4.0, 2.0]])
     """
 
     defaults: ClassVar[Mapping[str | None, Mapping[str, Any]]] = {
