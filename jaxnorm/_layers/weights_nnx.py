@@ -130,7 +130,7 @@ class SpectralNorm(_SPECTRAL_NORM):
 
     >>> import numpy as np
     >>> from jaxnorm import nnx
-    >>> layer = nnx.SpectralNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), n_steps=90, rngs=nnx.Rngs(0))
+    >>> layer = nnx.SpectralNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), n_steps=20, rngs=nnx.Rngs(0))
     >>> y = layer(np.ones((1, 3), "f"))
     >>> sigma = layer.batch_stats[("kernel", "sigma")][...]
     >>> bool(abs(sigma - np.linalg.norm(layer.layer_instance.kernel[...], 2)) < 1e-5)

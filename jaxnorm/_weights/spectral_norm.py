@@ -34,7 +34,7 @@ def iterate(of: Operator, w: Array, state: SpectralNormState, steps: int, first:
     frozen, (u, v) = lax.stop_gradient(w), lax.stop_gradient(state)
     value = None
     for _ in range(steps):
-        if first == "v":
+        if first == "u":
             u, value = _refreshed(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
             v, value = _refreshed(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
         else:
