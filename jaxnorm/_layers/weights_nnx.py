@@ -83,7 +83,7 @@ class WeightNorm(_WEIGHT_NORM):
         self.use_scale, self.scale_init, self.epsilon = use_scale, scale_init, epsilon
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
-        self.scales = nnx.data(None)
+        self.scales: Any = nnx.data(None)
         if use_scale:
             self.scales = nnx.data({path: self._start(param[...], rngs) for path, param in self._chosen().items()})
 

@@ -51,7 +51,7 @@ class DoRA(Reparametrization):
     >>> import jax, numpy as np
     >>> from jaxnorm import weights
     >>> params, _ = weights.DoRA(rank=1).init(np.array([[3.], [4.]], "f"), jax.random.key(0))
-    >>> params.magnitude.tolist(), weights.DoRA(rank=1).bake(params).round(3).tolist()
+    >>> params.magnitude.tolist(), weights.DoRA(rank=1).bake(params).round().tolist()
     ([5.0], [[3.0], [4.0]])
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -66,7 +67,7 @@ class SigmaReparam(Reparametrization):
         w = self.as_weight(w)
         of, wide = Matrix.of(self.name, w, self.axis, None, None), accumulator(w)
         sizes = [sizes_along(w.shape, axes) for axes in (of.kept, of.rest)]
-        matrix = w.astype(wide).transpose(of.kept + of.rest).reshape(jnp.zeros(sizes[0]).size, -1)
+        matrix = w.astype(wide).transpose(of.kept + of.rest).reshape(math.prod(sizes[0]), -1)
         u, sigma, v = jnp.linalg.svd(matrix, full_matrices=False)
         state = SpectralNormState(u[:, 0].reshape(sizes[0]), v[0].reshape(sizes[1]))
         return SigmaReparamParams(w, sigma[0].astype(w.dtype)), jax.lax.stop_gradient(state)
