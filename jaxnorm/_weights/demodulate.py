@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
-from .._core.dtypes import accumulator
+from .._core.dtypes import accumulator, widest
 from .base import BY_LIKE, Reparametrization
 
 Array = jax.Array
@@ -48,7 +48,7 @@ def demodulation_scales(
     """
     w, style, kept, inner, rest = _checked(w, style, axis, in_axis)
     wide = accumulator(w)
-    style = style.astype(jnp.promote_types(wide, style.dtype))
+    style = style.astype(widest(wide, style.dtype))
     largest = lax.stop_gradient(jnp.abs(style).max(1, keepdims=True, initial=0.0))
     unit = jnp.where(largest == 0, 1.0, largest)
     in_scale = style / unit

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from .._core.arrays import as_float_array, sizes_along
+from .._core.dtypes import widest
 from .._core.types import AxisName
 from .._ops.length import normalize_rms
 from .base import BY_LIKE, Reparametrization, options_of_rows, split_axes
@@ -60,7 +61,7 @@ def forced_norm(
         if axis_name is not None:
             raise ValueError(f"{norm}: a gain needs all of n. Write it under jit, without axis_name.")
         factor = math.prod(sizes_along(w.shape, reduced)) ** -0.5
-        scale = jnp.reshape(jnp.asarray(gain, jnp.promote_types(w.dtype, jnp.float32)) * factor, (1,) * w.ndim)
+        scale = jnp.reshape(jnp.asarray(gain, widest(w.dtype, jnp.float32)) * factor, (1,) * w.ndim)
     options = options_of_rows(axis_name, w.dtype if dtype is None else dtype, None)
     return normalize_rms(norm, w, scale, reduced, reduced, epsilon=epsilon, epsilon_mode="outside", **options)
 

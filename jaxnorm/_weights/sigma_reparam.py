@@ -15,7 +15,7 @@ from .._core.arrays import sizes_along
 from .._core.dtypes import accumulator
 from .base import BY_LIKE, Reparametrization
 from .operator import Matrix
-from .spectral_norm import SpectralNormState, iterate
+from .spectral_norm import SpectralNormState, iterate, over
 
 Array = jax.Array
 
@@ -60,7 +60,7 @@ class SigmaReparam(Reparametrization):
 
     axis: int | Sequence[int] = BY_LIKE
     n_steps: int = 1
-    epsilon: float = 1e-12
+    epsilon: float = 0.0
     dtype: DTypeLike | None = None
 
     def init(self, w: ArrayLike, key: Array | None = None) -> tuple[SigmaReparamParams, SpectralNormState]:
@@ -78,6 +78,6 @@ class SigmaReparam(Reparametrization):
         of, wide = Matrix.of(self.name, w, self.axis, None, None), accumulator(w)
         old = SpectralNormState(**state) if isinstance(state, Mapping) else SpectralNormState(*state)
         new, sigma = iterate(of, w, old, self.n_steps if train else 0, "u", self.epsilon, "max")
-        factor = gamma.astype(wide) / jnp.where(sigma == 0, 1.0, sigma)
+        unit_w, ratio = over(w, sigma)
         kept = new._asdict() if isinstance(state, Mapping) else new
-        return (w.astype(wide) * factor).astype(self.dtype or w.dtype), kept if train else state
+        return (unit_w * (gamma.astype(wide) / ratio)).astype(self.dtype or w.dtype), kept if train else state
