@@ -116,6 +116,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ._core.formats import Format
+from ._layers.weights_linen import Reparametrized as Reparametrized
+from ._layers.weights_linen import SpectralNorm as SpectralNorm
+from ._layers.weights_linen import WeightNorm as WeightNorm
 from ._ops import policy as _policy
 
 Fp8DotGeneral: TypeAlias = Any
@@ -128,9 +131,6 @@ remat: TypeAlias = Any
 swish: TypeAlias = Any
 tanh: TypeAlias = Any
 zeros: TypeAlias = Any
-from ._layers.weights_linen import Reparametrized as Reparametrized
-from ._layers.weights_linen import SpectralNorm as SpectralNorm
-from ._layers.weights_linen import WeightNorm as WeightNorm
 
 _Function: TypeAlias = Callable[..., Any]
 
