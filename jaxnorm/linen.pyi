@@ -38,9 +38,7 @@ from flax.linen import RNNCellBase as RNNCellBase
 from flax.linen import SelfAttention as SelfAttention
 from flax.linen import Sequential as Sequential
 from flax.linen import SimpleCell as SimpleCell
-from flax.linen import SpectralNorm as SpectralNorm
 from flax.linen import Variable as Variable
-from flax.linen import WeightNorm as WeightNorm
 from flax.linen import add_metadata_axis as add_metadata_axis
 from flax.linen import apply as apply
 from flax.linen import avg_pool as avg_pool
@@ -118,6 +116,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ._core.formats import Format
+from ._layers.weights_linen import Reparametrized as Reparametrized
+from ._layers.weights_linen import SpectralNorm as SpectralNorm
+from ._layers.weights_linen import WeightNorm as WeightNorm
 from ._ops import policy as _policy
 
 Fp8DotGeneral: TypeAlias = Any

@@ -62,7 +62,6 @@ from flax.nnx import RngStream as RngStream
 from flax.nnx import RNNCellBase as RNNCellBase
 from flax.nnx import Sequential as Sequential
 from flax.nnx import SimpleCell as SimpleCell
-from flax.nnx import SpectralNorm as SpectralNorm
 from flax.nnx import SplitContext as SplitContext
 from flax.nnx import State as State
 from flax.nnx import StateAxes as StateAxes
@@ -71,7 +70,6 @@ from flax.nnx import TrainState as TrainState
 from flax.nnx import UpdateContext as UpdateContext
 from flax.nnx import Variable as Variable
 from flax.nnx import VariableMetadata as VariableMetadata
-from flax.nnx import WeightNorm as WeightNorm
 from flax.nnx import WithTag as WithTag
 from flax.nnx import as_abstract as as_abstract
 from flax.nnx import as_pure as as_pure
@@ -195,6 +193,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ._core.formats import Format
+from ._layers.weights_nnx import Reparametrized as Reparametrized
+from ._layers.weights_nnx import SpectralNorm as SpectralNorm
+from ._layers.weights_nnx import WeightNorm as WeightNorm
 from ._ops import policy as _policy
 
 A: TypeAlias = Any

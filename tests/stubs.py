@@ -100,6 +100,8 @@ def of_layers(library: str) -> str:
     head += "# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false\n"
     head += f"from flax import {library} as _flax\n\nfrom ._core.formats import Format\n"
     head += "from ._ops import policy as _policy\n\n"
+    for name, cls in module._WRAPPERS.items():  # they have no generated signature
+        head += f"from .{cls.__module__.removeprefix('jaxnorm.')} import {name} as {name}\n"
     plain = lambda name: is_declared(getattr(flax, name), name)
     head += "".join(f"from flax.{library} import {name} as {name}\n" for name in others if plain(name))
     head += "".join(f"{name}: TypeAlias = Any\n" for name in others if not plain(name))

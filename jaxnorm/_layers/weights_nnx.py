@@ -83,7 +83,7 @@ class WeightNorm(_WEIGHT_NORM):
         self.use_scale, self.scale_init, self.epsilon = use_scale, scale_init, epsilon
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
-        self.scales = nnx.data(None)
+        self.scales: Any = nnx.data(None)
         if use_scale:
             self.scales = nnx.data({path: self._start(param[...], rngs) for path, param in self._chosen().items()})
 
@@ -130,7 +130,7 @@ class SpectralNorm(_SPECTRAL_NORM):
 
     >>> import numpy as np
     >>> from jaxnorm import nnx
-    >>> layer = nnx.SpectralNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), n_steps=90, rngs=nnx.Rngs(0))
+    >>> layer = nnx.SpectralNorm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), n_steps=20, rngs=nnx.Rngs(0))
     >>> y = layer(np.ones((1, 3), "f"))
     >>> sigma = layer.batch_stats[("kernel", "sigma")][...]
     >>> bool(abs(sigma - np.linalg.norm(layer.layer_instance.kernel[...], 2)) < 1e-5)

@@ -34,7 +34,7 @@ def iterate(of: Operator, w: Array, state: SpectralNormState, steps: int, first:
     frozen, (u, v) = lax.stop_gradient(w), lax.stop_gradient(state)
     value = None
     for _ in range(steps):
-        if first == "v":
+        if first == "u":
             u, value = _refreshed(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
             v, value = _refreshed(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
         else:
@@ -62,10 +62,16 @@ def _(of, primals, tangents):
     return _sigma(of, w, u, v, value), dot(u, of.forward(tangents[0], v), of.out_axis_name).astype(value.dtype)
 
 
+def over(w: Array, by: Array) -> tuple[Array, Array]:
+    """w / by in float32 or wider, as (w / c, by / c) for the constant c = by: no derivative squares a small number."""
+    c = lax.stop_gradient(jnp.where(by == 0, 1.0, by))
+    return w.astype(accumulator(w)) / c, jnp.where(by == 0, 1.0, by / c)
+
+
 def divided(w: Array, sigma: Array, bound: float | None, dtype: Any) -> Array:
     """w / sigma, or w / max(1, sigma / bound), rounded once. A weight of zeros stays so."""
-    by = sigma if bound is None else jnp.maximum(1.0, sigma / bound)
-    return (w.astype(accumulator(w)) / jnp.where(by == 0, 1.0, by)).astype(w.dtype if dtype is None else dtype)
+    unit_w, ratio = over(w, sigma if bound is None else jnp.maximum(1.0, sigma / bound))
+    return (unit_w / ratio).astype(w.dtype if dtype is None else dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

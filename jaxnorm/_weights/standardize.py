@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from .._core.arithmetic import nonzero_divisor
 from .._core.arrays import as_float_array, sizes_along
 from .._core.checks import canonicalize_epsilon
+from .._core.dtypes import widest
 from .._core.messages import shown
 from .._core.types import AxisName
 from .._ops.elementwise import OfElements, normalize_by_statistics
@@ -94,7 +95,7 @@ def _standardized(
         scale = (
             jnp.full((1,) * w.ndim, factor, jnp.float32)
             if scale is None
-            else scale.astype(jnp.promote_types(scale.dtype, jnp.float32)) * factor
+            else scale.astype(widest(scale.dtype, jnp.float32)) * factor
         )
     if by_kernel:
         return normalize_rows(norm, w, scale, None, reduced, reduced, epsilon=epsilon, **options)
@@ -142,7 +143,7 @@ def standardize(
         if axis_name is not None:
             raise ValueError("standardize: scale=False takes no axis_name. Write it under jit, without shard_map.")
         w = as_float_array("standardize", w, rank=1, layout="its output axis among its own", what="w")
-        wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        wide = w.astype(widest(w.dtype, jnp.float32))
         return (wide - wide.mean(split_axes("standardize", w, axis)[1], keepdims=True)).astype(dtype or w.dtype)
     return _standardized(
         "standardize", w, None, axis=axis, epsilon=epsilon, mode=epsilon_mode, modes=("inside", "outside"),
