@@ -215,6 +215,9 @@ swish: TypeAlias = Any
 tanh: TypeAlias = Any
 variables: TypeAlias = Any
 vars_as: TypeAlias = Any
+from ._layers.weights_nnx import Reparametrized as Reparametrized
+from ._layers.weights_nnx import SpectralNorm as SpectralNorm
+from ._layers.weights_nnx import WeightNorm as WeightNorm
 
 _Function: TypeAlias = Callable[..., Any]
 
@@ -704,6 +707,87 @@ class BatchNorm(_flax.BatchNorm):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class BatchRenorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int | Sequence[int] = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        r_max: float | Callable[..., Any] = ...,
+        d_max: float | Callable[..., Any] = ...,
+        track: str = ...,
+        running: _policy.EMA | None = ...,
+        share: _policy.Devices | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        virtual_batch_size: int | None = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
+class CRMSNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
 class ConditionalNorm(_flax.Module):
     def __init__(
         self,
@@ -741,6 +825,43 @@ class ConditionalNorm(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class CumulativeGroupNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        num_groups: int | None = ...,
+        group_size: int | None = ...,
+        axis: int = ...,
+        time_axis: int = ...,
+        variance: str = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        carry: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
 class DeepNorm(_flax.Module):
     def __init__(
         self,
@@ -773,6 +894,58 @@ class DeepNorm(_flax.Module):
         residual: ArrayLike,
         mask: ArrayLike | None = ...,
         *,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
+class DomainBatchNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        use_domain_params: bool = ...,
+        num_domains: int | None = ...,
+        axis: int | Sequence[int] = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        unbiased_running_var: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        domain: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
         scale: ArrayLike | None = ...,
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
@@ -1030,6 +1203,43 @@ class FilterResponseNorm(_flax.Module):
         learned_epsilon: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class GatedNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        init_rank: int = ...,
+        gate_scale: float = ...,
+        gate_activation: str | Callable[..., Array] = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        down_init: _Function | None = ...,
+        up_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        down_metadata: Mapping[str, Any] = ...,
+        up_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        scale: ArrayLike | None = ...,
+        down: ArrayLike | None = ...,
+        up: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class GatedRMSNorm(_flax.Module):
     def __init__(
         self,
@@ -1057,6 +1267,33 @@ class GatedRMSNorm(_flax.Module):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, gate: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
+class GlobalResponseNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
 class GroupNorm(_flax.GroupNorm):
@@ -1123,6 +1360,36 @@ class GroupRMSNorm(_flax.Module):
     ) -> None: ...
     def __call__(
         self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
+class HypersphereUpdate(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        rate: float = ...,
+        stored_rate: float | None = ...,
+        absolute: bool = ...,
+        normalize_residual: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        alpha_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        alpha_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self, x: ArrayLike, residual: ArrayLike, mask: ArrayLike | None = ..., *, alpha: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
 class InstanceBatchNorm(_flax.Module):
@@ -1384,6 +1651,30 @@ class LayerScale(_flax.Module):
     ) -> None: ...
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = ..., *, gamma: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
+class LocalResponseNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        size: int = ...,
+        alpha: float = ...,
+        beta: float = ...,
+        k: float = ...,
+        divide: bool = ...,
+        axis: int = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
 class Norm(_flax.Module):
     def __init__(
         self,
@@ -1447,6 +1738,39 @@ class PixelNorm(_flax.Module):
         rngs: _flax.Rngs,
     ) -> None: ...
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
+class PolyNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        init_order: int = ...,
+        axis: int | Sequence[int] = ...,
+        epsilon: float = ...,
+        weight_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        weight_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        weight: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
 
 class PositionalNorm(_flax.Module):
     def __init__(
@@ -1606,6 +1930,64 @@ class RMSNormAdd(_flax.Module):
         next_bias: ArrayLike | None = ...,
     ) -> Any: ...  # type: ignore[override]
 
+class RepBatchNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        axis: int | Sequence[int] = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        fade: float | Callable[..., Any] = ...,
+        running: _policy.EMA | None = ...,
+        share: _policy.Devices | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        eta_init: _Function | None = ...,
+        ln_scale_init: _Function | None = ...,
+        ln_bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        eta_metadata: Mapping[str, Any] = ...,
+        ln_scale_metadata: Mapping[str, Any] = ...,
+        ln_bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        eta: ArrayLike | None = ...,
+        ln_scale: ArrayLike | None = ...,
+        ln_bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class SPADE(_flax.Module):
     def __init__(
         self,
@@ -1677,6 +2059,41 @@ class ScaleNorm(_flax.Module):
         g_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = ..., *, g: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
+class SeeDNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis: int = ...,
+        num_heads: int = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        alpha_init: _Function | None = ...,
+        beta_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        alpha_metadata: Mapping[str, Any] = ...,
+        beta_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        scale: ArrayLike | None = ...,
+        alpha: ArrayLike | None = ...,
+        beta: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
 
 class SegmentNorm(_flax.Module):
     def __init__(

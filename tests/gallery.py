@@ -31,8 +31,9 @@ WHICH = ("inference", "forward+backward")  # of `passes`: y alone, in training t
 AS = {
     "AddLayerNorm": "LayerNorm", "AddRMSNorm": "RMSNorm", "LayerNormAdd": "LayerNorm", "GatedRMSNorm": "RMSNorm",
     "AdaLayerNormZero": "AdaLayerNorm", "AdaLayerNormSingle": "AdaLayerNorm", "PositionalNorm": "LayerNorm",
-    "ConditionalNorm": "BatchNorm", "IterNorm": "BatchNorm",
+    "ConditionalNorm": "BatchNorm", "IterNorm": "BatchNorm", "RepBatchNorm": "BatchNorm",
 }  # fmt: skip
+XLA_ALONE = {"iter"}  # of those
 TIER_A = {
     "BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "AddLayerNorm", "AddRMSNorm", "GatedRMSNorm",
     "BatchRenorm", "QKNorm", "RMSNormAdd", "LayerNormAdd", "GroupRMSNorm", "L2Norm", "DynamicTanh", "DynamicErf",
@@ -111,10 +112,13 @@ def entry(name: str, kind: Any, counts: dict[str, list[float]]) -> tuple[list[st
     row, function = row_of(kind), kind.function
     doc = inspect.cleandoc(function.__doc__)
     parts = sections(doc)
-    params, state = row.spec.init(row.features)
+    try:
+        params, state = (row.spec if type(row.spec) is kind else kind()).init(row.features)
+    except (TypeError, ValueError):  # an option without a default, as the spec of the norm that is modulated
+        params, state = row.spec.init(row.features)
     takes = inspect.signature(function).parameters
     options = {field.name for field in dataclasses.fields(kind)}
-    kernels = "XLA" if NOT_NATIVE in row.exempt else "kernels"
+    kernels = "XLA" if NOT_NATIVE in row.exempt or name in XLA_ALONE else "kernels"
     devices = "axis_name" if {"axis_name", "share"} & options else "jit"
     passes = " / ".join(f"{n:.1f}" for n in counts.get(name, [])) or "-"
     cells = [

@@ -142,36 +142,27 @@ def instance_batch_norm(
     x, mask = align_boolean_mask(norm, x, mask)
     weights, k = align_weights(norm, x, weights), _first(norm, x.shape[channel], ratio)
 
-    def part(a: Array | None, start: int, stop: int) -> Array | None:
-        return (
-            a
-            if a is None or a.shape[channel] == 1 != x.shape[channel]
-            else lax.slice_in_dim(a, start, stop, axis=channel)
-        )
+    def part(a: Any, start: int, stop: int) -> Any:
+        if a is None or a.shape[channel] == 1 != x.shape[channel]:
+            return a
+        return lax.slice_in_dim(a, start, stop, axis=channel)
 
-    first, rest = (
-        [part(a, *ends) for a in (x, scale, bias, mask, weights)] for ends in ((0, k), (k, x.shape[channel]))
-    )
-    second, *of_rest, mask, weights = rest
+    head: list[Any]
+    rest: list[Any]
+    head, rest = ([part(a, *ends) for a in (x, scale, bias, mask, weights)] for ends in ((0, k), (k, x.shape[channel])))
+    second, scale, bias, mask, weights = rest
     y, state = normalize_batch(
-        norm, second, *of_rest, state, policy, train=train, channels=(channel,), epsilon=epsilon,
+        norm, second, scale, bias, state, policy, train=train, channels=(channel,), epsilon=epsilon,
         scale_offset=scale_offset, dtype=out, mask=mask, weights=weights, update_stats=update_stats, **options,
     )  # fmt: skip
-    head, *of_head, mask, weights = first
-    of_head = [None if p is None else shard_like(head, p) for p in of_head]
-    over = Axes(tuple(a for a in range(1, x.ndim) if a != channel))
+    first, scale, bias, mask, weights = head
+    scale, bias = (None if p is None else shard_like(first, p) for p in (scale, bias))
+    over = Reduction(Axes(tuple(a for a in range(1, x.ndim) if a != channel)))
     plan = make_plan(
-        head,
-        (),
-        epsilon,
-        scale_offset,
-        out,
-        Reduction(over),
-        options["implementation"],
-        activation=options["activation"],
+        first, (), epsilon, scale_offset, out, over, options["implementation"], activation=options["activation"]
     )
-    head = finite_padding(head, mask, weights)
-    of_instances = standardize(norm, plan, head, *of_head, mask, weights)[0]
+    of_first: tuple[Any, ...] = (mask, weights)
+    of_instances = standardize(norm, plan, finite_padding(first, *of_first), scale, bias, *of_first)[0]
     return jnp.concatenate([of_instances, y], channel), state
 
 

@@ -246,7 +246,9 @@ def iter_norm(
     if train is not True:
         y = jnp.where(train, y, by_state())
         new = jax.tree.map(lambda new, old: jnp.where(train, new, old), new, old)
-    return y, new if isinstance(state, WhiteningState) else {name: getattr(new, name) for name in state}
+    given: Any = state
+    same: Any = new if isinstance(given, WhiteningState) else {name: getattr(new, name) for name in given}
+    return y, same
 
 
 def _weights(mask, weights, x: Array, channel: int) -> Array:

@@ -108,7 +108,8 @@ def test_iter_norm_matches_the_recursion_and_its_derivatives(rng):
         ours = lambda x: norm.apply(params, state, x, train=True)[0]
         theirs = lambda x: plain_newton(x, norm.epsilon, norm.steps)
         for f in (lambda h: h(x), lambda h: jax.vjp(h, x)[1](g)[0],
-                  lambda h: jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: jnp.vdot(jnp.sin(h(x)), g))(x), g))(x)):  # fmt: skip
+                  lambda h: jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: jnp.vdot(jnp.sin(h(x)), g))(x), g))(x),
+                  ):  # fmt: skip
             got, want = (jit_unoptimized(lambda f=f, h=h: f(h))() for h in (ours, theirs))
             np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-8)
         far = (x + 1e4).astype(np.float32)
