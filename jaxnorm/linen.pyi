@@ -131,9 +131,6 @@ remat: TypeAlias = Any
 swish: TypeAlias = Any
 tanh: TypeAlias = Any
 zeros: TypeAlias = Any
-from ._layers.weights_linen import Reparametrized as Reparametrized
-from ._layers.weights_linen import SpectralNorm as SpectralNorm
-from ._layers.weights_linen import WeightNorm as WeightNorm
 
 _Function: TypeAlias = Callable[..., Any]
 

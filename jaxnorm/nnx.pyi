@@ -215,9 +215,6 @@ swish: TypeAlias = Any
 tanh: TypeAlias = Any
 variables: TypeAlias = Any
 vars_as: TypeAlias = Any
-from ._layers.weights_nnx import Reparametrized as Reparametrized
-from ._layers.weights_nnx import SpectralNorm as SpectralNorm
-from ._layers.weights_nnx import WeightNorm as WeightNorm
 
 _Function: TypeAlias = Callable[..., Any]
 

@@ -105,8 +105,6 @@ def of_layers(library: str) -> str:
     plain = lambda name: is_declared(getattr(flax, name), name)
     head += "".join(f"from flax.{library} import {name} as {name}\n" for name in others if plain(name))
     head += "".join(f"{name}: TypeAlias = Any\n" for name in others if not plain(name))
-    for name, cls in module._WRAPPERS.items():  # they have no generated signature
-        head += f"from .{cls.__module__.removeprefix('jaxnorm.')} import {name} as {name}\n"
     body = "".join(f"\n{layer(name, getattr(module, name), hasattr(flax, name))}" for name in sorted(module.__all__))
     more = "\n_Function: TypeAlias = Callable[..., Any]\n"
     return HEAD + WORDS + "\n" + head + more + body
