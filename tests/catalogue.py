@@ -60,7 +60,7 @@ class Row:
     @property
     def stateful(self) -> bool:
         """Whether the norm keeps statistics between calls."""
-        return hasattr(self.spec.State, "_fields")
+        return bool(jax.tree.leaves(self.state()))
 
     @property
     def batch(self) -> bool:

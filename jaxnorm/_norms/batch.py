@@ -5,61 +5,34 @@ Legend: N batch, C channels, F the feature shape (C,), n the number of elements 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
-from .._core.explain import explained
 from .._core.messages import shown
 from .._core.types import Affine, Features, Moments, Params, RunningStats
 from .._ops.batch import normalize_batch
 from .._ops.normalize import as_affine
-from .._ops.policy import EMA, Cumulative, Devices, Running, running_policy, sharing_policy
-from .._ops.running import update_state
+from .._ops.policy import Running, running_policy
 from .._ops.spread import BY, SPREADS, normalize_by, over_spread
 from .._ops.states import as_stats, is_stats
-from .base import Spec
 from .declare import as_params, function_of, refuse_params_as_state, spec
+from .running import RunningSpec
 
 Array = jax.Array
 S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
-_RUNNING = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
 
 
 @spec
-class BatchNorm(Spec):
+class BatchNorm(RunningSpec):
     """The hyperparameters of `batch_norm`. See `jaxnorm.Norm` for what a spec does.
 
     Args:
       axis: the channel axis, or axes, at any position.
-      momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
-        schedule computes, which may be traced. None: the exact cumulative statistics, those
-        of all elements seen so far (needs `state.count`).
-      epsilon: added to the variance, in units of x squared; >= 0.
-      running: how the running statistics are updated, as one object: `EMA(...)` or `Cumulative()`, in place of
-        momentum, min_count, skip_nonfinite, zero_debias and unbiased_running_var.
-      share: which devices share statistics, as one object: `Devices(axis_name, groups)`, in place of axis_name,
-        axis_index_groups and sync.
-      axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
-        inference. Under jit over sharded arrays leave it None: statistics are global there. (Or name the mesh axes
-        that the batch is sharded over, under `jax.set_mesh(mesh)`: then `sync` has the same meaning there.)
-      axis_index_groups: the same as a `sync` of lists, by Flax's name.
-      sync: which devices along axis_name share statistics: "global" (all), "local" (none), an int n (groups of n
-        neighbouring devices, where the last of several axes runs fastest: the chips of one host, for
-        axis_name=("host", "chip")), or lists of indices. The running statistics always use all devices, and are the
-        same on all. "local" costs that small all-reduce alone; nothing waits for it, and there is none backward.
-      virtual_batch_size: ghost batch norm: normalize each block of `virtual_batch_size` consecutive examples by its own
-        statistics, on its own device. The last block may be shorter. The running statistics use the whole batch.
-      min_count: a channel with fewer elements than this leaves its state as it was.
-      frozen: normalize by the running statistics and never update them, in training too.
-      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
-      zero_debias: correct the running statistics for their start, as Adam does: after t updates their weights sum to 1,
-        with nothing of the initial values (needs `state.count`).
-      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
       spread: what x - mean is divided by. "std" is sqrt(var + epsilon). "rms" is sqrt(mean(x**2) + epsilon), and no
         mean is taken out. "l1" is sqrt(pi / 2) mean|x - mean| + epsilon, and `state.var` holds that spread, without
         epsilon. "none" divides by nothing: mean-only batch norm. All but "std" are of tier C: they may change in any
@@ -76,54 +49,16 @@ class BatchNorm(Spec):
      [ 1.]] [0.2]
     """
 
-    State: ClassVar[Any] = RunningStats
-
-    use_bias: bool = True
-    axis: int | Sequence[int] = -1
     momentum: float | Array | None = 0.99
-    epsilon: float = 1e-5
-    running: EMA | Cumulative | None = None
-    share: Devices | None = None
-    axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
-    sync: str | int | Sequence[Sequence[int]] = "global"
-    virtual_batch_size: int | None = None
-    min_count: float | None = None
-    frozen: bool = False
-    skip_nonfinite: bool = False
-    zero_debias: bool = False
-    unbiased_running_var: bool = False
     spread: str = "std"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_spread("BatchNorm", self.spread, self._running(), self.share, self.sync, self.virtual_batch_size)
-        sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, self.virtual_batch_size)
-        sharing_policy("BatchNorm", *sharing)
-
-    def _running(self) -> Running:
-        return running_policy("BatchNorm", self.running, **{name: getattr(self, name) for name in _RUNNING})
 
     if TYPE_CHECKING:
 
         def init(self, features: Features) -> tuple[Affine, RunningStats]: ...
-
-    def init_state(self, shape: tuple[int, ...]) -> RunningStats:
-        """Mean 0 and variance 1."""
-        f32 = jnp.float32
-        count = jnp.zeros(shape, f32) if self._running().needs_count else None
-        return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
-
-    @explained("apply")
-    def apply(
-        self, params: Params, state: S, x: ArrayLike, *, train: Any = None, mask: Any = None, weights: Any = None,
-        update_stats: bool = True,
-    ) -> tuple[Array, S]:  # fmt: skip
-        """The normalized x and the new running statistics. Arguments as for `batch_norm`; frozen, it needs no train."""
-        refuse_params_as_state("BatchNorm.apply", state)
-        params = as_params("BatchNorm.apply", params)
-        call = dict(train=train, mask=mask, weights=weights, update_stats=update_stats)
-        return batch_norm(x, params, state, **call, **self.options())
 
     def update_state(self, state: S, moments: Any) -> S:
         """`jaxnorm.update_state` with this norm's hyperparameters: one update by the moments of many micro-batches.
@@ -138,7 +73,7 @@ class BatchNorm(Spec):
                 f"BatchNorm.update_state: moments hold no spread={self.spread!r}. Write spread='std', or update at "
                 "each batch by norm.apply(params, state, x, train=True)."
             )
-        return state if self.frozen else update_state(state, moments, running=self._running())
+        return super().update_state(state, moments)
 
     def as_affine(self, params: Params, state: RunningStats | Mapping[str, Any]) -> Affine:
         """What the norm is at inference, but for an activation: y == x * affine.scale + affine.bias.

@@ -44,7 +44,7 @@ class GlobalResponseNorm(Spec):
         def init(self, features: Features) -> tuple[Affine, tuple[()]]: ...
 
     def init_param(self, name: str, shape: tuple[int, ...]) -> Array:
-        return jnp.full(shape, -self.scale_offset if name == "scale" else 0.0, self.param_dtype)
+        return jnp.full(shape, 0.0 - self.scale_offset if name == "scale" else 0.0, self.param_dtype)
 
 
 @function_of(GlobalResponseNorm)

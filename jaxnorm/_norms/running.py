@@ -1,4 +1,4 @@
-"""What the specs of norms with running statistics share, beside batch norm itself: options, state and `apply`."""
+"""What the specs of norms with running statistics share: options, state and `apply`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ class RunningSpec(Spec):
 
     Args:
       axis: the channel axis, or axes, at any position but 0.
-      epsilon: added to the variance, in units of x squared; >= 0.
       momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
         schedule computes, which may be traced. None: the exact cumulative statistics, those
         of all elements seen so far (needs `state.count`).

@@ -170,19 +170,20 @@ def test_init_makes_identity_parameters_without_data(row):
     params, state = row.spec.init(row.features)
     # The parameters that a norm declares, with the names and options that all norms share for the two they may have.
     assert type(params) is row.spec.Params
-    assert type(state) is row.spec.State or state == ()
-    for name, first in (("scale", 1.0 - getattr(row.spec, "scale_offset", 0.0)), ("bias", 0.0)):
+    assert type(state) is row.spec.State if row.stateful else state == ()
+    scale = 0.0 if isinstance(row.spec, jn.GlobalResponseNorm) else 1.0  # it adds to x
+    for name, first in (("scale", scale - getattr(row.spec, "scale_offset", 0.0)), ("bias", 0.0)):
         if name in params._fields:
             assert (getattr(params, name) is None) != getattr(row.spec, f"use_{name}", True)
         if getattr(params, name, None) is not None:
             np.testing.assert_array_equal(getattr(params, name), first)
     assert all(p.dtype == np.float32 for p in jax.tree.leaves(params))
-    assert (state == ()) != row.stateful
     features = (12, 5) if isinstance(getattr(row.spec, "axis", -1), tuple) else (12,)
     shaped = jax.eval_shape(lambda: row.spec.init(features))
     of_features = lambda shape: shape in (features, ()) or shape[row.spec.state_axes :] == features
     own = shaped[0]._replace(**dict.fromkeys(row.spec.whole))  # without those of a shape of their own
-    assert all(of_features(leaf.shape) for leaf in jax.tree.leaves((own, shaped[1])))
+    kept = () if row.spec.own_state_shape else shaped[1]
+    assert all(of_features(leaf.shape) for leaf in jax.tree.leaves((own, kept)))
     half = dataclasses.replace(row.spec, param_dtype=jnp.bfloat16).init(row.features)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half[0]))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half[1]))
