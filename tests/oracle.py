@@ -321,6 +321,37 @@ def cumulative_group(x, params, groups, spec, **_):
     return affine(xp.where(nothing, 0.0, d / xp.sqrt(xp.where(nothing, 1.0, v))), *params)
 
 
+def still(a, groups):
+    """A constant of x, as which it has no gradient."""
+    if groups.xp is np:
+        return a.real
+    from jax.lax import stop_gradient
+
+    return stop_gradient(a)
+
+
+def last_of(x, groups):
+    """The last element of each group that counts, given back to every element; 0 of an empty group."""
+    latest = np.full(groups.labels.max(initial=-1) + 1, -1)
+    np.maximum.at(latest, groups.labels.ravel(), np.where(groups.weight > 0, np.arange(x.size).reshape(x.shape), -1).ravel())
+    latest = latest[groups.labels]
+    return groups.xp.where(latest < 0, 0.0, x.ravel()[np.maximum(latest, 0)])
+
+
+def rev_in(x, params, groups, spec, stats=None):
+    xp = groups.xp
+    if spec.inverse:
+        mean, std = (xp.asarray(a, x.real.dtype) for a in stats)
+        return (x - params.bias) / params.scale * std + mean
+    mean = groups.mean(x)
+    v = groups.mean((x - mean) ** 2) + spec.epsilon
+    mean = last_of(x, groups) if spec.center == "last" else mean
+    mean, v = (still(mean, groups), still(v, groups)) if spec.stop_gradient else (mean, v)
+    nothing = (groups.count == 0) | (v == 0)
+    y = affine(xp.where(nothing, 0.0, (x - mean) / xp.sqrt(xp.where(nothing, 1.0, v))), params.scale, params.bias)
+    return xp.arcsinh(y) if spec.transform else y
+
+
 def _written_out(centered):
     def of_formula(x, params, g, groups, spec, **_):
         how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)

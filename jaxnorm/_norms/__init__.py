@@ -37,6 +37,7 @@ from .poly import PolyNorm, poly_norm
 from .positional import PositionalNorm, positional_norm
 from .query_key import QKNorm, qk_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
+from .rev_in import RevIN, rev_in
 from .rms import RMSNorm, rms_norm
 from .scale import ScaleNorm, scale_norm
 from .seed import SeeDNorm, seednorm

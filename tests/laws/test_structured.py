@@ -1,0 +1,99 @@
+"""Norms of windows and of graphs: inverses, streams, references and definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from catalogue import draw
+from flax import nnx
+from helpers.devices import mesh_of, placed
+from helpers.jit import jit_unoptimized
+from jax.sharding import PartitionSpec as P
+
+import jaxnorm as jn
+from jaxnorm import nnx as jnnx
+
+close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+WINDOWS = [
+    dict(),
+    dict(center="last", scale_offset=1.0),
+    dict(transform="arcsinh", epsilon_mode="if_zero"),
+    dict(epsilon_mode="one_below", epsilon=1e-6),
+]
+
+
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+def test_rev_in_is_inverted_to_rounding_also_where_values_are_missing(options, rng):
+    """Missing values are NaN; one channel is constant, one is huge."""
+    x = draw(rng, (2, 9, 4), 3.0) * np.float32([1.0, 0.0, 1e15, 0.1]) + np.float32([0.0, 7.0, 0.0, 0.0])
+    scale, bias = draw(rng, (2, 4))
+    missing = rng.random(x.shape) < 0.3
+
+    @jit_unoptimized
+    def both(x):
+        keep = ~jnp.isnan(x)
+        y, stats = jn.rev_in(x, scale, bias, mask=keep, **options)
+        again, same = jn.rev_in(x, scale, bias, mask=keep, stats=stats, **options)
+        return y, again, jn.rev_in(y, scale, bias, stats=stats, inverse=True, **options)[0], stats, same
+
+    y, again, back, stats, same = both(np.where(missing, np.nan, x))
+    size = np.abs(x).max((0, 1))
+    np.testing.assert_allclose(
+        np.where(missing, 0, back - x) / size, 0.0, atol=2e-6 * max(1, np.abs(scale).min() ** -1)
+    )
+    np.testing.assert_allclose(np.where(missing, 0, again - y), 0.0, atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, stats, same)
+    assert np.isfinite(y).all()
+    wide = np.where(missing, np.nan, x.astype(np.float64))
+    std = np.nanstd(wide, 1, keepdims=True)
+    mode, epsilon = options.get("epsilon_mode", "inside"), options.get("epsilon", 1e-5)
+    floor = {
+        "inside": np.sqrt(std**2 + epsilon),
+        "if_zero": np.where(std == 0, epsilon, std),
+        "one_below": np.where(std < epsilon, 1.0, std),
+    }
+    np.testing.assert_allclose(stats.std, floor[mode], rtol=1e-5)
+
+
+def test_layers_of_rev_in_put_a_forecast_back_and_stop_gradients(rng):
+    x = draw(rng, (2, 6, 3), 5.0)
+    layer = jnnx.RevIN(3, rngs=nnx.Rngs(0))
+    y, stats = layer(x)
+    forecast, _ = layer(jnp.ones((2, 4, 3)), stats=stats, inverse=True)
+    close(forecast, np.broadcast_to(x.mean(1, keepdims=True) + np.sqrt(x.var(1, keepdims=True) + 1e-5), (2, 4, 3)))
+    quantiles = jax.tree.map(lambda a: a[:, None], stats)
+    assert layer(jnp.ones((2, 9, 4, 3)), stats=quantiles, inverse=True)[0].shape == (2, 9, 4, 3)
+    slope = jax.grad(lambda x: jn.rev_in(x)[0].sum() + sum(a.sum() for a in jn.rev_in(x)[1]))(x)
+    close(slope, np.broadcast_to(1 / stats.std, x.shape))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda x: jn.rev_in(x, inverse=True), ValueError, "needs stats. Write stats=stats"),
+        (lambda x: jn.rev_in(x, stats=(x[0], x[0])), ValueError, "must have x's rank 3"),
+        (lambda x: jn.rev_in(x, stats=x), TypeError, "must be a mean and a std"),
+        (lambda x: jn.RevIN(center="first"), ValueError, 'Write center="mean"'),
+        (lambda x: jn.rev_in(x, activation="relu"), ValueError, "would have to be inverted"),
+        (lambda x: jn.rev_in(x, axis=0), ValueError, "batch axis"),
+    ],
+)
+def test_a_wrong_call_of_a_window_norm_is_explained(call, error, message):
+    with pytest.raises(error, match=message):
+        call(jnp.ones((2, 3, 4)))
+
+
+@pytest.mark.parametrize("center", ["mean", "last"])
+def test_windows_that_devices_divide_are_whole_windows(center, rng):
+    x, mask = draw(rng, (2, 16, 3), 4.0), rng.random((2, 16, 3)) < 0.6
+    mask[:, -5:, 1] = False  # the last valid element lies on another device than the last one
+    run = lambda x, mask, **call: jn.rev_in(x, mask=mask, center=center, **call)
+    mesh = mesh_of("auto", (4,), ("t",))
+    cut = P(None, "t")
+    over = jax.shard_map(lambda *a: run(*a, axis_name="t"), mesh=mesh, in_specs=(cut, cut), out_specs=(cut, P()))
+    with jax.set_mesh(mesh):
+        got = jax.jit(over)(*placed(mesh, (x, cut), (mask, cut)))
+    jax.tree.map(close, got, run(x, mask))
