@@ -333,7 +333,8 @@ def still(a, groups):
 def last_of(x, groups):
     """The last element of each group that counts, given back to every element; 0 of an empty group."""
     latest = np.full(groups.labels.max(initial=-1) + 1, -1)
-    np.maximum.at(latest, groups.labels.ravel(), np.where(groups.weight > 0, np.arange(x.size).reshape(x.shape), -1).ravel())
+    place = np.where(groups.weight.ravel() > 0, np.arange(x.size), -1)
+    np.maximum.at(latest, groups.labels.ravel(), place)
     latest = latest[groups.labels]
     return groups.xp.where(latest < 0, 0.0, x.ravel()[np.maximum(latest, 0)])
 
@@ -350,6 +351,42 @@ def rev_in(x, params, groups, spec, stats=None):
     nothing = (groups.count == 0) | (v == 0)
     y = affine(xp.where(nothing, 0.0, (x - mean) / xp.sqrt(xp.where(nothing, 1.0, v))), params.scale, params.bias)
     return xp.arcsinh(y) if spec.transform else y
+
+
+def graph_norm(x, params, groups, spec, **_):
+    xp, share = groups.xp, 1.0 if params.mean_scale is None else params.mean_scale
+    o = x - share * groups.mean(x)
+    v = groups.mean(o * o) + spec.epsilon
+    nothing = (groups.count == 0) | (v == 0)
+    xhat = xp.where(nothing, 0.0, o / xp.sqrt(xp.where(nothing, 1.0, v)))
+    return affine(xhat, params.scale, params.bias)
+
+
+def of_channels(groups):
+    """Of groups of whole rows, those of each channel."""
+    channels = groups.labels.shape[-1]
+    return Groups(groups.labels * channels + np.arange(channels), None, groups.weight, groups.xp)
+
+
+def pair_norm(x, params, groups, spec, **_):
+    xp, of = groups.xp, of_channels(groups)
+    c = x - of.mean(x)
+    if spec.scale_individually:
+        square = xp.sum(xp.where(groups.weight > 0, c * c, 0.0), -1, keepdims=True)
+        zero = square == 0
+        over = xp.where(zero, 0.0, 1.0 / (xp.sqrt(xp.where(zero, 1.0, square)) + spec.epsilon))
+        return spec.output_scale * c * over
+    v = xp.sum(of.mean(c * c), -1, keepdims=True) + spec.epsilon
+    zero = (v == 0) | (of.count.sum(-1, keepdims=True) == 0)
+    return spec.output_scale * xp.where(zero, 0.0, c / xp.sqrt(xp.where(zero, 1.0, v)))
+
+
+def without_mean(x, params, groups, spec, **_):
+    return x - groups.mean(x)
+
+
+def by_size(x, params, groups, spec, **_):
+    return groups.xp.where(groups.count == 0, 0.0, x / np.sqrt(np.maximum(groups.count, 1.0)))
 
 
 def _written_out(centered):

@@ -22,6 +22,8 @@ from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
 from .gated_norm import GatedNorm, gated_norm
 from .global_response import GlobalResponseNorm, global_response_norm
+from .graph import GraphNorm, graph_norm
+from .graph_size import GraphSizeNorm, graph_size_norm
 from .group import GroupNorm, group_norm
 from .group_rms import GroupRMSNorm, group_rms_norm
 from .hypersphere import HypersphereUpdate, hypersphere_update
@@ -30,7 +32,9 @@ from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
 from .local_response import LocalResponseNorm, local_response_norm
+from .mean_subtraction import MeanSubtractionNorm, mean_subtraction_norm
 from .norm_add import LayerNormAdd, RMSNormAdd, layer_norm_add, rms_norm_add
+from .pair import PairNorm, pair_norm
 from .partial_rms import PartialRMSNorm, partial_rms_norm
 from .pixel import PixelNorm, pixel_norm
 from .poly import PolyNorm, poly_norm

@@ -8,6 +8,7 @@ all that is kept of x's size.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicali
 from .._core.dtypes import accumulator
 from .._core.masks import finite_padding, usable, valid_mask
 from .._core.mesh import active_axis_names, explain_unbound_axis
-from .._core.over import Axes, Prefix
+from .._core.over import Axes, Prefix, Segments
 from .._core.platforms import recompute
 from .._core.types import Plan, Reduction, Statistics
 from .._core.vma import broadcast_like, shard_like, tangent_like
@@ -92,6 +93,17 @@ class OfElements:
             return xhat
         return jnp.clip(xhat, -1e30, 1e30)
 
+    def rsqrt_of_sum(self, axis: int, epsilon: float) -> Array:
+        """1 / sqrt(sum of var along an axis + epsilon), with size 1 along it; 0 for 1 / 0, and where all are empty."""
+        n = nonzero_divisor(self.count)
+        m2 = self.parts.m2
+        spread = jnp.sqrt(m2 / n) / self.reduction.prescale if self._is_plain else m2 / jnp.sqrt(n)
+        larger = lax.stop_gradient(jnp.maximum(spread.max(axis, keepdims=True, initial=0.0), math.sqrt(epsilon)))
+        void = (larger == 0) | (self.count == 0).all(axis, keepdims=True)
+        s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
+        v = (self._scaled_m2(jnp.broadcast_to(s, m2.shape)) / n).sum(axis, keepdims=True) + (epsilon * s) * s
+        return jnp.where(void, 0.0, s * lax.rsqrt(jnp.where(void, 1.0, v)))
+
     @property
     def _is_plain(self) -> bool:
         return self.reduction.large_prescale is None
@@ -126,9 +138,9 @@ F = Callable[[Array, OfElements, Any], Array]
 def normalize_by_statistics(
     norm: str, f: Callable[..., Array], x: Array, own: dict[str, Any], scale, bias, axes: tuple[int, ...],
     feature_axes: tuple[int, ...], *, epsilon, scale_offset, activation, mask, axis_name, axis_index_groups, dtype,
-    implementation, centered=True,
+    implementation, centered=True, segments: tuple[Segments, Array] | None = None,
 ) -> Array:  # fmt: skip
-    """y = activation(f(x, statistics, affine, epsilon, *own)), rounded once; statistics over `axes`.
+    """y = activation(f(x, statistics, affine, epsilon, *own)), rounded once; statistics over `axes`, or `segments`.
 
     `f` is elementwise and gets x in the accumulator's dtype. It calls `affine`: z -> z (scale + scale_offset) + bias.
     `own` are further parameters by name: numbers, or arrays of the feature shape or of one that broadcasts.
@@ -143,13 +155,15 @@ def normalize_by_statistics(
     check_axis_name(norm, axis_name)
     names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
     groups = canonicalize_groups(norm, axis_index_groups)
-    reduction = Reduction(Axes(axes), centered, axis_name=names, groups=groups if names else None)
+    over, ids = (Axes(axes), None) if segments is None else segments
+    reduction = Reduction(over, centered, axis_name=names, groups=groups if names else None)
     scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
     epsilon = canonicalize_epsilon(norm, epsilon)
     plan = make_plan(x, names or (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
     x, mask = align_boolean_mask(norm, x, mask)
+    mask = over.present(mask, ids)
     with explain_unbound_axis(norm, axis_name):
-        return by_statistics(Whole(f, plan), plan.reduction, out, finite_padding(x, mask), mask, None, params)
+        return by_statistics(Whole(f, plan), plan.reduction, out, finite_padding(x, mask), mask, None, params, ids)
 
 
 @dataclass(frozen=True)
