@@ -389,6 +389,31 @@ def by_size(x, params, groups, spec, **_):
     return groups.xp.where(groups.count == 0, 0.0, x / np.sqrt(np.maximum(groups.count, 1.0)))
 
 
+def message_norm(x, params, groups, spec, message):
+    xp = groups.xp
+    message = np.asarray(message, np.float64)
+    length = lambda a: groups.mean(a * a) * groups.count
+    square = length(x)
+    zero = square == 0
+    size = xp.where(zero, 0.0, xp.sqrt(xp.where(zero, 1.0, square)))
+    of_message = np.sqrt(Groups(groups.labels, None, groups.weight).mean(message**2) * groups.count)
+    return size * (message / np.maximum(of_message, spec.epsilon)) * (1.0 if params.scale is None else params.scale)
+
+
+def running_rev_in(x, params, groups, spec, **_):
+    """By each patch's own groups of all patches up to it. A std below epsilon is 1."""
+    xp, parts = groups.xp, []
+    for p in range(x.shape[1]):
+        of = Groups(groups.labels, None, groups.weight * (np.arange(x.shape[1]) <= p)[:, None, None], xp)
+        mean = of.mean(x)
+        v = of.mean((x - mean) ** 2)
+        mean, v = still(mean, groups), still(v, groups)
+        low = v < spec.epsilon**2
+        std = xp.where(low, 1.0, xp.sqrt(xp.where(low, 1.0, v)))
+        parts.append(xp.where(of.count == 0, 0.0, (x - mean) / std)[:, p])
+    return xp.stack(parts, 1)
+
+
 def _written_out(centered):
     def of_formula(x, params, g, groups, spec, **_):
         how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)

@@ -33,6 +33,7 @@ from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
 from .local_response import LocalResponseNorm, local_response_norm
 from .mean_subtraction import MeanSubtractionNorm, mean_subtraction_norm
+from .message import MessageNorm, message_norm
 from .norm_add import LayerNormAdd, RMSNormAdd, layer_norm_add, rms_norm_add
 from .pair import PairNorm, pair_norm
 from .partial_rms import PartialRMSNorm, partial_rms_norm
@@ -43,6 +44,7 @@ from .query_key import QKNorm, qk_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
 from .rev_in import RevIN, rev_in
 from .rms import RMSNorm, rms_norm
+from .running_rev_in import RunningRevIN, running_rev_in
 from .scale import ScaleNorm, scale_norm
 from .seed import SeeDNorm, seednorm
 from .segment import SegmentNorm, segment_norm

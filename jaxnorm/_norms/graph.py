@@ -113,7 +113,7 @@ def graph_norm(
     >>> import jaxnorm as jn, numpy as np
     >>> x, ids = np.array([[1.], [7.], [9.]]), np.array([0, 0, -1])
     >>> jn.graph_norm(x, ids, mean_scale=np.array([0.]), num_segments=1, epsilon=0.).round(3).tolist()
-    [[0.20000000298023224], [1.399999976158142], [0.0]]
+    [[0.20000000298023224], [1.4000000953674316], [0.0]]
     """
     return normalize_nodes(
         "graph_norm", _graph, x, segment_ids, {"mean_scale": mean_scale}, scale, bias, num_segments=num_segments,

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._core.arrays import align_boolean_mask, align_param, as_float_array, canonicalize_axes
-from .._core.checks import canonicalize_flags, canonicalize_number
+from .._core.checks import canonicalize_epsilon, canonicalize_flags, canonicalize_number
 from .._core.explain import explained
 from .._core.mesh import active_axis_names
 from .._core.messages import shown
+from .._core.over import Axes
 from .._core.platforms import recompute
 from .._core.types import Params
 from .._ops.elementwise import normalize_by_statistics
@@ -26,6 +27,7 @@ from .._ops.windows import (
     TakenAs,
     WindowStats,
     as_window_stats,
+    epsilon_inside,
     last_of,
     window_stats,
 )
@@ -189,10 +191,11 @@ def rev_in(
     time = tuple(a for a in range(1, x.ndim) if a != channel)
     devices = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
     x, mask = align_boolean_mask(norm, x, mask)
+    epsilon = canonicalize_epsilon(norm, epsilon)
     seen = window_stats(
-        norm, x, mask, time, epsilon=epsilon, mode=epsilon_mode, implementation=implementation, stop=stop, **devices
+        norm, x, mask, Axes(time), epsilon=epsilon, mode=epsilon_mode, implementation=implementation, stop=stop, **devices
     )
-    own = {"last": None}
+    own = {}
     if center == "last":
         names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
         if names and axis_index_groups is not None:
@@ -203,7 +206,7 @@ def rev_in(
         last = last_one(jax.lax.stop_gradient(x) if stop else x, mask)
         own, seen = {"last": last}, seen._replace(mean=last.astype(seen.mean.dtype))
     y = normalize_by_statistics(
-        norm, Taken(epsilon_mode, transform, stop), x, own, scale, bias, time, (channel,), mask=mask, epsilon=epsilon,
-        activation=None, scale_offset=scale_offset, implementation=implementation, **devices, **options,
+        norm, Taken(epsilon, epsilon_mode, transform, stop), x, own, scale, bias, time, (channel,), mask=mask,
+        epsilon=epsilon_inside(epsilon, epsilon_mode), activation=None, scale_offset=scale_offset, implementation=implementation, **devices, **options,
     )  # fmt: skip
     return y, seen

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._core.arithmetic import nonzero_divisor
-from .._core.checks import canonicalize_epsilon, canonicalize_groups, check_axis_name
+from .._core.checks import canonicalize_groups, check_axis_name
 from .._core.exported import exported
 from .._core.masks import finite_padding, finite_where_masked
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
-from .._core.over import Axes
-from .._core.types import Reduction, Statistics
+from .._core.over import Over
+from .._core.platforms import recompute
+from .._core.types import Moments, Reduction, Statistics
 from .elementwise import OfElements
 from .plan import make_plan
+from .so_far import count_so_far, deviation_so_far, mean_so_far, rsqrt_so_far
 from .statistics import statistics
 
 Array = jax.Array
@@ -56,46 +58,52 @@ def as_window_stats(norm: str, stats: Any, ndim: int) -> WindowStats:
     return WindowStats(mean, std)
 
 
-def inverse_deviation(of: OfElements, epsilon: float, mode: str) -> Array:
+def inverse_deviation(of: OfElements, epsilon: float, mode: str, carry: Moments | None = None) -> Array:
     """1 / std, and 0 where there is none: for "inside" with epsilon 0, and where nothing was counted.
 
     "inside": std = sqrt(var + epsilon). "if_zero": epsilon in place of a std of 0. "one_below": 1 in place of a std
     below epsilon.
     """
+    r = rsqrt_so_far(of, epsilon if mode == "inside" else 0.0, carry)
     if mode == "inside":
-        return of.rsqrt(epsilon)
-    return floored(of.rsqrt(0.0), epsilon, mode)
-
-
-def floored(r: Array, epsilon: float, mode: str) -> Array:
-    """An inverse deviation r, which is 0 for 1 / 0, with the floor of "if_zero" or "one_below"."""
-    if mode == "one_below":
-        return jnp.where((r == 0.0) | (r * epsilon > 1.0), 1.0, r)
-    return jnp.where(r == 0.0, 1.0 / epsilon if epsilon else 0.0, r)
+        return r
+    floor = {"if_zero": 1.0 / epsilon if epsilon else 0.0, "one_below": 1.0}[mode]
+    low = (r == 0.0) | (r * epsilon > 1.0) if mode == "one_below" else r == 0.0
+    return jnp.where(count_so_far(of, carry) == 0, 0.0, jnp.where(low, floor, r))
 
 
 def deviation_from(r: Array, epsilon: float, mode: str) -> Array:
     """std for what `inverse_deviation` gives."""
-    least = math.sqrt(epsilon) if mode == "inside" else epsilon
+    least = {"inside": math.sqrt(epsilon), "if_zero": epsilon, "one_below": 1.0}[mode]
     return jnp.where(r == 0.0, least, 1.0 / nonzero_divisor(r))
 
 
+def epsilon_inside(epsilon: float, mode: str) -> float:
+    """What is added to the variance: the range of the sums of squares is chosen by it."""
+    return epsilon if mode == "inside" else 0.0
+
+
 def window_stats(
-    norm: str, x: Array, mask: Array | None, axes: tuple[int, ...], *, epsilon, mode, axis_name, axis_index_groups,
-    implementation, stop: bool,
+    norm: str, x: Array, mask: Array | None, over: Over, *, epsilon: float, mode: str, implementation, stop: bool,
+    axis_name=None, axis_index_groups=None, carry: Moments | None = None,
 ) -> WindowStats:  # fmt: skip
-    """The level of each window of x along `axes`, over `axis_name`'s devices together."""
+    """The level of each window of x, over `axis_name`'s devices together, and of a carry that came before it."""
     check_axis_name(norm, axis_name)
     names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
     groups = canonicalize_groups(norm, axis_index_groups)
-    epsilon = canonicalize_epsilon(norm, epsilon)
-    reduction = Reduction(Axes(axes), axis_name=names, groups=groups if names else None)
-    reduction = make_plan(x, names or (), epsilon, 0.0, x.dtype, reduction, implementation).reduction
+    reduction = Reduction(over, axis_name=names, groups=groups if names else None)
+    inside = epsilon_inside(epsilon, mode)
+    reduction = make_plan(x, names or (), inside, 0.0, x.dtype, reduction, implementation).reduction
     x = lax.stop_gradient(x) if stop else x
-    with explain_unbound_axis(norm, axis_name):
-        parts = statistics(reduction, finite_padding(x, mask), mask, None)
-    of = OfElements(Statistics(*parts), reduction, mask, None, None)
-    return WindowStats(of.mean, deviation_from(inverse_deviation(of, epsilon, mode), epsilon, mode))
+
+    def level(x: Array, mask: Array | None, carry: Moments | None) -> WindowStats:
+        with explain_unbound_axis(norm, axis_name):
+            parts = statistics(reduction, finite_padding(x, mask), mask, None)
+        of = OfElements(Statistics(*parts), reduction, mask, None, None)
+        r = inverse_deviation(of, epsilon, mode, carry)
+        return WindowStats(mean_so_far(of, carry), deviation_from(r, epsilon, mode))
+
+    return recompute(level, implementation == "lax")(x, mask, carry)
 
 
 def last_of(x: Array, mask: Array | None, axes: tuple[int, ...], names: tuple[str, ...] | None) -> Array:
@@ -119,19 +127,19 @@ def last_of(x: Array, mask: Array | None, axes: tuple[int, ...], names: tuple[st
 
 @dataclass(frozen=True)
 class Taken:
-    """y of x: the level of the window is taken out."""
+    """y of x: the level of the window is taken out, `before` being a carry or the last value in place of the mean."""
 
+    epsilon: float
     mode: str
     transform: str | None
     stop: bool
 
-    def __call__(self, x: Array, of: OfElements, affine, epsilon: float, last: Array | None) -> Array:
-        still = lax.stop_gradient if self.stop else lambda a: a
-        r = still(inverse_deviation(of, epsilon, self.mode)).astype(x.dtype)
-        if last is None:
-            d = (x - still(of.parts.mean_hi)) - still(of.parts.mean_lo)
-        else:
-            d = x - still(last).astype(x.dtype)
+    def __call__(self, x: Array, of: OfElements, affine, _: float, before: Moments | Array | None = None) -> Array:
+        carry = before if isinstance(before, Moments) else None
+        r = inverse_deviation(of, self.epsilon, self.mode, carry).astype(x.dtype)
+        d = deviation_so_far(x, of, carry) if before is carry else x - before.astype(x.dtype)
+        if self.stop:
+            r, d = lax.stop_gradient(r), lax.stop_gradient(d) + (x - lax.stop_gradient(x))
         return _transformed(affine(of.bounded(d * r)), self.transform)
 
 
