@@ -382,7 +382,7 @@ def pair_norm(x, params, groups, spec, **_):
 
 
 def without_mean(x, params, groups, spec, **_):
-    return x - groups.mean(x)
+    return groups.xp.where(groups.count == 0, 0.0, x - groups.mean(x))
 
 
 def by_size(x, params, groups, spec, **_):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._core.explain import explained
@@ -19,7 +20,7 @@ Array = jax.Array
 
 @spec
 class MeanSubtractionNorm(RowSpec):
-    """The hyperparameters of `mean_subtraction_norm`. It has no parameters. The ids are an argument of `apply`, after x.
+    """The hyperparameters of `mean_subtraction_norm`. It has no parameters. The ids come after x in `apply`.
 
     Args:
       use_scale: without effect here.
@@ -93,4 +94,4 @@ def mean_subtraction_norm(
 
 
 def _without_mean(x: Array, of: OfElements, affine, epsilon: float) -> Array:
-    return affine(of.bounded(of.deviation(x)))
+    return affine(of.bounded(jnp.where(of.count == 0, 0.0, of.deviation(x))))

@@ -86,7 +86,8 @@ def message_norm(
 
         y = |x| message / max(|message|, epsilon) * (scale + scale_offset)
 
-    with lengths over the last axis, all of which lies on one device. The gradient of |x| is 0 where x is 0. A graph network then makes `mlp(x + y)`.
+    with lengths over the last axis, all of which lies on one device. The gradient of |x| is 0 where x is 0. A graph
+    network then makes `mlp(x + y)`.
 
     Args:
       x: the features, of shape (..., C). Integers are promoted to float32.

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._core.arrays import align_boolean_mask, align_param, as_float_array, canonicalize_axes
@@ -193,20 +192,29 @@ def rev_in(
     x, mask = align_boolean_mask(norm, x, mask)
     epsilon = canonicalize_epsilon(norm, epsilon)
     seen = window_stats(
-        norm, x, mask, Axes(time), epsilon=epsilon, mode=epsilon_mode, implementation=implementation, stop=stop, **devices
+        norm,
+        x,
+        mask,
+        Axes(time),
+        epsilon=epsilon,
+        mode=epsilon_mode,
+        implementation=implementation,
+        stop=stop,
+        **devices,
     )
     own = {}
     if center == "last":
         names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
         if names and axis_index_groups is not None:
             raise ValueError(
-                f'{norm}: center="last" is over all devices of axis_name. Write axis_index_groups=None, or center="mean".'
+                f'{norm}: center="last" is over all devices of axis_name, got axis_index_groups. Write center="mean".'
             )
         last_one = recompute(lambda x, mask: last_of(x, mask, time, names), implementation == "lax")
         last = last_one(jax.lax.stop_gradient(x) if stop else x, mask)
         own, seen = {"last": last}, seen._replace(mean=last.astype(seen.mean.dtype))
     y = normalize_by_statistics(
         norm, Taken(epsilon, epsilon_mode, transform, stop), x, own, scale, bias, time, (channel,), mask=mask,
-        epsilon=epsilon_inside(epsilon, epsilon_mode), activation=None, scale_offset=scale_offset, implementation=implementation, **devices, **options,
+        epsilon=epsilon_inside(epsilon, epsilon_mode), activation=None, scale_offset=scale_offset,
+        implementation=implementation, **devices, **options,
     )  # fmt: skip
     return y, seen

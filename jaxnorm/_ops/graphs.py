@@ -24,6 +24,4 @@ def normalize_nodes(
     ids, rows, number = align_segment_ids(norm, x, segment_ids, num_segments)
     beside = tuple(range(rows, x.ndim - 1))
     over = Segments(number, beside, rows, *canonicalize_flags(norm, indices_are_sorted=indices_are_sorted))
-    return normalize_by_statistics(
-        norm, f, x, own, scale, bias, beside, (x.ndim - 1,), segments=(over, ids), **options
-    )
+    return normalize_by_statistics(norm, f, x, own, scale, bias, beside, (x.ndim - 1,), segments=(over, ids), **options)

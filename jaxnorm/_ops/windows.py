@@ -138,6 +138,8 @@ class Taken:
         carry = before if isinstance(before, Moments) else None
         r = inverse_deviation(of, self.epsilon, self.mode, carry).astype(x.dtype)
         d = deviation_so_far(x, of, carry) if before is carry else x - before.astype(x.dtype)
+        if of.keep is not None:  # padding comes as the mean of this x: it gives the bias
+            d = jnp.where(~of.keep & (x == lax.stop_gradient(of.mean)), 0.0, d)
         if self.stop:
             r, d = lax.stop_gradient(r), lax.stop_gradient(d) + (x - lax.stop_gradient(x))
         return _transformed(affine(of.bounded(d * r)), self.transform)
