@@ -30,7 +30,7 @@ WINDOWS = [
 @pytest.mark.parametrize("options", WINDOWS, ids=str)
 def test_rev_in_is_inverted_to_rounding_also_where_values_are_missing(options, rng):
     """Missing values are NaN; one channel is constant, one is huge."""
-    x = draw(rng, (2, 9, 4), 3.0) * np.float32([1.0, 0.0, 1e15, 0.1]) + np.float32([0.0, 7.0, 0.0, 0.0])
+    x = draw(rng, (2, 9, 4), 3.0) * np.array([1.0, 0.0, 1e15, 0.1], "f") + np.array([0.0, 7.0, 0.0, 0.0], "f")
     scale, bias = draw(rng, (2, 4))
     missing = rng.random(x.shape) < 0.3
 
@@ -133,6 +133,8 @@ GRAPHS = {
     "pair each": lambda x, ids, **call: jn.pair_norm(x, ids, scale_individually=True, **call),
     "mean": jn.mean_subtraction_norm,
     "size": jn.graph_size_norm,
+    "segments": functools.partial(jn.segment_norm, kind="instance"),
+    "segments rms": functools.partial(jn.segment_norm, kind="rms"),
 }
 
 
@@ -180,7 +182,7 @@ def test_norms_of_graphs_are_in_range_at_every_magnitude(rng):
 
 
 def test_the_length_of_features_has_a_gradient_of_0_at_0():
-    message = np.float32([[3.0, 4.0], [0.0, 0.0]])
+    message = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
     slope = jax.grad(lambda x, m: jn.message_norm(x, m).sum(), argnums=(0, 1))(np.zeros((2, 2), "f"), message)
     np.testing.assert_array_equal(slope, np.zeros((2, 2, 2)))
     with pytest.raises(ValueError, match="must have x's shape"):
