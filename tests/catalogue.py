@@ -322,6 +322,8 @@ ROWS = [
         operands=lambda shape: {"stats": window_stats(shape)}, **window | dict(exempt=FUSED | PER_SAMPLE)),
     Row("running-rev-in", jn.RunningRevIN(), (2, 5, 4, 3), (1, 1, 1, 3), lambda n, p, t, c: (n, c),
         **window | dict(oracle=oracle.running_rev_in)),
+    Row("dish-ts", jn.DishTS(init_length=2, epsilon=1e-4), (3, 2, 3), (1, 1, 3), lambda n, t, c: (n, c), (3,),
+        **window | dict(oracle=oracle.dish_ts, exempt=FUSED)),
     Row("ada-layer", jn.AdaLayerNorm(use_scale=True, use_bias=True, scale_offset=1.0), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **modulated(2)),
     Row("ada-rms-tokens", jn.AdaRMSNorm(parts="scale", modulation_offset=0.0, activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t),
         **modulated(1, -1, True, **UNCENTERED, test_only_x_is_saved_at_full_size="the modulation of each token is of x's size")),

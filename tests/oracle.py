@@ -400,6 +400,19 @@ def message_norm(x, params, groups, spec, message):
     return size * (message / np.maximum(of_message, spec.epsilon)) * (1.0 if params.scale is None else params.scale)
 
 
+def dish_ts(x, params, groups, spec, **_):
+    from jax.scipy.special import erf as of_jax
+    from scipy.special import erf as of_scipy
+
+    xp, w = groups.xp, groups.weight
+    erf = of_scipy if xp is np else of_jax
+    total = lambda a: xp.sum(xp.where(w > 0, a, 0.0), 1, keepdims=True)
+    z = total(x * params.weight[..., 0].T[None])
+    phi = 0.5 * z * (1.0 + erf(z / math.sqrt(2.0)))
+    xi = total((x - phi) ** 2) / np.maximum(w.sum(1, keepdims=True) - 1.0, 1.0) + spec.epsilon
+    return affine((x - phi) / xp.sqrt(xi), params.scale, params.bias)
+
+
 def running_rev_in(x, params, groups, spec, **_):
     """By each patch's own groups of all patches up to it. A std below epsilon is 1."""
     xp, parts = groups.xp, []

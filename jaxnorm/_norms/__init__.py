@@ -15,6 +15,7 @@ from .conditional import ConditionalNorm, conditional_norm
 from .crms import CRMSNorm, crms_norm
 from .cumulative_group import CumulativeGroupNorm, cumulative_group_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
+from .dish_ts import DishTS, dish_ts
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
 from .film import FiLM, film

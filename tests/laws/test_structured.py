@@ -187,3 +187,15 @@ def test_the_length_of_features_has_a_gradient_of_0_at_0():
     np.testing.assert_array_equal(slope, np.zeros((2, 2, 2)))
     with pytest.raises(ValueError, match="must have x's shape"):
         jn.message_norm(message, message[0])
+
+
+def test_dish_ts_puts_a_forecast_back_by_its_second_level(rng):
+    x, y = draw(rng, (2, 6, 3), 4.0), draw(rng, (2, 5, 3))
+    scale, bias, weight = *draw(rng, (2, 3)), draw(rng, (3, 6, 2), 0.2)
+    _, stats = jn.dish_ts(x, scale, bias, weight)
+    phi = jax.nn.gelu(np.einsum("ntc,ctk->knc", x, weight), approximate=False)[1][:, None]
+    xi = ((x - phi) ** 2).sum(1, keepdims=True) / 5
+    got, _ = jn.dish_ts(y, scale, bias, stats=stats, inverse=True)
+    np.testing.assert_allclose(got, (y - bias) / scale * np.sqrt(xi + 1e-8) + phi, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"weight must be of shape \(channels, time, 2\)"):
+        jn.dish_ts(y, weight=weight)
