@@ -137,7 +137,10 @@ class Taken:
     def __call__(self, x: Array, of: OfElements, affine, _: float, before: Moments | Array | None = None) -> Array:
         carry = before if isinstance(before, Moments) else None
         r = inverse_deviation(of, self.epsilon, self.mode, carry).astype(x.dtype)
-        d = deviation_so_far(x, of, carry) if before is carry else x - before.astype(x.dtype)
+        if before is None or isinstance(before, Moments):
+            d = deviation_so_far(x, of, before)
+        else:
+            d = x - before.astype(x.dtype)
         if of.keep is not None:  # padding comes as the mean of this x: it gives the bias
             d = jnp.where(~of.keep & (x == lax.stop_gradient(of.mean)), 0.0, d)
         if self.stop:
