@@ -33,6 +33,7 @@ from ._norms.conditional import ConditionalNorm as ConditionalNorm
 from ._norms.crms import CRMSNorm as CRMSNorm
 from ._norms.cumulative_group import CumulativeGroupNorm as CumulativeGroupNorm
 from ._norms.deep import DeepNorm as DeepNorm
+from ._norms.dish_ts import DishTS as DishTS
 from ._norms.domain_batch import DomainBatchNorm as DomainBatchNorm
 from ._norms.dynamic_erf import DynamicErf as DynamicErf
 from ._norms.dynamic_tanh import DynamicTanh as DynamicTanh
@@ -43,6 +44,8 @@ from ._norms.filter_response import FilterResponseNorm as FilterResponseNorm
 from ._norms.gated import GatedRMSNorm as GatedRMSNorm
 from ._norms.gated_norm import GatedNorm as GatedNorm
 from ._norms.global_response import GlobalResponseNorm as GlobalResponseNorm
+from ._norms.graph import GraphNorm as GraphNorm
+from ._norms.graph_size import GraphSizeNorm as GraphSizeNorm
 from ._norms.group import GroupNorm as GroupNorm
 from ._norms.group_rms import GroupRMSNorm as GroupRMSNorm
 from ._norms.hypersphere import HypersphereUpdate as HypersphereUpdate
@@ -53,8 +56,11 @@ from ._norms.l2 import L2Norm as L2Norm
 from ._norms.layer import LayerNorm as LayerNorm
 from ._norms.layer_scale import LayerScale as LayerScale
 from ._norms.local_response import LocalResponseNorm as LocalResponseNorm
+from ._norms.mean_subtraction import MeanSubtractionNorm as MeanSubtractionNorm
+from ._norms.message import MessageNorm as MessageNorm
 from ._norms.norm_add import LayerNormAdd as LayerNormAdd
 from ._norms.norm_add import RMSNormAdd as RMSNormAdd
+from ._norms.pair import PairNorm as PairNorm
 from ._norms.partial_rms import PartialRMSNorm as PartialRMSNorm
 from ._norms.pixel import PixelNorm as PixelNorm
 from ._norms.poly import PolyNorm as PolyNorm
@@ -63,7 +69,9 @@ from ._norms.query_key import QKNorm as QKNorm
 from ._norms.rep_batch import RepBatchNorm as RepBatchNorm
 from ._norms.residual import AddLayerNorm as AddLayerNorm
 from ._norms.residual import AddRMSNorm as AddRMSNorm
+from ._norms.rev_in import RevIN as RevIN
 from ._norms.rms import RMSNorm as RMSNorm
+from ._norms.running_rev_in import RunningRevIN as RunningRevIN
 from ._norms.scale import ScaleNorm as ScaleNorm
 from ._norms.seed import SeeDNorm as SeeDNorm
 from ._norms.segment import SegmentNorm as SegmentNorm
@@ -405,6 +413,21 @@ def deep_norm(
 ) -> Array: ...
 def deep_norm_alpha(encoder_layers: int = ..., decoder_layers: int = ..., side: str | None = ...) -> float: ...
 def deep_norm_beta(encoder_layers: int = ..., decoder_layers: int = ..., side: str | None = ...) -> float: ...
+def dish_ts(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    weight: ArrayLike | None = ...,
+    *,
+    inverse: bool = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+    stats: WindowStats | None = ...,
+) -> tuple[Array, WindowStats]: ...
 def domain_batch_norm(
     x: ArrayLike,
     domain: ArrayLike | None,
@@ -586,6 +609,38 @@ def global_response_norm(
     activation: Activation | None = ...,
     dtype: DTypeLike | None = ...,
     implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def graph_norm(
+    x: ArrayLike,
+    segment_ids: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    mean_scale: ArrayLike | None = ...,
+    *,
+    num_segments: int | None = ...,
+    indices_are_sorted: bool = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def graph_size_norm(
+    x: ArrayLike,
+    segment_ids: ArrayLike,
+    *,
+    num_segments: int | None = ...,
+    indices_are_sorted: bool = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def group_norm(
@@ -792,6 +847,49 @@ def local_response_norm(
     mask: ArrayLike | None = ...,
 ) -> Array: ...
 def make(norm: str, **options: Any) -> Any: ...
+def mean_subtraction_norm(
+    x: ArrayLike,
+    segment_ids: ArrayLike,
+    *,
+    num_segments: int | None = ...,
+    indices_are_sorted: bool = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def message_norm(
+    x: ArrayLike,
+    message: ArrayLike,
+    scale: ArrayLike | None = ...,
+    *,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
+def pair_norm(
+    x: ArrayLike,
+    segment_ids: ArrayLike,
+    *,
+    num_segments: int | None = ...,
+    scale_individually: bool = ...,
+    output_scale: float = ...,
+    indices_are_sorted: bool = ...,
+    epsilon: float = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+) -> Array: ...
 def partial_rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,
@@ -899,6 +997,27 @@ def rep_batch_norm(
     weights: ArrayLike | None = ...,
     update_stats: bool = ...,
 ) -> tuple[Array, S]: ...
+def rev_in(
+    x: ArrayLike,
+    scale: ArrayLike | None = ...,
+    bias: ArrayLike | None = ...,
+    *,
+    center: str = ...,
+    transform: str | None = ...,
+    inverse: bool = ...,
+    stop_gradient: bool = ...,
+    axis: int = ...,
+    epsilon: float = ...,
+    epsilon_mode: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    mask: ArrayLike | None = ...,
+    stats: WindowStats | None = ...,
+) -> tuple[Array, WindowStats]: ...
 def rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = ...,
@@ -939,6 +1058,22 @@ def rms_norm_add(
     mask: ArrayLike | None = ...,
     quantize_scale: ArrayLike | None = ...,
 ) -> Any: ...
+def running_rev_in(
+    x: ArrayLike,
+    *,
+    inverse: bool = ...,
+    stop_gradient: bool = ...,
+    axis: int = ...,
+    epsilon: float = ...,
+    epsilon_mode: str = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+    carry: Moments | None = ...,
+    stats: WindowStats | None = ...,
+) -> tuple[Array, WindowStats, Moments | None]: ...
 def scale_norm(
     x: ArrayLike,
     g: ArrayLike | None = ...,

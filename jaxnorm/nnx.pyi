@@ -895,6 +895,44 @@ class DeepNorm(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class DishTS(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        init_length: int | None = ...,
+        inverse: bool = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        weight_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        weight_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        stats: ArrayLike | None = ...,
+        inverse: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        weight: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
 class DomainBatchNorm(_flax.Module):
     def __init__(
         self,
@@ -1293,6 +1331,68 @@ class GlobalResponseNorm(_flax.Module):
         self, x: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ..., bias: ArrayLike | None = ...
     ) -> Array: ...  # type: ignore[override]
 
+class GraphNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        use_mean_scale: bool = ...,
+        num_segments: int | None = ...,
+        indices_are_sorted: bool = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_scale_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+        mean_scale_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        segment_ids: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+        mean_scale: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
+class GraphSizeNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        num_segments: int | None = ...,
+        indices_are_sorted: bool = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, segment_ids: ArrayLike, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
 class GroupNorm(_flax.GroupNorm):
     def __init__(
         self,
@@ -1672,6 +1772,52 @@ class LocalResponseNorm(_flax.Module):
     ) -> None: ...
     def __call__(self, x: ArrayLike, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
+class MeanSubtractionNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        num_segments: int | None = ...,
+        indices_are_sorted: bool = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, segment_ids: ArrayLike, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
+
+class MessageNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        init_scale: float = ...,
+        epsilon: float = ...,
+        scale_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self, x: ArrayLike, message: ArrayLike, mask: ArrayLike | None = ..., *, scale: ArrayLike | None = ...
+    ) -> Array: ...  # type: ignore[override]
+
 class Norm(_flax.Module):
     def __init__(
         self,
@@ -1685,6 +1831,31 @@ class Norm(_flax.Module):
         rngs: _flax.Rngs,
     ) -> None: ...
     def __call__(self, x: ArrayLike, *args: Any, **call: Any) -> Any: ...  # type: ignore[override]
+
+class PairNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        num_segments: int | None = ...,
+        scale_individually: bool = ...,
+        output_scale: float = ...,
+        indices_are_sorted: bool = ...,
+        epsilon: float = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, segment_ids: ArrayLike, mask: ArrayLike | None = ...) -> Array: ...  # type: ignore[override]
 
 class PartialRMSNorm(_flax.Module):
     def __init__(
@@ -1984,6 +2155,78 @@ class RepBatchNorm(_flax.Module):
         ln_scale: ArrayLike | None = ...,
         ln_bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
+
+class RevIN(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        use_bias: bool = ...,
+        center: str = ...,
+        transform: str | None = ...,
+        inverse: bool = ...,
+        stop_gradient: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        epsilon_mode: str = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        stats: ArrayLike | None = ...,
+        inverse: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
+
+class RunningRevIN(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        inverse: bool = ...,
+        stop_gradient: bool = ...,
+        axis: int = ...,
+        epsilon: float = ...,
+        epsilon_mode: str = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        mask: ArrayLike | None = ...,
+        *,
+        carry: ArrayLike | None = ...,
+        stats: ArrayLike | None = ...,
+        inverse: ArrayLike | None = ...,
+    ) -> Any: ...  # type: ignore[override]
 
 class SPADE(_flax.Module):
     def __init__(

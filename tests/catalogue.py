@@ -206,6 +206,11 @@ def residual(shape):
     return {"residual": np.random.default_rng(7).normal(size=shape).astype(np.float32)}
 
 
+def window_stats(shape):
+    mean, std = np.random.default_rng(7).normal(size=(2, shape[0], 1, shape[-1])).astype(np.float32)
+    return mean, np.exp(std)
+
+
 def modulated(*condition_of, **exempt) -> dict[str, Any]:
     return dict(operands=condition(*condition_of), oracle=oracle.modulated, exempt=PER_SAMPLE | exempt)
 
@@ -238,6 +243,7 @@ def of_token(n, t, h, d):
 pair = dict(applied=queries_and_keys, calls=2, oracle=oracle.query_key, exempt=UNCENTERED)
 segments = dict(operands=lambda shape: {"segment_ids": segment_ids(np.arange(shape[0]))}, exempt=SEGMENTS)
 so_far = dict(applied=first_alone, oracle=oracle.cumulative_group, exempt={NOT_NATIVE: "statistics so far are XLA's"})
+window = dict(applied=first_alone, oracle=oracle.rev_in, exempt={NOT_NATIVE: "XLA fuses elementwise functions"})
 _image, _planes, _tokens = (6, 5, 4, 12), (6, 12, 5, 4), (4, 6, 40)
 
 ROWS = [
@@ -308,6 +314,28 @@ ROWS = [
     Row("segments-instance", packed("instance"), (20, 3, 4), (1, 1, 4), lambda m, t, c: (segment_ids(m), c), (4,), **segments),
     Row("segments-rms", packed("rms", scale_offset=1.0), (48, 8), (1, 8), lambda m, c: (segment_ids(m),), (8,),
         **segments | rms | dict(exempt=SEGMENTS | UNCENTERED)),
+    Row("graph", jn.GraphNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c), (4,),
+        **segments | dict(oracle=oracle.graph_norm, exempt=SEGMENTS | UNCENTERED)),
+    Row("pair", jn.PairNorm(num_segments=5, output_scale=2.0), (20, 4), (1, 4), lambda m, c: (segment_ids(m),),
+        **segments | dict(oracle=oracle.pair_norm)),
+    Row("pair-each", jn.PairNorm(num_segments=5, scale_individually=True), (20, 4), (1, 4), lambda m, c: (segment_ids(m),),
+        **segments | dict(oracle=oracle.pair_norm)),
+    Row("mean-subtraction", jn.MeanSubtractionNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c),
+        **segments | dict(oracle=oracle.without_mean, exempt=SEGMENTS | UNCENTERED)),
+    Row("graph-size", jn.GraphSizeNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c),
+        **segments | dict(oracle=oracle.by_size, exempt=SEGMENTS | UNCENTERED)),
+    Row("message", jn.MessageNorm(scale_offset=1.0), (20, 6), (1, 6), lambda m, c: (m,), oracle=oracle.message_norm,
+        operands=lambda shape: {"message": residual(shape)["residual"]}, exempt=FUSED | PER_SAMPLE | {
+            "test_only_x_is_saved_at_full_size": "the message is kept as well"}),
+    Row("rev-in", jn.RevIN(), (5, 20, 4), (1, 1, 4), lambda n, t, c: (n, c), (4,), **window),
+    Row("rev-in-last-nct", jn.RevIN(center="last", transform="arcsinh", stop_gradient=False, axis=1), (4, 3, 10), (1, 3, 1),
+        lambda n, c, t: (n, c), (3,), **window),
+    Row("rev-in-inverse", jn.RevIN(inverse=True, scale_offset=5.0), (4, 6, 3), (1, 1, 3), None, (3,),
+        operands=lambda shape: {"stats": window_stats(shape)}, **window | dict(exempt=FUSED | PER_SAMPLE)),
+    Row("running-rev-in", jn.RunningRevIN(), (2, 5, 4, 3), (1, 1, 1, 3), lambda n, p, t, c: (n, c),
+        **window | dict(oracle=oracle.running_rev_in)),
+    Row("dish-ts", jn.DishTS(init_length=2, epsilon=1e-4), (3, 2, 3), (1, 1, 3), lambda n, t, c: (n, c), (3,),
+        **window | dict(oracle=oracle.dish_ts, exempt=FUSED)),
     Row("ada-layer", jn.AdaLayerNorm(use_scale=True, use_bias=True, scale_offset=1.0), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), **modulated(2)),
     Row("ada-rms-tokens", jn.AdaRMSNorm(parts="scale", modulation_offset=0.0, activation="silu"), _tokens, (1, 1, 40), lambda n, t, c: (n, t),
         **modulated(1, -1, True, **UNCENTERED, test_only_x_is_saved_at_full_size="the modulation of each token is of x's size")),

@@ -385,6 +385,112 @@ def cumulative_group(x, params, groups, spec, **_):
     return affine(xp.where(nothing, 0.0, d / xp.sqrt(xp.where(nothing, 1.0, v))), *params)
 
 
+def still(a, groups):
+    """A constant of x, as which it has no gradient."""
+    if groups.xp is np:
+        return a.real
+    from jax.lax import stop_gradient
+
+    return stop_gradient(a)
+
+
+def last_of(x, groups):
+    """The last element of each group that counts, given back to every element; 0 of an empty group."""
+    latest = np.full(groups.labels.max(initial=-1) + 1, -1)
+    place = np.where(groups.weight.ravel() > 0, np.arange(x.size), -1)
+    np.maximum.at(latest, groups.labels.ravel(), place)
+    latest = latest[groups.labels]
+    return groups.xp.where(latest < 0, 0.0, x.ravel()[np.maximum(latest, 0)])
+
+
+def rev_in(x, params, groups, spec, stats=None):
+    xp = groups.xp
+    if spec.inverse:
+        mean, std = (xp.asarray(a, x.real.dtype) for a in stats)
+        return (x - params.bias) / params.scale * std + mean
+    mean = groups.mean(x)
+    v = groups.mean((x - mean) ** 2) + spec.epsilon
+    mean = last_of(x, groups) if spec.center == "last" else mean
+    mean, v = (still(mean, groups), still(v, groups)) if spec.stop_gradient else (mean, v)
+    nothing = (groups.count == 0) | (v == 0)
+    y = affine(xp.where(nothing, 0.0, (x - mean) / xp.sqrt(xp.where(nothing, 1.0, v))), params.scale, params.bias)
+    return xp.arcsinh(y) if spec.transform else y
+
+
+def graph_norm(x, params, groups, spec, **_):
+    xp, share = groups.xp, 1.0 if params.mean_scale is None else params.mean_scale
+    o = x - share * groups.mean(x)
+    v = groups.mean(o * o) + spec.epsilon
+    nothing = (groups.count == 0) | (v == 0)
+    xhat = xp.where(nothing, 0.0, o / xp.sqrt(xp.where(nothing, 1.0, v)))
+    return affine(xhat, params.scale, params.bias)
+
+
+def of_channels(groups):
+    """Of groups of whole rows, those of each channel."""
+    channels = groups.labels.shape[-1]
+    return Groups(groups.labels * channels + np.arange(channels), None, groups.weight, groups.xp)
+
+
+def pair_norm(x, params, groups, spec, **_):
+    xp, of = groups.xp, of_channels(groups)
+    c = x - of.mean(x)
+    if spec.scale_individually:
+        square = xp.sum(xp.where(groups.weight > 0, c * c, 0.0), -1, keepdims=True)
+        zero = square == 0
+        over = xp.where(zero, 0.0, 1.0 / (xp.sqrt(xp.where(zero, 1.0, square)) + spec.epsilon))
+        return spec.output_scale * c * over
+    v = xp.sum(of.mean(c * c), -1, keepdims=True) + spec.epsilon
+    zero = (v == 0) | (of.count.sum(-1, keepdims=True) == 0)
+    return spec.output_scale * xp.where(zero, 0.0, c / xp.sqrt(xp.where(zero, 1.0, v)))
+
+
+def without_mean(x, params, groups, spec, **_):
+    return groups.xp.where(groups.count == 0, 0.0, x - groups.mean(x))
+
+
+def by_size(x, params, groups, spec, **_):
+    return groups.xp.where(groups.count == 0, 0.0, x / np.sqrt(np.maximum(groups.count, 1.0)))
+
+
+def message_norm(x, params, groups, spec, message):
+    xp = groups.xp
+    message = np.asarray(message, np.float64)
+    length = lambda a: groups.mean(a * a) * groups.count
+    square = length(x)
+    zero = square == 0
+    size = xp.where(zero, 0.0, xp.sqrt(xp.where(zero, 1.0, square)))
+    of_message = np.sqrt(Groups(groups.labels, None, groups.weight).mean(message**2) * groups.count)
+    return size * (message / np.maximum(of_message, spec.epsilon)) * (1.0 if params.scale is None else params.scale)
+
+
+def dish_ts(x, params, groups, spec, **_):
+    from jax.scipy.special import erf as of_jax
+    from scipy.special import erf as of_scipy
+
+    xp, w = groups.xp, groups.weight
+    erf = of_scipy if xp is np else of_jax
+    total = lambda a: xp.sum(xp.where(w > 0, a, 0.0), 1, keepdims=True)
+    z = total(x * params.weight[..., 0].T[None])
+    phi = 0.5 * z * (1.0 + erf(z / math.sqrt(2.0)))
+    xi = total((x - phi) ** 2) / np.maximum(w.sum(1, keepdims=True) - 1.0, 1.0) + spec.epsilon
+    return affine((x - phi) / xp.sqrt(xi), params.scale, params.bias)
+
+
+def running_rev_in(x, params, groups, spec, **_):
+    """By each patch's own groups of all patches up to it. A std below epsilon is 1."""
+    xp, parts = groups.xp, []
+    for p in range(x.shape[1]):
+        of = Groups(groups.labels, None, groups.weight * (np.arange(x.shape[1]) <= p)[:, None, None], xp)
+        mean = of.mean(x)
+        v = of.mean((x - mean) ** 2)
+        mean, v = still(mean, groups), still(v, groups)
+        low = v < spec.epsilon**2
+        std = xp.where(low, 1.0, xp.sqrt(xp.where(low, 1.0, v)))
+        parts.append(xp.where(of.count == 0, 0.0, (x - mean) / std)[:, p])
+    return xp.stack(parts, 1)
+
+
 def _written_out(centered):
     def of_formula(x, params, g, groups, spec, **_):
         how = dict(epsilon=spec.epsilon, centered=centered, weights=groups.weight)

@@ -17,6 +17,7 @@ from .conditional import ConditionalNorm, conditional_norm
 from .crms import CRMSNorm, crms_norm
 from .cumulative_group import CumulativeGroupNorm, cumulative_group_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
+from .dish_ts import DishTS, dish_ts
 from .domain_batch import DomainBatchNorm, domain_batch_norm
 from .dynamic_erf import DynamicErf, dynamic_erf
 from .dynamic_tanh import DynamicTanh, dynamic_tanh
@@ -27,6 +28,8 @@ from .filter_response import FilterResponseNorm, filter_response_norm
 from .gated import GatedRMSNorm, gated_rms_norm
 from .gated_norm import GatedNorm, gated_norm
 from .global_response import GlobalResponseNorm, global_response_norm
+from .graph import GraphNorm, graph_norm
+from .graph_size import GraphSizeNorm, graph_size_norm
 from .group import GroupNorm, group_norm
 from .group_rms import GroupRMSNorm, group_rms_norm
 from .hypersphere import HypersphereUpdate, hypersphere_update
@@ -37,7 +40,10 @@ from .l2 import L2Norm, l2_norm
 from .layer import LayerNorm, layer_norm
 from .layer_scale import LayerScale, layer_scale
 from .local_response import LocalResponseNorm, local_response_norm
+from .mean_subtraction import MeanSubtractionNorm, mean_subtraction_norm
+from .message import MessageNorm, message_norm
 from .norm_add import LayerNormAdd, RMSNormAdd, layer_norm_add, rms_norm_add
+from .pair import PairNorm, pair_norm
 from .partial_rms import PartialRMSNorm, partial_rms_norm
 from .pixel import PixelNorm, pixel_norm
 from .poly import PolyNorm, poly_norm
@@ -45,7 +51,9 @@ from .positional import PositionalNorm, positional_norm
 from .query_key import QKNorm, qk_norm
 from .rep_batch import RepBatchNorm, rep_batch_norm
 from .residual import AddLayerNorm, AddRMSNorm, add_layer_norm, add_rms_norm
+from .rev_in import RevIN, rev_in
 from .rms import RMSNorm, rms_norm
+from .running_rev_in import RunningRevIN, running_rev_in
 from .scale import ScaleNorm, scale_norm
 from .seed import SeeDNorm, seednorm
 from .segment import SegmentNorm, segment_norm

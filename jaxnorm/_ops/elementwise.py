@@ -8,6 +8,7 @@ all that is kept of x's size.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from .._core.checks import canonicalize_epsilon, canonicalize_groups, canonicali
 from .._core.dtypes import accumulator
 from .._core.masks import finite_padding, usable, valid_mask
 from .._core.mesh import active_axis_names, explain_unbound_axis
-from .._core.over import Axes, Groups, Prefix
+from .._core.over import Axes, Groups, Prefix, Segments
 from .._core.platforms import recompute
 from .._core.types import Plan, Reduction, Statistics
 from .._core.vma import broadcast_like, shard_like, spec_of, tangent_like
@@ -83,6 +84,16 @@ class OfElements:
         if self.keep is None or jnp.iscomplexobj(xhat):
             return xhat
         return jnp.clip(xhat, -1e30, 1e30)
+
+    def rsqrt_of_sum(self, axis: int, epsilon: float) -> Array:
+        """1 / sqrt(sum of var along an axis + epsilon), with size 1 along it; 0 for 1 / 0, and where all are empty."""
+        larger = self._spread().max(axis, keepdims=True, initial=0.0)
+        larger = lax.stop_gradient(jnp.maximum(larger, math.sqrt(epsilon)))
+        void = (larger == 0) | (self.count == 0).all(axis, keepdims=True)
+        s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
+        v = self._scaled_m2(jnp.broadcast_to(s, self.parts.m2.shape)) / nonzero_divisor(self.count)
+        v = v.sum(axis, keepdims=True) + (epsilon * s) * s
+        return jnp.where(void, 0.0, s * lax.rsqrt(jnp.where(void, 1.0, v)))
 
     @property
     def _is_plain(self) -> bool:
@@ -156,13 +167,14 @@ Several = tuple[Statistics, ...]
 def normalize_by_statistics(
     norm: str, f: Callable[..., Array], x: Array, own: dict[str, Any], scale, bias, axes: tuple[int, ...],
     feature_axes: tuple[int, ...], *, epsilon, scale_offset, activation, mask, axis_name, axis_index_groups, dtype,
-    implementation, centered=True, groups: int | None = None,
+    implementation, centered=True, groups: int | None = None, segments: tuple[Segments, Array] | None = None,
 ) -> Array:  # fmt: skip
-    """y = activation(f(x, statistics, affine, epsilon, *own)), rounded once; statistics over `axes`.
+    """y = activation(f(x, statistics, affine, epsilon, *own)), rounded once; statistics over `axes`, or `segments`.
 
     `f` is elementwise and gets x in the accumulator's dtype. It calls `affine`: z -> z (scale + scale_offset) + bias.
     `own` are further parameters by name: numbers, or arrays of the feature shape or of one that broadcasts. `groups` is
-    the number of groups of channels, at the one feature axis, that statistics are over as well.
+    the number of groups of channels, at the one feature axis, that statistics are over as well. `segments` are what
+    statistics are over in the place of `axes`, and the ids.
     """
     refuse_kernels(norm, implementation)
     given = [
@@ -175,17 +187,19 @@ def normalize_by_statistics(
     names = active_axis_names(axis_name, whole=axis_index_groups is None) or None
     shared = canonicalize_groups(norm, axis_index_groups) if names else None
     over, view, spans = _grouped(x, axes, feature_axes, groups)
+    over, ids = (over, None) if segments is None else segments
     reduction = Reduction(over, centered, axis_name=names, groups=shared)
     scale_offset = canonicalize_number(norm, "scale_offset", scale_offset, "1.0")
     epsilon = canonicalize_epsilon(norm, epsilon)
     seen = jax.eval_shape(view, jax.ShapeDtypeStruct(x.shape, x.dtype))
     plan = make_plan(seen, names or (), epsilon, scale_offset, out, reduction, implementation, activation=activation)
     x, mask = align_boolean_mask(norm, x, mask)
+    mask = over.present(mask, ids)
 
     def normalized(*args) -> Array:
         seen, mask, params = jax.tree.map(view, args)
         with explain_unbound_axis(norm, axis_name):
-            return by_statistics(Whole(f, plan), plan.reduction, out, seen, mask, None, params).reshape(x.shape)
+            return by_statistics(Whole(f, plan), plan.reduction, out, seen, mask, None, params, ids).reshape(x.shape)
 
     run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans else normalized
     return run(finite_padding(x, mask), mask, params)
