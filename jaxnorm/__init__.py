@@ -13,6 +13,7 @@ from ._core.quantized import Quantized as Quantized
 from ._core.types import Affine as Affine
 from ._core.types import Moments as Moments
 from ._core.types import RunningStats as RunningStats
+from ._core.types import WindowStats as WindowStats
 from ._norms import *
 from ._norms.base import Norm as Norm
 from ._norms.make import as_dict as as_dict

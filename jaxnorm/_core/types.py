@@ -126,3 +126,11 @@ class RunningStats(NamedTuple):
     mean: Array  # feature shape, float32
     var: Array  # feature shape, float32
     count: Array | None = None  # feature shape, float32: elements or updates seen; None where the spec needs none
+
+
+@exported
+class WindowStats(NamedTuple):
+    """What was taken out of a window: x = y * std + mean, but for the parameters of the norm."""
+
+    mean: Array  # with x's rank, and size 1 along the axes of the window; float32 or wider
+    std: Array  # the same, real

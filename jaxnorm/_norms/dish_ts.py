@@ -16,10 +16,10 @@ from .._core.explain import explained
 from .._core.masks import finite_padding, finite_where_masked
 from .._core.messages import shown
 from .._core.platforms import recompute
-from .._core.types import Features
+from .._core.types import Features, WindowStats
 from .._ops.plan import refuse_kernels
 from .._ops.pointwise import normalize_pointwise
-from .._ops.windows import PutBack, TakenAs, WindowStats, as_window_stats
+from .._ops.windows import PutBack, TakenAs, as_window_stats
 from .._ops.written import unit_of
 from .base import Spec
 from .declare import S, function_of, spec

@@ -15,7 +15,7 @@ from .._core.mesh import active_axis_names
 from .._core.messages import shown
 from .._core.over import Axes
 from .._core.platforms import recompute
-from .._core.types import Params
+from .._core.types import Params, WindowStats
 from .._ops.elementwise import normalize_by_statistics
 from .._ops.pointwise import normalize_pointwise
 from .._ops.windows import (
@@ -24,7 +24,6 @@ from .._ops.windows import (
     PutBack,
     Taken,
     TakenAs,
-    WindowStats,
     as_window_stats,
     epsilon_inside,
     last_of,

@@ -16,7 +16,7 @@ from .._core.masks import finite_padding
 from .._core.messages import shown
 from .._core.over import Prefix
 from .._core.platforms import recompute
-from .._core.types import Features, Moments, Reduction
+from .._core.types import Features, Moments, Reduction, WindowStats
 from .._ops.elementwise import Whole, by_statistics
 from .._ops.plan import make_plan, refuse_kernels
 from .._ops.pointwise import normalize_pointwise
@@ -26,7 +26,6 @@ from .._ops.windows import (
     PutBack,
     Taken,
     TakenAs,
-    WindowStats,
     as_window_stats,
     epsilon_inside,
     window_stats,

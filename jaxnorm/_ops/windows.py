@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,12 @@ from jax import lax
 
 from .._core.arithmetic import nonzero_divisor
 from .._core.checks import canonicalize_groups, check_axis_name
-from .._core.exported import exported
 from .._core.masks import finite_padding, finite_where_masked
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
 from .._core.over import Over
 from .._core.platforms import recompute
-from .._core.types import Moments, Reduction, Statistics
+from .._core.types import Moments, Reduction, Statistics, WindowStats
 from .elementwise import OfElements
 from .plan import make_plan
 from .so_far import count_so_far, deviation_so_far, mean_so_far, rsqrt_so_far
@@ -31,14 +30,6 @@ Array = jax.Array
 
 MODES = ("inside", "if_zero", "one_below")
 TRANSFORMS = (None, "arcsinh")
-
-
-@exported
-class WindowStats(NamedTuple):
-    """What was taken out of a window: x = y * std + mean, but for the parameters of the norm."""
-
-    mean: Array  # with x's rank, and size 1 along the axes of the window; float32 or wider
-    std: Array  # the same, real
 
 
 def as_window_stats(norm: str, stats: Any, ndim: int) -> WindowStats:
