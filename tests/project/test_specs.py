@@ -180,7 +180,8 @@ def test_init_makes_identity_parameters_without_data(row):
     assert (state == ()) != row.batch
     features = (12, 5) if isinstance(getattr(row.spec, "axis", -1), tuple) else (12,)
     shaped = jax.eval_shape(lambda: row.spec.init(features))
-    assert all(leaf.shape in (features, ()) for leaf in jax.tree.leaves(shaped))
+    of_features = shaped[0]._replace(**dict.fromkeys({*row.spec.whole} & {*params._fields})), shaped[1]
+    assert all(leaf.shape in (features, ()) for leaf in jax.tree.leaves(of_features))
     half = dataclasses.replace(row.spec, param_dtype=jnp.bfloat16).init(row.features)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half[0]))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half[1]))
