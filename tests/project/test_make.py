@@ -43,7 +43,8 @@ OTHER = {
     "reduction_axes": [1, 2], "running": jn.EMA(momentum=0.5), "share": jn.Devices("data", 2), "size": 7, "sync": 2,
     "virtual_batch_size": 8, "act.activation": None, "dish_ts.activation": None,
     "rev_in.activation": None, "running_rev_in.activation": None, "center": "last", "transform": "arcsinh",
-    "init_length": 9, "rev_in.epsilon_mode": "if_zero", "running_rev_in.epsilon_mode": "inside", "partial_rms.epsilon_mode": "outside",
+    "init_length": 9, "rev_in.epsilon_mode": "if_zero", "running_rev_in.epsilon_mode": "inside",
+    "partial_rms.epsilon_mode": "outside",
     "quantize": jn.Fp8(per="row", floor=1e-6),
     "pixel.epsilon_mode": "outside", "scale.epsilon_mode": "inside", "segment.kind": "rms",
 }  # fmt: skip
