@@ -76,7 +76,7 @@ def test_layers_of_rev_in_put_a_forecast_back_and_stop_gradients(rng):
     ("call", "error", "message"),
     [
         (lambda x: jn.rev_in(x, inverse=True), ValueError, "needs stats. Write stats=stats"),
-        (lambda x: jn.rev_in(x, stats=(x[0], x[0])), ValueError, "must have x's rank 3"),
+        (lambda x: jn.rev_in(x, stats=jn.WindowStats(x[0], x[0])), ValueError, "must have x's rank 3"),
         (lambda x: jn.rev_in(x, stats=x), TypeError, "must be a mean and a std"),
         (lambda x: jn.RevIN(center="first"), ValueError, 'Write center="mean"'),
         (lambda x: jn.rev_in(x, activation="relu"), ValueError, "would have to be inverted"),
