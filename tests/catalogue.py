@@ -242,7 +242,7 @@ def of_token(n, t, h, d):
 
 pair = dict(applied=queries_and_keys, calls=2, oracle=oracle.query_key, exempt=UNCENTERED)
 segments = dict(operands=lambda shape: {"segment_ids": segment_ids(np.arange(shape[0]))}, exempt=SEGMENTS)
-so_far = dict(applied=first_alone, oracle=oracle.cumulative_group, exempt={NOT_NATIVE: "statistics so far are XLA's"})
+so_far = dict(applied=first_alone, oracle=oracle.cumulative_group, exempt={NOT_NATIVE: FUSED[NOT_NATIVE]})
 window = dict(applied=first_alone, oracle=oracle.rev_in, exempt={NOT_NATIVE: "XLA fuses elementwise functions"})
 _image, _planes, _tokens = (6, 5, 4, 12), (6, 12, 5, 4), (4, 6, 40)
 
@@ -315,15 +315,15 @@ ROWS = [
     Row("segments-rms", packed("rms", scale_offset=1.0), (48, 8), (1, 8), lambda m, c: (segment_ids(m),), (8,),
         **segments | rms | dict(exempt=SEGMENTS | UNCENTERED)),
     Row("graph", jn.GraphNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c), (4,),
-        **segments | dict(oracle=oracle.graph_norm, exempt=SEGMENTS | UNCENTERED)),
+        **segments | dict(oracle=oracle.graph_norm, exempt=SEGMENTS | FUSED)),
     Row("pair", jn.PairNorm(num_segments=5, output_scale=2.0), (20, 4), (1, 4), lambda m, c: (segment_ids(m),),
-        **segments | dict(oracle=oracle.pair_norm)),
+        **segments | dict(oracle=oracle.pair_norm, exempt=SEGMENTS | {NOT_NATIVE: FUSED[NOT_NATIVE]})),
     Row("pair-each", jn.PairNorm(num_segments=5, scale_individually=True), (20, 4), (1, 4), lambda m, c: (segment_ids(m),),
-        **segments | dict(oracle=oracle.pair_norm)),
+        **segments | dict(oracle=oracle.pair_norm, exempt=SEGMENTS | {NOT_NATIVE: FUSED[NOT_NATIVE]})),
     Row("mean-subtraction", jn.MeanSubtractionNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c),
-        **segments | dict(oracle=oracle.without_mean, exempt=SEGMENTS | UNCENTERED)),
+        **segments | dict(oracle=oracle.without_mean, exempt=SEGMENTS | FUSED)),
     Row("graph-size", jn.GraphSizeNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c),
-        **segments | dict(oracle=oracle.by_size, exempt=SEGMENTS | UNCENTERED)),
+        **segments | dict(oracle=oracle.by_size, exempt=SEGMENTS | FUSED)),
     Row("message", jn.MessageNorm(scale_offset=1.0), (20, 6), (1, 6), lambda m, c: (m,), oracle=oracle.message_norm,
         operands=lambda shape: {"message": residual(shape)["residual"]}, exempt=FUSED | PER_SAMPLE | {
             "test_only_x_is_saved_at_full_size": "the message is kept as well"}),
@@ -376,9 +376,9 @@ ROWS = [
     Row("renorm", jn.BatchRenorm(r_max=1.5, d_max=0.5, axis=1, activation="relu"), (6, 4, 3), (1, 4, 1), lambda n, c, t: (c,), (4,),
         oracle=oracle.renormalize, exempt=FUSED),
     Row("domain", jn.DomainBatchNorm(num_domains=3), (9, 3, 6), (1, 1, 6), lambda n, t, c: (n * n % 3, c), (6,),
-        exempt=SEGMENTS, operands=lambda shape: {"domain": np.arange(shape[0]) ** 2 % 3}),
+        exempt=SEGMENTS | {NOT_NATIVE: FUSED[NOT_NATIVE]}, operands=lambda shape: {"domain": np.arange(shape[0]) ** 2 % 3}),
     Row("batch-l1", jn.BatchNorm(spread="l1"), (8, 3, 6), (1, 1, 6), lambda n, t, c: (c,), (6,), oracle=oracle.over_absolute,
-        exempt={NOT_NATIVE: "XLA computes it"}),
+        exempt={NOT_NATIVE: FUSED[NOT_NATIVE]}),
     Row("batch-ghost-remainder", jn.BatchNorm(virtual_batch_size=6), (16, 9, 6), (1, 1, 6), ghosts(6), (6,),
         exempt=GHOSTS),
     Row("evo-s0", jn.EvoNormS(num_groups=3), (5, 4, 12), (1, 1, 12), lambda n, t, c: (n, c // 4), (12,), **evolved),
@@ -387,8 +387,7 @@ ROWS = [
     Row("evo-b0", jn.EvoNormB(), (5, 9, 4), (1, 1, 4), lambda n, t, c: (c,), (4,), **evolved),
     Row("batch-instance", jn.BatchInstanceNorm(activation="silu"), (5, 9, 4), (1, 1, 4), lambda n, t, c: (c,), (4,),
         oracle=oracle.batch_and_instance, exempt=MIXED),
-    Row("instance-batch", jn.InstanceBatchNorm(), (6, 9, 4), (1, 1, 4), lambda n, t, c: (np.where(c < 2, n, -1), c), (4,), calls=2,
-        exempt={NOT_NATIVE: "on parts of the channels"}),
+    Row("instance-batch", jn.InstanceBatchNorm(), (6, 9, 4), (1, 1, 4), lambda n, t, c: (np.where(c < 2, n, -1), c), (4,), calls=2),
     Row("switchable", jn.SwitchableNorm(axis=1), (3, 4, 9), (1, 4, 1), lambda n, c, t: (0 * n,), (4,), oracle=oracle.switched, exempt=MIXED),
 ]  # fmt: skip
 

@@ -35,7 +35,7 @@ class Mutant(NamedTuple):
 
 XLA = " --backend absent"  # the formulas alone, where kernels would hide them
 STATISTICS, FORMULA, RUNNING = "_ops/statistics.py", "_ops/formula.py", "_ops/running.py"
-FORMULAS, BATCH, SHARING = "_core/formulas.py", "_norms/batch.py", "_ops/sharing.py"
+FORMULAS, BATCH, SHARING = "_core/formulas.py", "_ops/batch.py", "_ops/sharing.py"
 QUANTIZE = "_ops/quantize.py"
 ACCURACY, MASKS, STATE = "laws/test_accuracy.py", "laws/test_masks.py", "laws/test_state.py"
 
@@ -46,7 +46,8 @@ MUTANTS = [
     Mutant("E[x^2] - E[x]^2 of columns", FORMULAS, "shift = over.sum(sample, None) / over",
            "shift = 0.0 * over.sum(sample, None) / over", ACCURACY + " -k batch" + XLA),
     Mutant("no correction of the second moment", FORMULAS, "    m2 = m2 - correction\n", "", ACCURACY + " -k batch" + XLA),
-    Mutant("wrong sign of the term of the variance", FORMULA, "times.append(-s * at_x((d2", "times.append(s * at_x((d2",
+    Mutant("wrong sign of the term of the variance", FORMULA, "times.append(-s * at_x(apart((d2",
+           "times.append(s * at_x(apart((d2",
            ACCURACY + XLA),
     Mutant("no term of the mean", FORMULA, "if reduction.centered:\n            plus.append", "if False:\n            plus.append",
            ACCURACY + XLA),
@@ -132,7 +133,7 @@ MUTANTS = [
     Mutant("gradients into the state", RUNNING, "lax.stop_gradient(jnp.where(where, new.astype(old.dtype), old))",
            "jnp.where(where, new.astype(old.dtype), old)", STATE),
     Mutant("frozen updates in training", BATCH, "    if frozen or train is False:\n", "    if train is False:\n", STATE),
-    Mutant("frozen accumulates", BATCH, "state if self.frozen else update_state", "update_state", "laws/test_accumulation.py"),
+    Mutant("frozen accumulates", "_norms/running.py", "state if self.frozen else update_state", "update_state", "laws/test_accumulation.py"),
     Mutant("skip_nonfinite is ignored", RUNNING, "seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)", "pass", STATE),
     Mutant("min_count is one more", RUNNING, "(batch.count >= min_count)", "(batch.count > min_count)", STATE),
     Mutant("no correction of the start", RUNNING, "            part = _debiased(part, momentum, count)\n", "", STATE),

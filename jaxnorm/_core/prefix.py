@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +15,7 @@ from .over import Axes, Prefix
 from .types import Reduction, Statistics
 
 Array = jax.Array
+_SAME = ("prescale", "large_prescale", "plain")  # of a place and of the prefix that it is part of
 
 
 def statistics_so_far(x, mask, weights, n: Array, reduction: Reduction, over: Prefix) -> Statistics:
@@ -21,7 +24,7 @@ def statistics_so_far(x, mask, weights, n: Array, reduction: Reduction, over: Pr
     Source: Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
     """
     places = Axes(over.axes)
-    of_place = Reduction(places, prescale=reduction.prescale, large_prescale=reduction.large_prescale)
+    of_place = replace(Reduction(places), **{name: getattr(reduction, name) for name in _SAME})
     count = count_valid(x, mask, weights, places)
     hi, lo, m2 = two_pass(x, valid_mask(mask, weights), weights, count, of_place, round_mean=True)
     count = jnp.broadcast_to(count, m2.shape)

@@ -49,7 +49,6 @@ class BatchNorm(RunningSpec):
      [ 1.]] [0.2]
     """
 
-    momentum: float | Array | None = 0.99
     spread: str = "std"
 
     def __post_init__(self) -> None:

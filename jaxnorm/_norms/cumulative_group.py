@@ -188,7 +188,7 @@ def cumulative_group_norm(
     def run(x, mask, scale, bias, carry) -> tuple[Array, Moments]:
         x, (mask, scale, bias) = view(x), (None if a is None else view(a) for a in (mask, scale, bias))
         at_x = None if carry is None else Moments(*(_spread(a, x.ndim, group) for a in carry))
-        after = moments_after(x, (*beside, time), mask, carry)
+        after = moments_after(x, (*beside, time), mask, carry, implementation)
         if variance == "prefix":
             whole = plan(_of_prefix, True)
             return by_statistics(whole, whole.plan.reduction, out, x, mask, None, (scale, bias, at_x)), after

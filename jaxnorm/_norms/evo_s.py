@@ -133,6 +133,8 @@ def evo_norm_s(
         )
     if u is not None and variant != "S0":
         raise ValueError(f"{norm}: u is a parameter of variant S0, got variant={variant!r}. Write u=None.")
+    if num_groups is None and group_size is None:
+        num_groups = 32
     groups = canonicalize_group_count(norm, x.shape[channel], num_groups, group_size, x.shape)
     space = tuple(a for a in range(1, x.ndim) if a != channel)
     return normalize_by_statistics(

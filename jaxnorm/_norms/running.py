@@ -62,7 +62,7 @@ class RunningSpec(Spec):
 
     use_bias: bool = True
     axis: int | Sequence[int] = -1
-    momentum: float | Array | None = 0.9
+    momentum: float | Array | None = 0.99
     epsilon: float = 1e-5
     running: EMA | Cumulative | None = None
     share: Devices | None = None

@@ -189,7 +189,7 @@ def running_rev_in(
             carry=at_x if not stop else jax.lax.stop_gradient(at_x),
         )  # fmt: skip
         y = by_statistics(Whole(f, plan), plan.reduction, out, x, mask, None, (None, None, at_x))
-        return y, seen, moments_after(x, (1, *points), mask, carry)
+        return y, seen, moments_after(x, (1, *points), mask, carry, implementation)
 
     return recompute(run, implementation == "lax")(finite_padding(x, mask), mask, carry)
 

@@ -221,7 +221,7 @@ def output_tangent(plan: Plan, x, mask, weights, stats: Statistics, scale, tange
     columns = not reduction.plain and isinstance(reduction.over, Axes) and not are_last(x, reduction.axes)
     # Where s varies along them, as with channels in front, XLA for CPU would sum and multiply in one slow loop; not if
     # there is a select between. Where r is NaN, so is dy by its other terms.
-    columns = columns and any(s.ndim and s.shape[a] > 1 for a in reduction.axes)
+    columns = columns and any(s.ndim and s.shape[a] != 1 for a in reduction.axes)
     apart = (lambda a: where(r == r, a, 0.0)) if columns else lambda a: a
     if dx is not None or dweights is not None:
         dx = None if dx is None else at_x(r) * zero_where_padding(x, valid_mask(mask, weights), dx.astype(xhat.dtype))

@@ -52,9 +52,11 @@ def rsqrt_so_far(of: OfElements, epsilon: float | Array, carry: Moments | None) 
     return jnp.where(count == 0, 0.0, r)
 
 
-def moments_after(x: Array, axes: tuple[int, ...], mask: Array | None, carry: Moments | None) -> Moments:
+def moments_after(
+    x: Array, axes: tuple[int, ...], mask: Array | None, carry: Moments | None, implementation: str | None
+) -> Moments:
     """The next carry: the moments of x over `axes`, and of what came before. It has no gradient for its count."""
-    seen = moments(x, axes, mask=mask)
+    seen = moments(x, axes, mask=mask, implementation=implementation)
     return seen if carry is None else merge(carry._replace(count=lax.stop_gradient(carry.count)), seen)
 
 

@@ -198,7 +198,8 @@ def test_implementation_lax_traces_lax_operations_alone(name, rng):
     else:
         x, params = draw(rng, row.shape, 1.0), row.params(rng)
         lax = dataclasses.replace(row, spec=dataclasses.replace(row.spec, implementation="lax"))
-        f = lambda x, p: lax.call(p, row.state(), x, train=True)
+        state = row.state()
+        f = lambda x, p: lax.call(p, state, x, train=True)
     forward = jax.make_jaxpr(f)(x, params)
     assert primitives(forward.jaxpr) <= LAX | CALLS
     both = jax.make_jaxpr(lambda *args: (lambda y, vjp: vjp(y))(*jax.vjp(f, *args)))(x, params)

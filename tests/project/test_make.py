@@ -46,13 +46,18 @@ OTHER = {
     "init_length": 9, "rev_in.epsilon_mode": "if_zero", "running_rev_in.epsilon_mode": "inside",
     "partial_rms.epsilon_mode": "outside",
     "quantize": jn.Fp8(per="row", floor=1e-6),
+    "time_axis": 2, "variance": "running", "variant": "S2", "evo_norm_b.variant": "B2",
+    "init_rank": 4, "init_order": 2,
+    "num_heads": 2, "stored_rate": 0.5, "method": "eigh", "cumulative_group.activation": None,
+    "gate_activation": "gelu", "steps": 3,
     "num_domains": 4, "spread": "rms", "track": "var", "r_max": jn.Ramp(1.0, 2.0, 3.0, 4.0), "d_max": 2.0, "fade": 0.5,
     "pixel.epsilon_mode": "outside", "scale.epsilon_mode": "inside", "segment.kind": "rms",
 }  # fmt: skip
+RUNNING = [name for name, kind in jn.catalogue().items() if "sync" in kind.__dataclass_fields__]
 NEEDS = {
     "segment.num_groups": {"kind": "group"},
     "segment.group_size": {"kind": "group"},
-    **{f"{name}.sync": {"axis_name": "d"} for name in ("batch", "batch_renorm", "domain_batch", "rep_batch")},
+    **{f"{name}.sync": {"axis_name": "d"} for name in RUNNING},
 }
 
 

@@ -180,15 +180,11 @@ def test_init_makes_identity_parameters_without_data(row):
     assert all(p.dtype == np.float32 for p in jax.tree.leaves(params))
     features = (12, 5) if isinstance(getattr(row.spec, "axis", -1), tuple) else (12,)
     shaped = jax.eval_shape(lambda: row.spec.init(features))
-<<<<<<< HEAD
     of_features = lambda shape: shape in (features, ()) or shape[row.spec.state_axes :] == features
-    own = shaped[0]._replace(**dict.fromkeys(row.spec.whole))  # without those of a shape of their own
+    # Without those of a shape of their own.
+    own = shaped[0]._replace(**dict.fromkeys({*row.spec.whole} & {*params._fields}))
     kept = () if row.spec.own_state_shape else shaped[1]
     assert all(of_features(leaf.shape) for leaf in jax.tree.leaves((own, kept)))
-=======
-    of_features = shaped[0]._replace(**dict.fromkeys({*row.spec.whole} & {*params._fields})), shaped[1]
-    assert all(leaf.shape in (features, ()) for leaf in jax.tree.leaves(of_features))
->>>>>>> cb45f753c33894bf98192c65ab9e8db07acf3443
     half = dataclasses.replace(row.spec, param_dtype=jnp.bfloat16).init(row.features)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half[0]))
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(half[1]))
