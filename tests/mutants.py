@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant("frozen accumulates", "_norms/running.py", "state if self.frozen else update_state", "update_state", "laws/test_accumulation.py"),
     Mutant("skip_nonfinite is ignored", RUNNING, "seen &= jnp.isfinite(batch.mean) & jnp.isfinite(batch.m2)", "pass", STATE),
     Mutant("min_count is one more", RUNNING, "(batch.count >= min_count)", "(batch.count > min_count)", STATE),
-    Mutant("no correction of the start", RUNNING, "            part = _debiased(part, momentum, count)\n", "", STATE),
+    Mutant("no correction of the start", RUNNING, "_debiased(part, momentum, count) if policy.debias else part", "part", STATE),
     Mutant("a prescale is lost", BATCH, "stats.m2 / reduction.prescale / reduction.prescale", "stats.m2 / reduction.prescale",
            STATE),
     Mutant("a traced train is inverted", BATCH, "y = jnp.where(train, y, by_running())", "y = jnp.where(train, by_running(), y)",
