@@ -116,9 +116,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ._core.formats import Format
-from ._layers.weights_linen import Reparametrized as Reparametrized
-from ._layers.weights_linen import SpectralNorm as SpectralNorm
-from ._layers.weights_linen import WeightNorm as WeightNorm
 from ._ops import policy as _policy
 
 Fp8DotGeneral: TypeAlias = Any
@@ -1854,6 +1851,17 @@ class RepBatchNorm(_flax.Module):
         ln_bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class Reparametrized(_flax.Module):
+    def __init__(
+        self,
+        layer_instance: _flax.Module,
+        spec: Any,
+        variable_filter: Any = ...,
+        collection_name: str = ...,
+        name: str | None = ...,
+    ) -> None: ...
+    def __call__(self, *args: Any, update_stats: bool = ..., **kwargs: Any) -> Any: ...  # type: ignore[override]
+
 class RevIN(_flax.Module):
     def __init__(
         self,
@@ -2048,6 +2056,21 @@ class SegmentNorm(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class SpectralNorm(_flax.SpectralNorm):
+    def __init__(
+        self,
+        layer_instance: _flax.Module,
+        n_steps: int = ...,
+        epsilon: float = ...,
+        dtype: DTypeLike | None = ...,
+        param_dtype: DTypeLike = ...,
+        error_on_non_matrix: bool = ...,
+        collection_name: str = ...,
+        bound: float | None = ...,
+        name: str | None = ...,
+    ) -> None: ...
+    def __call__(self, *args: Any, update_stats: bool, **kwargs: Any) -> Any: ...  # type: ignore[override]
+
 class SwitchableNorm(_flax.Module):
     def __init__(
         self,
@@ -2097,3 +2120,18 @@ class SwitchableNorm(_flax.Module):
         mean_logits: ArrayLike | None = ...,
         var_logits: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
+
+class WeightNorm(_flax.WeightNorm):
+    def __init__(
+        self,
+        layer_instance: _flax.Module,
+        epsilon: float = ...,
+        dtype: DTypeLike | None = ...,
+        param_dtype: DTypeLike = ...,
+        use_scale: bool = ...,
+        scale_init: _Function = ...,
+        feature_axes: int | Sequence[int] | None = ...,
+        variable_filter: Any = ...,
+        name: str | None = ...,
+    ) -> None: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # type: ignore[override]

@@ -193,9 +193,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ._core.formats import Format
-from ._layers.weights_nnx import Reparametrized as Reparametrized
-from ._layers.weights_nnx import SpectralNorm as SpectralNorm
-from ._layers.weights_nnx import WeightNorm as WeightNorm
 from ._ops import policy as _policy
 
 A: TypeAlias = Any
@@ -2156,6 +2153,18 @@ class RepBatchNorm(_flax.Module):
         ln_bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class Reparametrized(_flax.Module):
+    def __init__(
+        self,
+        layer_instance: _flax.Module,
+        spec: Any,
+        *,
+        variable_filter: Any = ...,
+        update_stats: bool = ...,
+        rngs: _flax.Rngs,
+    ) -> None: ...
+    def __call__(self, *args: Any, update_stats: bool = ..., **kwargs: Any) -> Any: ...  # type: ignore[override]
+
 class RevIN(_flax.Module):
     def __init__(
         self,
@@ -2374,6 +2383,22 @@ class SegmentNorm(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class SpectralNorm(_flax.SpectralNorm):
+    def __init__(
+        self,
+        layer_instance: _flax.Module,
+        *,
+        n_steps: int = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        error_on_non_matrix: bool = ...,
+        update_stats: bool = ...,
+        bound: float | None = ...,
+        rngs: _flax.Rngs,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *args: Any, update_stats: bool = ..., **kwargs: Any) -> Any: ...  # type: ignore[override]
+
 class SwitchableNorm(_flax.Module):
     def __init__(
         self,
@@ -2429,3 +2454,20 @@ class SwitchableNorm(_flax.Module):
         mean_logits: ArrayLike | None = ...,
         var_logits: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
+
+class WeightNorm(_flax.WeightNorm):
+    def __init__(
+        self,
+        layer_instance: _flax.Module,
+        *,
+        feature_axes: Any = ...,
+        use_scale: bool = ...,
+        scale_init: _Function = ...,
+        epsilon: float = ...,
+        dtype: Any = ...,
+        param_dtype: Any = ...,
+        variable_filter: Any = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs | None = ...,
+    ) -> None: ...
+    def __call__(self, x: ArrayLike, *args: Any, **kwargs: Any) -> Any: ...  # type: ignore[override]

@@ -100,12 +100,11 @@ def of_layers(library: str) -> str:
     head += "# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false\n"
     head += f"from flax import {library} as _flax\n\nfrom ._core.formats import Format\n"
     head += "from ._ops import policy as _policy\n\n"
-    for name, cls in module._WRAPPERS.items():  # they have no generated signature
-        head += f"from .{cls.__module__.removeprefix('jaxnorm.')} import {name} as {name}\n"
     plain = lambda name: is_declared(getattr(flax, name), name)
     head += "".join(f"from flax.{library} import {name} as {name}\n" for name in others if plain(name))
     head += "".join(f"{name}: TypeAlias = Any\n" for name in others if not plain(name))
-    body = "".join(f"\n{layer(name, getattr(module, name), hasattr(flax, name))}" for name in sorted(module.__all__))
+    names = sorted({*module.__all__, *module._WRAPPERS})
+    body = "".join(f"\n{layer(name, getattr(module, name), hasattr(flax, name))}" for name in names)
     more = "\n_Function: TypeAlias = Callable[..., Any]\n"
     return HEAD + WORDS + "\n" + head + more + body
 
@@ -168,8 +167,10 @@ def spelt(annotation: Any, name: str = "") -> str:
         return "_Function"
     if name == "momentum":
         return "float | Array | None"
+    if name == "variable_filter":
+        return "Any"
     if isinstance(annotation, str):
-        return annotation.replace("nnx.", "_flax.")
+        return re.sub(r"\bnnx?\.", "_flax.", annotation)
     if annotation is inspect.Parameter.empty:
         return "Any"
     if annotation in (None, type(None)):

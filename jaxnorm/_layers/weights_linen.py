@@ -138,7 +138,7 @@ class Reparametrized(nn.Module):
 
     layer_instance: nn.Module
     spec: Any
-    variable_filter: Iterable | None = field(default_factory=lambda: {"kernel"})
+    variable_filter: Any = field(default_factory=lambda: {"kernel"})
     collection_name: str = "batch_stats"
 
     @nn.compact

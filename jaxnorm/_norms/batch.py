@@ -6,7 +6,7 @@ Legend: N batch, C channels, F the feature shape (C,), n the number of elements 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,16 @@ from jax.typing import ArrayLike
 
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.messages import shown
-from .._core.types import Affine, Features, Moments, Params, RunningStats
+from .._core.types import Affine, Features, Params, RunningStats
 from .._ops.batch import normalize_batch
 from .._ops.normalize import as_affine
 from .._ops.policy import Running, running_policy
 from .._ops.spread import BY, SPREADS, normalize_by, over_spread
 from .._ops.states import as_stats, is_stats
 from .declare import as_params, function_of, refuse_params_as_state, spec
-from .running import RunningSpec
+from .running import RunningSpec, S
 
 Array = jax.Array
-S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
 
 
 @spec

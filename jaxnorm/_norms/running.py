@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from .._core.explain import explained
-from .._core.types import RunningStats
+from .._core.types import Moments, RunningStats
 from .._ops.policy import EMA, Cumulative, Devices, Running, running_policy, sharing_policy
 from .._ops.running import update_state
 from .base import Spec
-from .declare import S, as_params, refuse_params_as_state, spec
+from .declare import as_params, refuse_params_as_state, spec
 
 Array = jax.Array
+S = TypeVar("S", bound=RunningStats | Moments | Mapping[str, Any])
 
 _FLAT = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
 

@@ -47,7 +47,7 @@ class Reparametrization:
 
     like: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.like not in self.defaults:
             known = ", ".join(f'"{name}"' for name in self.defaults if name)
             raise ValueError(f"{self.name}: like must be None or one of {known}; got {shown(self.like)}.")

@@ -140,7 +140,7 @@ class SpectralNorm(Reparametrization):
     out_axis_name: AxisName | None = None
     dtype: DTypeLike | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for what, value, allowed in (
             ("epsilon_mode", self.epsilon_mode, ("inside", "max")),
