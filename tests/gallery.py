@@ -168,7 +168,7 @@ def count() -> dict[str, list[float]]:
 
 def large(row: Row) -> tuple[int, ...]:
     """The shape of the row, enlarged beyond a TPU's vector memory; sizes that groups divide stay divisible."""
-    times = {2: (4096, 64), 3: (64, 32, 32), 4: (32, 16, 8, 16)}[len(row.shape)]
+    times = {2: (4096, 64), 3: (64, 32, 32), 4: (32, 8, 4, 64)}[len(row.shape)]
     return tuple(size * by for size, by in zip(row.shape, times, strict=True))
 
 
