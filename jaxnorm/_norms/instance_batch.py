@@ -41,7 +41,7 @@ class InstanceBatchNorm(RunningSpec):
       axis: the channel axis, at any position but 0.
 
     >>> import jaxnorm as jn, numpy as np
-    >>> norm = jn.InstanceBatchNorm()
+    >>> norm = jn.InstanceBatchNorm(momentum=0.9)
     >>> params, state = norm.init(2)
     >>> x = np.array([[[1., 1.], [3., 3.]], [[5., 5.], [7., 7.]]])
     >>> y, state = norm.apply(params, state, x, train=True)

@@ -109,7 +109,7 @@ def switchable_norm(
 
     >>> import jaxnorm as jn, numpy as np
     >>> params, state = jn.SwitchableNorm().init(1)
-    >>> y, state = jn.switchable_norm(np.array([[[1.], [3.]]]), params, state, train=True, epsilon=0.)
+    >>> y, state = jn.switchable_norm(np.array([[[1.], [3.]]]), params, state, train=True, momentum=0.9, epsilon=0.)
     >>> print(y.round(3).ravel(), state.mean.round(3))
     [-1.  1.] [0.2]
     """

@@ -15,6 +15,7 @@ from jax import lax
 
 from .._core.arithmetic import nonzero_divisor
 from .._core.checks import canonicalize_groups, check_axis_name
+from .._core.collectives import max_over_devices, psum_grouped
 from .._core.masks import finite_padding, finite_where_masked
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
@@ -111,9 +112,9 @@ def last_of(x: Array, mask: Array | None, axes: tuple[int, ...], names: tuple[st
         place = place + lax.axis_index(names) * math.prod(x.shape[a] for a in axes)
     valid = place if mask is None else jnp.where(mask, place, -1)
     latest = valid.max(axes, keepdims=True, initial=-1)
-    latest = lax.pmax(latest, names) if names else latest
+    latest = max_over_devices(latest, names, None)
     last = jnp.where((valid == latest) & (valid >= 0), finite_where_masked(x, mask), 0.0).sum(axes, keepdims=True)
-    return lax.psum(last, names) if names else last
+    return psum_grouped([last], names, None)[0] if names else last
 
 
 @dataclass(frozen=True)
