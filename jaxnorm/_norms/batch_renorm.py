@@ -19,7 +19,7 @@ from .._core.types import Affine, Features, Moments, Params, RunningStats
 from .._ops.batch import ByFormula, normalize_batch
 from .._ops.elementwise import OfElements
 from .._ops.normalize import as_affine
-from .._ops.policy import EMA, Devices, Ramp, Running, check_schedule, running_policy, scheduled, sharing_policy
+from .._ops.policy import EMA, Devices, Ramp, Running, check_schedule, counting_policy, scheduled, sharing_policy
 from .._ops.running import update_and_count
 from .._ops.states import as_stats, is_stats
 from .base import Spec
@@ -91,7 +91,7 @@ class BatchRenorm(Spec):
 
     def _step(self) -> tuple[Running, Callable[..., RunningStats]]:
         flat = {name: getattr(self, name) for name in _RUNNING}
-        return _policy("BatchRenorm", self.running, flat), _step_of("BatchRenorm", self.track, self.epsilon)
+        return counting_policy("BatchRenorm", self.running, flat), _step_of("BatchRenorm", self.track, self.epsilon)
 
     if TYPE_CHECKING:
 
@@ -196,7 +196,7 @@ def batch_renorm(
     refuse_params_as_state(norm, state)
     _check_limits(norm, r_max, d_max)
     flat = dict(momentum=momentum, min_count=min_count, skip_nonfinite=skip_nonfinite, zero_debias=zero_debias)
-    policy, step = _policy(norm, running, flat), _step_of(norm, track, epsilon)
+    policy, step = counting_policy(norm, running, flat), _step_of(norm, track, epsilon)
     if is_stats(state) and getattr(given := as_stats(state), "count", None) is None:
         raise ValueError(
             f"{norm}: the schedules need state.count, which is None. Write "
@@ -219,16 +219,6 @@ def _corrected(x: Array, of: OfElements, affine, epsilon: float, mean, var, r_ma
     d = jnp.where(of.count == 0, 0.0, of.deviation(wide(mean)) * -over)
     d = lax.stop_gradient(jnp.clip(d, -wide(d_max), wide(d_max)))
     return affine(of.standardize(x, epsilon) * r + d)
-
-
-def _policy(norm: str, running: Any, flat: dict[str, Any]) -> Running:
-    policy = running_policy(norm, running, **flat, unbiased_running_var=False)
-    if policy.momentum is None:
-        raise ValueError(
-            f"{norm}: its count is that of updates, and cumulative statistics need that of elements; got momentum=None."
-            " Write momentum=0.99."
-        )
-    return policy
 
 
 def _check_limits(norm: str, r_max: Any, d_max: Any) -> None:

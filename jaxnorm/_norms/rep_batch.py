@@ -21,7 +21,7 @@ from .._ops.batch import ByFormula, normalize_batch
 from .._ops.elementwise import OfElements
 from .._ops.normalize import as_affine, normalize_given
 from .._ops.plan import make_plan
-from .._ops.policy import EMA, Devices, Ramp, Running, check_schedule, running_policy, scheduled, sharing_policy
+from .._ops.policy import EMA, Devices, Ramp, check_schedule, counting_policy, scheduled, sharing_policy
 from .._ops.running import update_and_count
 from .._ops.standardize import standardize
 from .._ops.states import as_stats, is_stats
@@ -91,7 +91,7 @@ class RepBatchNorm(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_schedule("RepBatchNorm", "fade", self.fade, 0.0)
-        _policy("RepBatchNorm", self.running, {name: getattr(self, name) for name in _RUNNING})
+        counting_policy("RepBatchNorm", self.running, {name: getattr(self, name) for name in _RUNNING})
         sharing_policy("RepBatchNorm", self.share, self.axis_name, self.axis_index_groups, self.sync, None)
 
     if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def rep_batch_norm(
     eta = jnp.zeros((), jnp.float32) if given.eta is None else given.eta
     fades = _fades(fade)
     return normalize_batch(
-        norm, x, given.scale, given.bias, state, _policy(norm, running, flat), train=train, channels=channels,
+        norm, x, given.scale, given.bias, state, counting_policy(norm, running, flat), train=train, channels=channels,
         epsilon=epsilon, mask=mask, weights=weights, update_stats=update_stats, virtual_batch_size=None,
         by=_Faded(channels) if fades else ByFormula(_with_skip), given=_by_running, step=update_and_count,
         own_params=(eta, given.ln_scale, given.ln_bias) if fades else (eta,),
@@ -247,13 +247,3 @@ def _by_running(x, mean, var, scale, bias, keep, eta: Any, *layer, axis, activat
     skip: Any = align_param("rep_batch_norm", "eta", eta, x.shape, axis)
     z = y + skip.astype(wide) * finite_where_masked(x, keep).astype(wide)
     return (z if activation is None else activate_output(activation, z, keep)).astype(out)
-
-
-def _policy(norm: str, running: Any, flat: dict[str, Any]) -> Running:
-    policy = running_policy(norm, running, **flat, unbiased_running_var=False)
-    if policy.momentum is None:
-        raise ValueError(
-            f"{norm}: its count is that of updates, and cumulative statistics need that of elements; got momentum=None."
-            " Write momentum=0.99."
-        )
-    return policy

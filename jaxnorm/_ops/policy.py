@@ -206,6 +206,17 @@ def running_policy(norm: str, running: Running | None, **flat: Any) -> Running:
     return running
 
 
+def counting_policy(norm: str, running: Running | None, flat: dict[str, Any]) -> Running:
+    """`running_policy` of a norm whose `state.count` is that of updates, which schedules are functions of."""
+    policy = running_policy(norm, running, **flat, unbiased_running_var=False)
+    if policy.momentum is None:
+        raise ValueError(
+            f"{norm}: its count is that of updates, and cumulative statistics need that of elements; got momentum=None."
+            " Write momentum=0.99."
+        )
+    return policy
+
+
 def sharing_policy(
     norm: str, share: Devices | None, axis_name: Any, axis_index_groups: Any, sync: Any, virtual_batch_size: int | None
 ) -> tuple[Any, Sync]:
