@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
+from .intercept import intercepted, watched
 from .messages import shown, to_python
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,10 +50,11 @@ def explained(kind: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> 
 
         @functools.wraps(f)
         def call(*args, **options):
+            run = intercepted(f) if kind == "apply" and watched.get() is not None else f
             try:
                 if defaults and not options.keys() <= takes:  # f may hand on what it does not know
                     raise TypeError
-                return f(*args, **{**defaults, **options})
+                return run(*args, **{**defaults, **options})
             except TypeError:
                 try:
                     inspect.signature(f).bind(*args, **options)

@@ -22,6 +22,7 @@ from jax.nn import initializers
 
 from .._core.arrays import sizes_along
 from .._core.checks import refuse_array
+from .._core.intercept import from_layer, watched
 from .._core.messages import shown
 from .._norms.base import Spec
 from . import flax_rules
@@ -168,7 +169,8 @@ class Form:
             x, params = x[None], {name: p if p is None else p[None] for name, p in params.items()}
             call["mask"] = None if call.get("mask") is None else call["mask"][None]
         operands = [call.pop(name) for name in self.operands]
-        y, new = spec.apply(self.spec.Params(**params), state, x, *operands, train=train, **call)
+        apply = spec.apply if watched.get() is None else from_layer(layer, spec.apply)
+        y, new = apply(self.spec.Params(**params), state, x, *operands, train=train, **call)
         if state and train is not False and call.get("update_stats", True):
             flax_rules.check_replicated(layer, state, new)
         return y[0] if single else y, new

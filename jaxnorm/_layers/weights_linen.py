@@ -12,10 +12,10 @@ from flax import linen as nn
 from flax.linen import dtypes
 
 from .._core.messages import shown
+from .._core.paths import path_of
 from .._weights.base import Reparametrization, length, split_axes
 from .._weights.operator import Matrix
 from .._weights.spectral_norm import SpectralNormState, divided, iterate
-from .._weights.tree import path_of
 from .._weights.weight_norm import weight_norm
 
 Array = jax.Array

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from .._core.messages import shown
+from .._core.paths import matches, path_of
 from .base import Reparametrization
 
 Array = jax.Array
@@ -102,7 +102,7 @@ class Tree:
 
     def spec(self, path: str) -> Reparametrization | None:
         """The spec of a path, None if it stays as it is."""
-        return next((spec for pattern, spec in self.specs if _regex(pattern).fullmatch(path)), None)
+        return next((spec for pattern, spec in self.specs if matches(pattern, path)), None)
 
     def _map(self, f, params: Any) -> Any:
         kinds = {spec.Params for _, spec in self.specs if spec is not None and spec.Params is not None}
@@ -119,22 +119,8 @@ class Tree:
 
     def _check_patterns(self, paths: list[str]) -> None:
         for pattern, _ in self.specs:
-            if not any(_regex(pattern).fullmatch(path) for path in paths):
+            if not any(matches(pattern, path) for path in paths):
                 there = ", ".join(paths[:12]) + (f", and {len(paths) - 12} more" if len(paths) > 12 else "")
                 raise ValueError(
                     f'Tree: the pattern "{pattern}" matches no path. There are {there or "none"}. Write "**/kernel".'
                 )
-
-
-def path_of(keys: tuple[Any, ...]) -> str:
-    """The keys of a path, joined by "/". The value inside of an nnx variable has the path of the variable."""
-    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys]
-    if names and isinstance(keys[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
-        names.pop()
-    return "/".join(names)
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
-    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))

@@ -1,0 +1,4 @@
+"""Tools over whole models: statistics of the training set, folding, surgery, optimizers, diagnostics.
+
+They take linen models with their variables, nnx modules, and trees of specs, parameters and states, by path.
+"""
