@@ -32,12 +32,16 @@ html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", 
 
 # The table of contents. A page that is in none of the groups is a warning, and a warning is an error.
 CONTENTS = {
+    "Start": ["tour", "choosing", "all-norms"],
     "Notebooks": [f"notebooks/{path.stem}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))],
-    "Guides": ["norms", "flax", "masks", "running-statistics", "devices", "weights", "quantized", "export"],
-    "Facts": ["all-norms", "backends", "performance", "accuracy", "guarantees"],
+    "Norms": ["norms", "running-statistics", "masks", "devices", "precision", "speed", "batch-invariance", "quantized",
+              "weights", "export"],
+    "Models": [],
+    "Moving": ["flax", "from-haiku", "from-equinox", "from-keras", "from-torch", "frameworks"],
+    "Facts": ["performance", "accuracy", "guarantees", "backends"],
     "Reference": ["api/index"],
-    "Project": ["contributing", "changelog"],
-}
+    "Project": ["design", "support", "contributing", "changelog"],
+}  # fmt: skip
 COPIED = {"contributing": ROOT / "CONTRIBUTING.md", "changelog": ROOT / "CHANGELOG.md"}
 
 

@@ -94,3 +94,24 @@ def test_ci_runs_the_command_of_the_readme():
     command = 'pip install -e ".[test]" && pytest'
     assert command in TEXT[README]
     assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_version_is_the_same_everywhere():
+    """In the package, the newest heading of the changelog, the citation, and the page that shows it."""
+    version = re.search(r'^__version__ = "(.+)"$', (ROOT / "jaxnorm/__init__.py").read_text(), re.M)
+    assert version is not None
+    changelog = re.search(r"^## (\S+) - (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert changelog is not None
+    assert changelog[1] == version[1]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {version[1]}\n" in citation
+    assert f"\nrepository-code: {REPOSITORY}\n" in citation
+    assert f"version = {{{version[1]}}}" in TEXT[INDEX.parent / "support.md"]
+    released = f"\ndate-released: {changelog[2]}\n" in citation
+    assert released == (changelog[2] != "unreleased"), "a release has its date in CITATION.cff"
+
+
+def test_the_table_of_contents_of_the_site_has_every_page():
+    contents = (INDEX.parent / "conf.py").read_text().partition("CONTENTS = {")[2].partition("\n}")[0]
+    named = set(re.findall(r'"([\w/-]+)"', contents)) | {"index"}
+    assert {str(page.relative_to(INDEX.parent).with_suffix("")) for page in PAGES[2:]} <= named
