@@ -86,7 +86,7 @@ CASES = [  # rows, columns, dtype, centered, with scale and bias, dtype of a res
     (7, 512, jnp.float32, True, True, None),
     (3, 384, jnp.bfloat16, False, True, None),
     (1, 128, jnp.bfloat16, True, False, jnp.bfloat16),
-    (21, 1024, jnp.bfloat16, True, True, jnp.float32),
+    (9, 1024, jnp.bfloat16, True, True, jnp.float32),
 ]
 
 
@@ -108,10 +108,13 @@ def test_a_row_has_the_same_bits_in_every_batch(kernels, rng):
         np.testing.assert_array_equal(whole[2:], one)
 
 
-@pytest.mark.parametrize("in_turn", [False, True], ids=["examples", "heads"])
+BY_EXAMPLE = [("tpu", False), ("tpu", True), ("gpu", True)]  # the interpreter of the GPU is slow, and both ways are alike
+
+
+@pytest.mark.parametrize(("kernels", "in_turn"), BY_EXAMPLE, indirect=["kernels"])
 def test_each_example_may_have_a_scale_and_a_bias_of_its_own(kernels, in_turn, rng):
     """The bits of an example are those of the kernel with its scale and bias alone; so are the sums, to rounding."""
-    examples, rows, columns, dtype = 2, 3, 128, jnp.bfloat16
+    examples, rows, columns, dtype = 2, 2, 128, jnp.bfloat16
     how = Job(columns, 1e-6, True, False, UNIT)
     draw = lambda *shape, dtype=jnp.float32: jnp.asarray(rng.normal(1, 2, shape), dtype)
     x, g = (draw(examples * rows, columns, dtype=dtype) for _ in range(2))

@@ -49,7 +49,9 @@ namespace jaxnorm {
   }
 JN_TABLES(baseline)
 #if defined(__x86_64__) && !defined(BASELINE_ALONE)
+#ifndef WITHOUT_AVX2
 JN_TABLES(avx2)
+#endif
 JN_TABLES(avx512)
 #ifndef SANITIZED  // it differs from avx512 in one instruction, and takes as long to build
 JN_TABLES(avx512bf16)
@@ -74,7 +76,9 @@ std::vector<InstructionSet> instruction_sets() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifndef WITHOUT_AVX2
   if (has_avx2) sets.push_back({"avx2", avx2::float_table, avx2::double_table});
+#endif
   if (has_avx512) sets.push_back({"avx512", avx512::float_table, avx512::double_table});
 #ifndef SANITIZED
   if (has_avx512 && __builtin_cpu_supports("avx512bf16"))
