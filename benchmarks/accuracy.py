@@ -6,6 +6,7 @@ library has no such call. It runs on 8 CPU devices that it makes itself. Librari
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 import warnings
@@ -25,9 +26,9 @@ import oracle  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 from benchmarks import peers  # noqa: E402
-from benchmarks.harness import records  # noqa: E402
+from benchmarks.harness import errors, records  # noqa: E402
 from benchmarks.harness.case import EPSILON, GROUPS  # noqa: E402
-from benchmarks.harness.table import names_of, table  # noqa: E402
+from benchmarks.harness.table import names_of, section, table  # noqa: E402
 from benchmarks.peers import Peer  # noqa: E402
 
 NAMES = ("jaxnorm", "flax.linen", "flax.linen use_fast_variance=False", "flax.nnx", "haiku", "equinox", "keras",
@@ -148,20 +149,35 @@ def measured(peer: Peer, row: Row) -> float | bool | str | None:
     return "NaN" if math.isnan(value) else value if isinstance(value, bool) else float(f"{value:.4g}")
 
 
+def imported(names: tuple[str, ...]) -> tuple[list[Peer], dict]:
+    """The libraries that are here, and the setting of a run, which has the others."""
+    found, missing = [], {}
+    for name in names:
+        try:
+            found.append(peers.make(name))
+        except ImportError as error:
+            missing[name] = f"{type(error).__name__}: {error}"
+    versions = {peer.name: peer.version for peer in found}
+    return found, records.setting("accuracy", versions=versions, missing=missing)
+
+
 def measure(names: tuple[str, ...]) -> Iterator[list[dict]]:
     """The setting, then a record for each row and peer."""
-    found, missing = [], {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in names:
-            try:
-                found.append(peers.make(name))
-            except ImportError as error:
-                missing[name] = f"{type(error).__name__}: {error}"
-        versions = {peer.name: peer.version for peer in found}
-        yield [records.setting("accuracy", versions=versions, missing=missing)]
+        found, setting = imported(names)
+        yield [setting]
         for row in TABLE:
             yield [{"row": row.key, "name": peer.name, "value": measured(peer, row)} for peer in found]
+
+
+def measure_errors(names: tuple[str, ...], every: bool = True) -> Iterator[list[dict]]:
+    """The setting, then the errors of each norm under each condition."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, setting = imported(names)
+        yield [setting]
+        yield from errors.measure(found, every)
 
 
 def page(found: list[dict]) -> str:
@@ -174,11 +190,33 @@ def page(found: list[dict]) -> str:
     return "\n".join(["# Accuracy\n", records.origin(found), f"\n{NOTES}\n", table(["", *names], rows), ""])
 
 
+def page_of_errors(measured: list[dict]) -> str:
+    """A line for each norm of a library: its worst error of y and of the gradients under each condition."""
+    of, keys = records.results(measured), [condition.key for condition in errors.CONDITIONS]
+    parts = ["# Errors\n", records.origin(measured), f"\n{inspect.getdoc(errors).partition(chr(10) * 2)[2]}\n"]
+    titles = {"Output": ("y",), "Gradients": ("dx", "dscale", "dbias", "dparams")}
+    for title, quantities in titles.items():
+        for libraries in (True, False):
+            found = errors.worst([r for r in of if (r["name"] != "every norm") == libraries], quantities)
+            columns = keys if libraries else [c.key for c in errors.OF_ROWS]
+            lines = [[f"{norm}, {name}" if libraries else norm, *(errors.shown(by.get(key)) for key in columns)]
+                     for (name, norm), by in sorted(found.items(), key=lambda item: item[0][1])]  # fmt: skip
+            if lines:
+                heading = title if libraries else f"{title}: every norm of jaxnorm"
+                parts.append(section(heading, table(["", *columns], lines)))
+    return "\n".join(parts)
+
+
 def main() -> None:
     parser = records.parser(__doc__)
     parser.add_argument("--only", **records.choice(NAMES))
+    parser.add_argument("--parts", **records.choice(("table", "errors")))
     options = parser.parse_args()
-    records.publish("accuracy", options, lambda: measure(tuple(options.only)), page)
+    if "table" in options.parts:
+        records.publish("accuracy", options, lambda: measure(tuple(options.only)), page)
+    if "errors" in options.parts:
+        records.publish("errors", options, lambda: measure_errors(tuple(options.only)), page_of_errors,
+                        lambda found, path: errors.draw(records.results(found), path))  # fmt: skip
 
 
 if __name__ == "__main__":
