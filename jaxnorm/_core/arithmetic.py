@@ -56,6 +56,24 @@ def pick_in_range(reduction: Reduction, small: Array, large: Array) -> tuple[Arr
     return where(fits, small, large), jnp.where(fits, reduction.prescale, reduction.large_prescale)
 
 
+@jax.custom_jvp
+def ratio(a: Array, b: Array) -> Array:
+    """a / b, whose derivatives stay in range where b**2 does not. JAX's own divide by b**2."""
+    return a / b
+
+
+@ratio.defjvp
+def _(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    y = ratio(a, b)
+    return y, ratio(da - y * db, b)
+
+
+def reciprocal(b: Array) -> Array:
+    """1 / b, with the derivatives of `ratio`."""
+    return ratio(jnp.ones_like(b), b)
+
+
 def nonzero_divisor(n: Array) -> Array:
     """n, but 1 where it is 0: a divisor for sums that are 0 there. Of a constant, which NumPy holds, a constant."""
     return n + (n == 0) if isinstance(n, np.ndarray) else where(n == 0, 1.0, n)

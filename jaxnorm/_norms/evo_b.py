@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from .._core.arithmetic import ratio
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.messages import shown
 from .._core.types import Features, RunningStats
@@ -151,7 +152,7 @@ def _b2(x: Array, of_instance: Array, u: None) -> Array:
 def _over_the_larger(second, x: Array, batch: OfElements, instance: OfElements, affine, epsilon, u) -> Array:
     divisor = jnp.maximum(batch.std(epsilon), second(x, instance.std(epsilon), u))
     void = (batch.count == 0) | (divisor == 0)
-    return affine(jnp.where(void, 0.0, x / jnp.where(void, 1.0, divisor)))
+    return affine(jnp.where(void, 0.0, ratio(x, jnp.where(void, 1.0, divisor))))
 
 
 _FORMULAS = {name: partial(_over_the_larger, f) for name, f in (("B0", _b0), ("B1", _b1), ("B2", _b2))}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .._core.arithmetic import abs_squared, nonzero_divisor
+from .._core.arithmetic import abs_squared, nonzero_divisor, reciprocal
 from .._core.checks import canonicalize_flags, canonicalize_number
 from .._core.explain import explained
 from .._core.types import Features
@@ -127,5 +127,5 @@ class _Pair:
         unit = jax.lax.stop_gradient(jnp.abs(counted).max(-1, keepdims=True, initial=0.0))
         square = abs_squared(counted / nonzero_divisor(unit)).sum(-1, keepdims=True)
         length = unit * jnp.sqrt(jnp.where(unit == 0, 1.0, square))
-        over = jnp.where(unit == 0, 0.0, 1.0 / nonzero_divisor(length + epsilon))
+        over = jnp.where(unit == 0, 0.0, reciprocal(nonzero_divisor(length + epsilon)))
         return affine(of.bounded(c * over))

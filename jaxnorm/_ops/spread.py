@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.arithmetic import nonzero_divisor
+from .._core.arithmetic import nonzero_divisor, reciprocal
 from .._core.arrays import align_param
 from .._core.collectives import psum_grouped
 from .._core.dtypes import accumulator
@@ -96,4 +96,4 @@ def normalize_by(spread: str):
 def over_spread(spread: Array, epsilon: float) -> Array:
     """1 / (spread + epsilon), and 0 for 1 / 0."""
     over = spread + epsilon
-    return jnp.where(over == 0, 0.0, 1.0 / nonzero_divisor(over))
+    return jnp.where(over == 0, 0.0, reciprocal(nonzero_divisor(over)))

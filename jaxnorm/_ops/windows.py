@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._core.arithmetic import nonzero_divisor
+from .._core.arithmetic import nonzero_divisor, ratio, reciprocal
 from .._core.checks import canonicalize_groups, check_axis_name
 from .._core.collectives import max_over_devices, psum_grouped
 from .._core.masks import finite_padding, finite_where_masked
@@ -67,7 +67,7 @@ def inverse_deviation(of: OfElements, epsilon: float, mode: str, carry: Moments 
 def deviation_from(r: Array, epsilon: float, mode: str) -> Array:
     """std for what `inverse_deviation` gives."""
     least = {"inside": math.sqrt(epsilon), "if_zero": epsilon, "one_below": 1.0}[mode]
-    return jnp.where(r == 0.0, least, 1.0 / nonzero_divisor(r))
+    return jnp.where(r == 0.0, least, reciprocal(nonzero_divisor(r)))
 
 
 def epsilon_inside(epsilon: float, mode: str) -> float:
@@ -148,7 +148,7 @@ class TakenAs:
     transform: str | None
 
     def __call__(self, x: Array, mean, std, scale, bias) -> Array:
-        z = (x - mean.astype(x.dtype)) / nonzero_divisor(std).astype(x.dtype)
+        z = ratio(x - mean.astype(x.dtype), nonzero_divisor(std).astype(x.dtype))
         z = jnp.where(std == 0, 0.0, z)
         z = z if scale is None else z * (scale.astype(z.dtype) + self.scale_offset)
         return _transformed(z if bias is None else z + bias.astype(z.dtype), self.transform)
@@ -166,7 +166,7 @@ class PutBack:
         z = z if bias is None else z - bias.astype(z.dtype)
         if scale is not None:
             scale = scale.astype(z.dtype) + self.scale_offset
-            z = jnp.where(scale == 0, 0.0, z / nonzero_divisor(scale))
+            z = jnp.where(scale == 0, 0.0, ratio(z, nonzero_divisor(scale)))
         return z * std.astype(z.dtype) + mean.astype(z.dtype)
 
 

@@ -108,7 +108,7 @@ def test_a_row_has_the_same_bits_in_every_batch(kernels, rng):
         np.testing.assert_array_equal(whole[2:], one)
 
 
-BY_EXAMPLE = [("tpu", False), ("tpu", True), ("gpu", True)]  # the interpreter of the GPU is slow, and both ways are alike
+BY_EXAMPLE = [("tpu", False), ("tpu", True), ("gpu", True)]  # the GPU is interpreted slowly
 
 
 @pytest.mark.parametrize(("kernels", "in_turn"), BY_EXAMPLE, indirect=["kernels"])

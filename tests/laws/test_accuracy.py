@@ -52,6 +52,11 @@ def test_output_and_gradients_are_exact_at_every_mean(row, rng):
         for got, true in zip(dparams, dparams_true, strict=True):
             if got is not None:
                 close(np.reshape(got, true.shape), true)
+    x = draw(rng, row.shape) * np.float32(1e20)  # beyond the squares that float32 holds
+    _, dparams, dx = both(params, x)
+    for got, true in zip((dx, *dparams), row.gradients(params, x, g), strict=True):
+        if got is not None and (largest := np.abs(true).max()) > 2.0**-102:
+            np.testing.assert_allclose(np.reshape(got, true.shape), true, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
