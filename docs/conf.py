@@ -4,6 +4,7 @@ The pages are plain Markdown that also reads on GitHub. What the site needs beyo
 and links that lead to pages of the site.
 """
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -73,4 +74,6 @@ def target(page: str, link: str) -> str:
         return f"notebooks/{there.name}{hash}{anchor}"
     if there.is_relative_to(DOCS):
         return f"{there.relative_to(DOCS)}{hash}{anchor}"
+    if there.suffix == ".png":
+        return os.path.relpath(there, ROOT / "build" / "docs")  # where `build.py` puts the pages
     return f"{REPOSITORY}/blob/main/{there.relative_to(ROOT)}{hash}{anchor}"

@@ -57,8 +57,8 @@ def design() -> None:
     for row, boxes in enumerate(LAYERS):
         bottom, each = -1.7 * row, width / len(boxes)
         for i, name in enumerate(boxes):
-            box = FancyBboxPatch((i * each + 0.1, bottom), each - 0.2, height, boxstyle="round,pad=0,rounding_size=0.15",
-                                 facecolor=FILL + "30", edgecolor=INK, linewidth=1)  # fmt: skip
+            style = dict(boxstyle="round,pad=0,rounding_size=0.15", facecolor=FILL + "30", edgecolor=INK, linewidth=1)
+            box = FancyBboxPatch((i * each + 0.1, bottom), each - 0.2, height, **style)
             axes.add_patch(box)
             axes.text(i * each + each / 2, bottom + height / 2, name, ha="center", va="center", color=INK, fontsize=9.5)
         if row:
