@@ -105,9 +105,7 @@ def check_map(norm: str, epsilon: Any, mode: Any, limit: Any) -> None:
 
 def refuse_params(norm: str, params: Any) -> None:
     if not (params is None or (isinstance(params, tuple | Mapping) and len(params) == 0)):
-        raise TypeError(
-            f"{norm}: it has no parameters, got {shown(params)} as params. Write norm.apply((), state, x)."
-        )
+        raise TypeError(f"{norm}: it has no parameters, got {shown(params)} as params. Write norm.apply((), state, x).")
 
 
 def if_training(norm: str, train: Any, state: Any, update: Callable[[], Any]) -> Any:

@@ -83,10 +83,10 @@ class PopArt(PopArtMap, PopArtUpdate):
     >>> import numpy as np
     >>> norm, layer = inputs.PopArt(momentum=0.), {"kernel": np.ones((3, 1), "f"), "bias": np.zeros(1, "f")}
     >>> state = norm.init(1)[1]
-    >>> (y, new), state = norm.apply(layer, state, np.array([10., 14.]), train=True)
+    >>> (y, new), state = norm.apply(layer, state, np.array([10., 10., 14., 14.]), train=True)
     >>> h = np.array([[1., 2., 3.]], "f")
     >>> y.tolist(), norm.inverse(state, (h @ new["kernel"] + new["bias"])[:, 0]).tolist()   # the output was 6
-    ([-1.0, 1.0], [6.0])
+    ([-1.0, -1.0, 1.0, 1.0], [6.0])
     """
 
     LIKE: ClassVar[Mapping[str, Mapping[str, Any]]] = {"rlax": dict(accumulate="sum")}
@@ -96,7 +96,9 @@ class PopArt(PopArtMap, PopArtUpdate):
         """No parameters, which are the last layer's own, and the state of so many tasks: mean 0 and deviation 1."""
         number = to_python(features)
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"PopArt.init: needs the number of tasks, an int >= 1, got {shown(features)}. Write init(1).")
+            raise ValueError(
+                f"PopArt.init: needs the number of tasks, an int >= 1, got {shown(features)}. Write init(1)."
+            )
         return NoParams(), SeenStats.empty(number)
 
     @explained("apply")
@@ -105,7 +107,9 @@ class PopArt(PopArtMap, PopArtUpdate):
         mask: ArrayLike | None = None,
     ) -> tuple[tuple[Array, P], Any]:  # fmt: skip
         """(normalized targets, last layer), and the state. `train=True` first updates the last two by the targets."""
-        new = if_training("PopArt.apply", train, (params, state), lambda: self.update(params, state, x, indices, mask=mask))
+        new = if_training(
+            "PopArt.apply", train, (params, state), lambda: self.update(params, state, x, indices, mask=mask)
+        )
         params, state = new
         by = dict(min_std=self.min_std, max_std=self.max_std, dtype=self.dtype)
         return (pop_art(x, state, indices, mask=mask, **by), params), state
@@ -205,7 +209,7 @@ def pop_art_update(
     >>> from jaxnorm import inputs
     >>> import numpy as np
     >>> layer, state = {"kernel": np.ones((1, 1), "f"), "bias": np.zeros(1, "f")}, inputs.PopArt().init(1)[1]
-    >>> layer, state = inputs.pop_art_update(layer, state, np.array([10., 14.]), momentum=0.)
+    >>> layer, state = inputs.pop_art_update(layer, state, np.array([10., 10., 14., 14.]), momentum=0.)
     >>> layer["kernel"].tolist(), layer["bias"].tolist(), state.mean.tolist(), state.std.tolist()
     ([[0.5]], [-6.0], [12.0], [2.0])
     """
@@ -243,7 +247,9 @@ def _checked(norm: str, x: Any, state: Any, indices: Any) -> tuple[Array, SeenSt
         raise TypeError(f"{norm}: state must be SeenStats, got {shown(state)}. Write state = PopArt().init(tasks)[1].")
     seen = as_seen(state)
     if seen.mean.ndim != 1:
-        raise ValueError(f"{norm}: state must be of shape (tasks,), got {seen.mean.shape}. Write PopArt().init(tasks)[1].")
+        raise ValueError(
+            f"{norm}: state must be of shape (tasks,), got {seen.mean.shape}. Write PopArt().init(tasks)[1]."
+        )
     number = seen.mean.shape[0]
     if indices is None:
         if number != 1:
@@ -261,7 +267,7 @@ def _checked(norm: str, x: Any, state: Any, indices: Any) -> tuple[Array, SeenSt
             f"jnp.broadcast_to(indices, {x.shape})."
         )
     values = concrete_value(ids)
-    if values is not None and values.size and not (0 <= values.min() and values.max() < number):
+    if values is not None and values.size and not (values.min() >= 0 and values.max() < number):
         raise ValueError(
             f"{norm}: indices must be from 0 to {number - 1}, got {values.min()} to {values.max()}. "
             f"Write PopArt().init({max(int(values.max()) + 1, 1)}), and indices from 0."

@@ -55,10 +55,10 @@ class ReturnNorm(MapSpec, GatherSpec):
     >>> from jaxnorm import inputs
     >>> import numpy as np
     >>> norm = inputs.ReturnNorm(gamma=0.5)
-    >>> params, state = norm.init(2)                            # two environments
-    >>> y, state = norm.apply(params, state, np.array([1., 3.]), done=np.array([False, True]), train=True)
-    >>> y.tolist(), state.returns.tolist()                      # the deviation of 1 and 3 is 1
-    ([1.0, 3.0], [1.0, 0.0])
+    >>> params, state = norm.init(4)                            # four environments
+    >>> y, state = norm.apply(params, state, np.array([1., 1., 3., 3.]), done=np.array([0, 0, 0, 1]), train=True)
+    >>> y.tolist(), state.returns.tolist()                      # their deviation is 1
+    ([1.0, 1.0, 3.0, 3.0], [1.0, 1.0, 3.0, 0.0])
     """
 
     LIKE: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -161,10 +161,10 @@ def return_norm(
 
     >>> from jaxnorm import inputs
     >>> import numpy as np
-    >>> state = inputs.ReturnNorm().init(2)[1]
-    >>> y, state = inputs.return_norm(np.array([1., 5.]), state, np.array([False, False]), train=True)
+    >>> state = inputs.ReturnNorm().init(4)[1]
+    >>> y, state = inputs.return_norm(np.array([1., 1., 5., 5.]), state, np.zeros(4), train=True)
     >>> y.tolist(), float(state.stats.std)
-    ([0.5, 2.5], 2.0)
+    ([0.5, 0.5, 2.5, 2.5], 2.0)
     """
     norm = "return_norm"
     _check(norm, gamma, reset)

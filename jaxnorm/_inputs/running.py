@@ -36,9 +36,9 @@ class RunningNorm(MapSpec, GatherSpec):
     >>> norm = inputs.RunningNorm()
     >>> params, state = norm.init(1)
     >>> y, state = norm.apply(params, state, np.array([[1.], [3.]]), train=True)
-    >>> y, state = norm.apply(params, state, np.array([[8.]]), train=True)   # by 1, 3 and 8
-    >>> y.round(3).tolist(), norm.apply(params, state, np.array([[99.]]), train=False)[0].tolist()
-    ([[1.3589999675750732]], [[10.0]])
+    >>> y, state = norm.apply(params, state, np.array([[5.], [7.]]), train=True)   # by 1, 3, 5 and 7
+    >>> float(state.mean[0]), norm.apply(params, state, np.array([[99.]]), train=False)[0].tolist()
+    (4.0, [[10.0]])
     """
 
     LIKE: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -86,7 +86,19 @@ class RunningNorm(MapSpec, GatherSpec):
 
 @function_of(RunningNorm)
 def running_norm(
-    x, state: T, *, train: Any, epsilon, epsilon_mode, limit, momentum, until, skip_nonfinite, axis_name, dtype, mask=None
+    x,
+    state: T,
+    *,
+    train: Any,
+    epsilon,
+    epsilon_mode,
+    limit,
+    momentum,
+    until,
+    skip_nonfinite,
+    axis_name,
+    dtype,
+    mask=None,
 ) -> tuple[Any, T]:
     """Normalize observations by the mean and deviation of all that was ever seen.
 
@@ -119,9 +131,10 @@ def running_norm(
 
     >>> from jaxnorm import inputs
     >>> import numpy as np
-    >>> y, state = inputs.running_norm(np.array([[1.], [3.]]), inputs.SeenStats.empty(1), train=True, epsilon=0.)
+    >>> x = np.array([[1.], [1.], [3.], [3.]])
+    >>> y, state = inputs.running_norm(x, inputs.SeenStats.empty(1), train=True, epsilon=0.)
     >>> y.tolist(), state.mean.tolist(), state.std.tolist()
-    ([[-1.0], [1.0]], [2.0], [1.0])
+    ([[-1.0], [-1.0], [1.0], [1.0]], [2.0], [1.0])
     """
     norm = "running_norm"
     options = dict(axis_name=axis_name, skip_nonfinite=skip_nonfinite, momentum=momentum, until=until)

@@ -143,7 +143,9 @@ def gathered(
     for leaf, batch in zip(leaves, see(norm, [leaf.observed for leaf in leaves], axis_name), strict=True):
         joined = join(leaf.seen, batch, least=least, skip_nonfinite=skip_nonfinite)
         if until is not None:
-            joined = SeenStats(*(jnp.where(leaf.seen.count < until, n, o) for n, o in zip(joined, leaf.seen, strict=True)))
+            joined = SeenStats(
+                *(jnp.where(leaf.seen.count < until, n, o) for n, o in zip(joined, leaf.seen, strict=True))
+            )
         new.append(joined)
     return jax.tree.unflatten(tree, [in_form_of(node, n) for node, n in zip(nodes, new, strict=True)])
 

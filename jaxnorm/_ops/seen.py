@@ -61,9 +61,7 @@ class SeenStats(NamedTuple):
         return Moments(self.count, self.mean, self.var * self.count)
 
     @classmethod
-    def of(
-        cls, mean: ArrayLike, std: ArrayLike, count: ArrayLike = 0.0, dtype: DTypeLike = jnp.float32
-    ) -> SeenStats:
+    def of(cls, mean: ArrayLike, std: ArrayLike, count: ArrayLike = 0.0, dtype: DTypeLike = jnp.float32) -> SeenStats:
         """Statistics that are known, such as those that a data set is published with. For a count of 0 any data that
         is seen later takes their place."""
         mean, std, count = (jnp.asarray(a, dtype) for a in (mean, std, count))
