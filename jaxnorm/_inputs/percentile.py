@@ -188,11 +188,12 @@ def percentile_norm(
     def update() -> PercentileState:
         with explain_unbound_axis(norm, axis_name):
             found, n = _percentiles(r, keep, tuple(percentiles), axis_name)
-        old = RunningStats(jnp.stack([state.low, state.high]), jnp.ones(2), jnp.broadcast_to(state.count, (2,)))
+        old = RunningStats(jnp.stack([state.low, state.high]), jnp.ones(2), jnp.stack([state.count, state.count]))
         batch = Moments(jnp.broadcast_to(n, (2,)), found, jnp.zeros_like(found))
         policy = EMA(momentum=momentum, debias=debias, skip_nonfinite=skip_nonfinite)
         new = update_and_count(old, batch, policy)
-        return PercentileState(new.mean[0], new.mean[1], new.count[0])
+        counted: Any = new.count
+        return PercentileState(new.mean[0], new.mean[1], counted[0])
 
     state = if_training(norm, train, state, update)
     scale = _scale(state, floor)
@@ -208,7 +209,7 @@ def _percentiles(x: Array, keep: Array | None, qs: tuple[float, ...], axis_name:
     x = x.astype(accumulator(x)).ravel()
     if names and keep is None:
         (x,) = (a.ravel() for a in gather_over_devices([x], names))
-    elif names:
+    elif names and keep is not None:
         x, here = (a.ravel() for a in gather_over_devices([jnp.where(keep, x, 0.0), keep.astype(x.dtype)], names))
         keep = here > 0
     n = jnp.asarray(x.size, jnp.int32) if keep is None else keep.sum(dtype=jnp.int32)

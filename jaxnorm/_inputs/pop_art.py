@@ -111,7 +111,7 @@ class PopArt(PopArtMap, PopArtUpdate):
             "PopArt.apply", train, (params, state), lambda: self.update(params, state, x, indices, mask=mask)
         )
         params, state = new
-        by = dict(min_std=self.min_std, max_std=self.max_std, dtype=self.dtype)
+        by: dict[str, Any] = dict(min_std=self.min_std, max_std=self.max_std, dtype=self.dtype)
         return (pop_art(x, state, indices, mask=mask, **by), params), state
 
     def update(

@@ -73,7 +73,7 @@ class RunningNorm(MapSpec, GatherSpec):
 
     def update(self, state: T, x: Any, *, mask: Any = None) -> T:
         """The state after this batch, without its output."""
-        options = dict(
+        options: dict[str, Any] = dict(
             axis_name=self.axis_name, skip_nonfinite=self.skip_nonfinite, momentum=self.momentum, until=self.until
         )
         return gathered_in_program(state, x, mask, norm="RunningNorm.update", **options)
@@ -86,20 +86,13 @@ class RunningNorm(MapSpec, GatherSpec):
 
 @function_of(RunningNorm)
 def running_norm(
-    x,
+    x: Any,
     state: T,
     *,
     train: Any,
-    epsilon,
-    epsilon_mode,
-    limit,
-    momentum,
-    until,
-    skip_nonfinite,
-    axis_name,
-    dtype,
-    mask=None,
-) -> tuple[Any, T]:
+    epsilon, epsilon_mode, limit, momentum, until, skip_nonfinite, axis_name, dtype,
+    mask: Any = None,
+) -> tuple[Any, T]:  # fmt: skip
     """Normalize observations by the mean and deviation of all that was ever seen.
 
         state = merge(state, moments(x));   y = clip((x - mean) / sqrt(var + epsilon), -limit, limit)
@@ -137,6 +130,6 @@ def running_norm(
     ([[-1.0], [-1.0], [1.0], [1.0]], [2.0], [1.0])
     """
     norm = "running_norm"
-    options = dict(axis_name=axis_name, skip_nonfinite=skip_nonfinite, momentum=momentum, until=until)
+    options: dict[str, Any] = dict(axis_name=axis_name, skip_nonfinite=skip_nonfinite, momentum=momentum, until=until)
     state = if_training(norm, train, state, lambda: gathered(state, x, mask, norm=norm, **options))
     return normalized(norm, Standardized(float(epsilon), epsilon_mode, limit), state, x, mask, dtype), state

@@ -52,7 +52,7 @@ class StandardizeInputs(StandardizeBy, GatherSpec):
 
     def update(self, state: T, x: Any, *, mask: Any = None) -> T:
         """The statistics of what was seen before and of this batch. A pure function; jit and scan take it."""
-        options = dict(axis_name=self.axis_name, skip_nonfinite=self.skip_nonfinite)
+        options: dict[str, Any] = dict(axis_name=self.axis_name, skip_nonfinite=self.skip_nonfinite)
         return gathered_in_program(state, x, mask, norm=f"{type(self).__name__}.update", **options)
 
     def fit(
@@ -83,7 +83,9 @@ class StandardizeInputs(StandardizeBy, GatherSpec):
     ) -> tuple[Any, T]:
         """The standardized x, and the state as it came. `train` makes no difference: `update` and `fit` gather."""
         refuse_params(f"{type(self).__name__}.apply", params)
-        options = dict(epsilon=self.epsilon, epsilon_mode=self.epsilon_mode, limit=self.limit, dtype=self.dtype)
+        options: dict[str, Any] = dict(
+            epsilon=self.epsilon, epsilon_mode=self.epsilon_mode, limit=self.limit, dtype=self.dtype
+        )
         return standardize_inputs(x, state, mask=mask, inverse=inverse, **options), state
 
     def inverse(self, state: Any, y: Any, *, mask: Any = None) -> Any:
@@ -92,7 +94,9 @@ class StandardizeInputs(StandardizeBy, GatherSpec):
 
 
 @function_of(StandardizeBy)
-def standardize_inputs(x, state, *, epsilon, epsilon_mode, limit, dtype, mask=None, inverse: bool = False) -> Any:
+def standardize_inputs(
+    x: Any, state: Any, *, epsilon, epsilon_mode, limit, dtype, mask: Any = None, inverse: bool = False
+) -> Any:
     """Standardize inputs by given statistics, feature by feature.
 
         y = (x - mean) / max(std, epsilon)

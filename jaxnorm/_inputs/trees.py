@@ -150,7 +150,7 @@ def gathered(
     return jax.tree.unflatten(tree, [in_form_of(node, n) for node, n in zip(nodes, new, strict=True)])
 
 
-gathered_in_program = as_program(gathered, ("norm", "axis_name", "skip_nonfinite", "momentum", "until"))
+gathered_in_program = as_program(gathered, ("norm", "axis_name", "skip_nonfinite", "until"))
 
 
 def normalized(norm: str, f: Standardized, state: Any, x: Any, mask: Any, dtype: Any) -> Any:

@@ -67,7 +67,8 @@ class SeenStats(NamedTuple):
         mean, std, count = (jnp.asarray(a, dtype) for a in (mean, std, count))
         shape = jnp.broadcast_shapes(mean.shape, std.shape, count.shape)
         zero = jnp.zeros(shape, dtype)
-        return cls(*(jnp.broadcast_to(a, shape) for a in (count, mean, std)), zero, zero, zero)
+        count, mean, std = (jnp.broadcast_to(a, shape) for a in (count, mean, std))
+        return cls(count, mean, std, zero, zero, zero)
 
     @classmethod
     def empty(cls, features: Features = (), count: float = 0.0, dtype: DTypeLike = jnp.float32) -> SeenStats:
