@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -86,5 +88,5 @@ def _symexp(x: Array) -> Array:
 @_symexp.defjvp
 def _(primals, tangents):
     (x,), (dx,) = primals, tangents
-    most = jnp.log(jnp.finfo(x.dtype).max).astype(x.dtype)  # beyond it a cotangent of 0 would become NaN
+    most = math.log(float(jnp.finfo(x.dtype).max)) - 1e-3  # an infinity would make NaN of a cotangent of 0
     return _symexp(x), dx * jnp.exp(jnp.minimum(jnp.abs(x), most))
