@@ -42,6 +42,8 @@ def fitted(norm: Any, batches: Iterable[Any], state: Any, checkpoint: Any, every
         seen += 1
         if seen > done:
             state = norm.update(state, x, mask=mask)
+            if any(isinstance(a, np.ndarray) for a in jax.tree.leaves((x, mask))):
+                jax.block_until_ready(state)  # JAX may read NumPy's memory later, and a loader may write to it again
             if file is not None and (seen - done) % every == 0:
                 _write(file, seen, state)
     if seen == 0 and state is None:

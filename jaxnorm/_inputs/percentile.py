@@ -94,6 +94,10 @@ class PercentileNorm(GatherSpec):
         refuse_params("PercentileNorm.apply", params)
         return percentile_norm(x, state, returns, train=train, mask=mask, **self.options())
 
+    def update(self, state: PercentileState, returns: ArrayLike, *, mask: ArrayLike | None = None) -> PercentileState:
+        """The state after these returns."""
+        return percentile_norm(returns, state, train=True, mask=mask, **self.options())[1]
+
     def scale(self, state: PercentileState) -> Array:
         """What x is divided by."""
         return _scale(state, self.floor)
