@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -20,6 +21,7 @@ from .._core.exported import exported
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
 from .._core.types import AxisName, Moments, RunningStats
+from .._core.vma import by_jit
 from .._norms.base import NoParams
 from .._norms.declare import function_of, spec
 from .._ops.policy import EMA
@@ -206,30 +208,39 @@ def percentile_norm(
     return mapped(Standardized(0.0, "max", centered=False), Leaf(norm, x, as_std, None), dtype), state
 
 
-def _percentiles(x: Array, keep: Array | None, qs: tuple[float, ...], axis_name: AxisName | None):
+def _percentiles(
+    x: Array, keep: Array | None, qs: tuple[float, ...], axis_name: AxisName | None
+) -> tuple[Array, Array]:
     """Percentiles of the valid elements, and their number."""
-    names = active_axis_names(axis_name)
-    keep = None if keep is None else jnp.broadcast_to(keep, x.shape).ravel()
-    x = x.astype(accumulator(x)).ravel()
+    names, x = active_axis_names(axis_name), x.astype(accumulator(x))
     if names and keep is None:
-        (x,) = (a.ravel() for a in gather_over_devices([x], names))
+        (x,) = gather_over_devices([x], names)
     elif names and keep is not None:
-        x, here = (a.ravel() for a in gather_over_devices([jnp.where(keep, x, 0.0), keep.astype(x.dtype)], names))
+        x, here = gather_over_devices([jnp.where(keep, x, 0.0), jnp.broadcast_to(keep, x.shape).astype(x.dtype)], names)
         keep = here > 0
+    args = (x,) if keep is None else (x, keep)
+    found = by_jit(functools.partial(_sorted_percentiles, qs), (None,), *args)
+    return found[:-1], found[-1]
+
+
+def _sorted_percentiles(qs: tuple[float, ...], x: Array, keep: Array | None = None) -> Array:
+    """Percentiles, and the number of valid elements behind them."""
+    keep = None if keep is None else jnp.broadcast_to(keep, x.shape).ravel()
+    x = x.ravel()
     n = jnp.asarray(x.size, jnp.int32) if keep is None else keep.sum(dtype=jnp.int32)
-    undefined = jnp.isnan(x if keep is None else jnp.where(keep, x, 0.0)).any()
     if x.size == 0:
-        return jnp.zeros(len(qs), x.dtype), n.astype(x.dtype)
+        return jnp.zeros(len(qs) + 1, x.dtype)
+    undefined = jnp.isnan(x if keep is None else jnp.where(keep, x, 0.0)).any()
     x = jnp.sort(x if keep is None else jnp.where(keep, x, jnp.inf))
     last = jnp.maximum(n - 1, 0)
     found = []
     for q in qs:
         if keep is None:
             place = q / 100 * (x.size - 1)
-            at, share = jnp.asarray(math.floor(place)), jnp.asarray(place - math.floor(place), x.dtype)
+            at, share = jnp.asarray(math.floor(place), jnp.int32), jnp.asarray(place - math.floor(place), x.dtype)
         else:
             place = (q * last.astype(x.dtype)) / 100.0
             at, share = jnp.floor(place).astype(jnp.int32), place - jnp.floor(place)
         low, high = x[jnp.minimum(at, last)], x[jnp.minimum(at + 1, last)]
-        found.append(jnp.where(share == 0, low, low + share * (high - low)))
-    return jnp.where(undefined, jnp.nan, jnp.stack(found)), n.astype(x.dtype)
+        found.append(jnp.where(undefined, jnp.nan, jnp.where(share == 0, low, low + share * (high - low))))
+    return jnp.stack([*found, n.astype(x.dtype)])

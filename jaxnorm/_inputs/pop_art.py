@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -165,8 +166,12 @@ def pop_art(
     _check_range(norm, min_std, max_std)
     x, seen, ids = _checked(norm, x, state, indices)
     by = _clipped(seen, min_std, max_std)
+    if ids is not None and not ids.ndim:
+        return pop_art(x[None], state, ids[None], min_std=min_std, max_std=max_std, dtype=dtype, inverse=inverse)[0]
     if ids is not None:
-        by = SeenStats(*(a[ids] for a in by))
+        number = seen.mean.shape[0]
+        at = functools.partial(Segments(number, (), ids.ndim).spread, ids=ids)
+        by = SeenStats(*(at(a.reshape((1,) * (ids.ndim - 1) + (number,))) for a in by))
     return mapped(Standardized(0.0, "max", inverse=bool(inverse)), Leaf(norm, x, by, mask), dtype)
 
 

@@ -140,13 +140,12 @@ def test_devices_update_together_with_one_all_reduce(rng):
     check_all_reduces(collectives(sharded, start, x, keep), 1)
     check_stats(state["a"], d(x["a"])[keep])
     check_stats(state["b"], d(x["b"])[keep])
-    by_jit = RunningNorm()
-    put = lambda a: jax.device_put(a, NamedSharding(mesh, over))
-    y_jit, of_jit = jit_unoptimized(lambda s, x, m: by_jit.apply((), s, x, train=True, mask=m))(
-        start, jax.tree.map(put, x), put(keep)
-    )
-    check_stats(of_jit["a"], d(x["a"])[keep])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), y, y_jit)
+    for kind in ("auto", "explicit"):
+        put = lambda a, kind=kind: jax.device_put(a, NamedSharding(mesh_of(kind), over))
+        by_jit = jit_unoptimized(lambda s, x, m: RunningNorm().apply((), s, x, train=True, mask=m))
+        other, of_jit = by_jit(start, jax.tree.map(put, x), put(keep))
+        check_stats(of_jit["a"], d(x["a"])[keep])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), other, y)
     with pytest.raises(NameError, match=r"running_norm.*axis_name=.data. is not bound.*write"):
         norm.apply((), start, x, train=True)
 
@@ -333,7 +332,8 @@ def test_percentiles_are_those_of_dreamerv3_masked_and_over_devices(like, rng):
 def test_percentiles_without_a_mask_are_numpys_and_constants(rng):
     returns, norm = rng.normal(size=(32, 5)).astype("f"), PercentileNorm(momentum=0.0, floor=1e-3)
     loss = lambda x: (norm.apply((), norm.init()[1], x, train=True)[0].sum(), norm.update(norm.init()[1], x))
-    grad, state = jit_unoptimized(jax.grad(loss, has_aux=True))(returns)
+    sharded = jax.device_put(returns, NamedSharding(mesh_of("explicit"), P("data")))
+    grad, state = jit_unoptimized(jax.grad(loss, has_aux=True))(sharded)
     expected = np.percentile(d(returns), [5, 95])
     close([state.low, state.high], expected, rtol=1e-5)
     close(grad, np.full((32, 5), 1 / np.diff(expected)), rtol=1e-5)
