@@ -213,10 +213,10 @@ def pop_art_update(
 
     >>> from jaxnorm import inputs
     >>> import numpy as np
-    >>> layer, state = {"kernel": np.ones((1, 1), "f"), "bias": np.zeros(1, "f")}, inputs.PopArt().init(1)[1]
+    >>> layer, state = {"kernel": np.ones((3, 1), "f"), "bias": np.zeros(1, "f")}, inputs.PopArt().init(1)[1]
     >>> layer, state = inputs.pop_art_update(layer, state, np.array([10., 10., 14., 14.]), momentum=0.)
-    >>> layer["kernel"].tolist(), layer["bias"].tolist(), state.mean.tolist(), state.std.tolist()
-    ([[0.5]], [-6.0], [12.0], [2.0])
+    >>> layer["kernel"][0].tolist(), layer["bias"].tolist(), state.mean.tolist(), state.std.tolist()
+    ([0.5], [-6.0], [12.0], [2.0])
     """
     norm = "pop_art_update"
     _check_range(norm, min_std, max_std)

@@ -54,9 +54,9 @@ class ReturnNorm(MapSpec, GatherSpec):
 
     >>> from jaxnorm import inputs
     >>> import numpy as np
-    >>> norm = inputs.ReturnNorm(gamma=0.5)
+    >>> norm = inputs.ReturnNorm()
     >>> params, state = norm.init(4)                            # four environments
-    >>> y, state = norm.apply(params, state, np.array([1., 1., 3., 3.]), done=np.array([0, 0, 0, 1]), train=True)
+    >>> y, state = norm.apply(params, state, np.array([1., 1., 3., 3.]), done=np.array([0., 0., 0., 1.]), train=True)
     >>> y.tolist(), state.returns.tolist()                      # their deviation is 1
     ([1.0, 1.0, 3.0, 3.0], [1.0, 1.0, 3.0, 0.0])
     """
