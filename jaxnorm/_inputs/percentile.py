@@ -18,6 +18,7 @@ from .._core.collectives import gather_over_devices
 from .._core.dtypes import accumulator
 from .._core.explain import explained
 from .._core.exported import exported
+from .._core.masks import finite_padding
 from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown
 from .._core.types import AxisName, Moments, RunningStats
@@ -190,6 +191,7 @@ def percentile_norm(
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(r):
         raise TypeError(f"{norm}: x and returns must be real, got {x.dtype} and {r.dtype}. Write x.real.")
     r, keep = align_boolean_mask(norm, lax.stop_gradient(r), mask)
+    r = finite_padding(r, keep)
 
     def update() -> PercentileState:
         with explain_unbound_axis(norm, axis_name):
@@ -205,7 +207,8 @@ def percentile_norm(
     scale = _scale(state, floor)
     zero = jnp.zeros_like(scale)
     as_std = SeenStats(zero, zero, scale, zero, zero, zero)
-    return mapped(Standardized(0.0, "max", centered=False), Leaf(norm, x, as_std, None), dtype), state
+    leaf = Leaf(norm, x, as_std, mask if returns is None else None)
+    return mapped(Standardized(0.0, "max", centered=False), leaf, dtype), state
 
 
 def _percentiles(

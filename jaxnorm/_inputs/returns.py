@@ -14,7 +14,7 @@ from .._core.arrays import align_boolean_mask, as_float_array
 from .._core.checks import canonicalize_number
 from .._core.explain import explained
 from .._core.exported import exported
-from .._core.masks import finite_where_masked
+from .._core.masks import finite_padding, finite_where_masked
 from .._core.messages import shown
 from .._core.over import Axes
 from .._core.types import Features
@@ -175,6 +175,7 @@ def return_norm(
             f"init({x.shape}), and scan over the steps of a rollout."
         )
     x, keep = align_boolean_mask(norm, x, mask)
+    x = finite_padding(x, keep)
 
     def update() -> ReturnState:
         ended = _ended(norm, done, reset, x)

@@ -60,6 +60,10 @@ class SeenStats(NamedTuple):
         """The same as `jaxnorm.Moments`, rounded to float32."""
         return Moments(self.count, self.mean, self.var * self.count)
 
+    def merge(self, other: SeenStats) -> SeenStats:
+        """The statistics of both together, such as of two workers that each have seen data of their own."""
+        return join(self, other)
+
     @classmethod
     def of(cls, mean: ArrayLike, std: ArrayLike, count: ArrayLike = 0.0, dtype: DTypeLike = jnp.float32) -> SeenStats:
         """Statistics that are known, such as those that a data set is published with. For a count of 0 any data that

@@ -90,7 +90,9 @@ def test_millions_of_updates_lose_nothing(rng):
     x = (rng.normal(size=(30_000, 1, 2)) + 1e5).astype("f")
     norm = RunningNorm(axis_name=None)
     run = jax.jit(lambda s, x: jax.lax.scan(lambda s, x: (norm.update(s, x), None), s, x)[0])
-    check_stats(run(norm.init(2)[1], x), d(x)[:, 0])
+    seen = run(norm.init(2)[1], x)
+    check_stats(seen, d(x)[:, 0])
+    check_stats(jit_unoptimized(SeenStats.merge)(seen, seen), np.tile(d(x)[:, 0], (2, 1)))
     n, mean, var = 2.0**28, 1e5 + 0.25, 4.0
     state = run(SeenStats.of(np.full(2, mean), np.full(2, 2.0), n), x)
     k, m, v = len(x), d(x)[:, 0].mean(0), d(x)[:, 0].var(0)
