@@ -86,7 +86,7 @@ class PopArt(PopArtMap, PopArtUpdate):
     >>> state = norm.init(1)[1]
     >>> (y, new), state = norm.apply(layer, state, np.array([10., 10., 14., 14.]), train=True)
     >>> h = np.array([[1., 2., 3.]], "f")
-    >>> y.tolist(), norm.inverse(state, (h @ new["kernel"] + new["bias"])[:, 0]).tolist()   # the output was 6
+    >>> y.tolist(), norm.inverse(state, (h @ new["kernel"])[:, 0] + new["bias"]).tolist()   # the output was 6
     ([-1.0, -1.0, 1.0, 1.0], [6.0])
     """
 
