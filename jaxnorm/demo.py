@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
+from jaxnorm import inputs
 
 from ._core.install import extra
 
@@ -68,20 +69,19 @@ def load() -> tuple[Batch, Batch]:
     return train, test
 
 
-def pixel_moments(batches: Iterator[Batch]) -> jn.Moments:
-    """Count, mean and second moment of every pixel, merged batch by batch."""
-    total: Any = jn.Moments(0.0, 0.0, 0.0)  # pyright: ignore[reportArgumentType]
-    for batch in batches:
-        total = jn.merge(total, jn.moments(batch.images, 0, mask=batch.mask))
-    return total
+# Epsilon is one grey level squared. It keeps test images moderate at pixels that are constant in the training set.
+PIXELS = inputs.StandardizeInputs(epsilon=1.0, epsilon_mode="inside")
 
 
-def standardized(data: Batch, pixels: jn.Moments) -> Batch:
-    """Subtract every pixel's mean and divide by its standard deviation.
+def pixel_statistics(batches: Iterator[Batch]) -> inputs.SeenStats:
+    """Mean and deviation of every pixel, gathered batch by batch."""
+    _, nothing = PIXELS.init((8, 8, 1))
+    return PIXELS.fit((inputs.Masked(batch.images, batch.mask) for batch in batches), nothing)
 
-    Epsilon is one grey level squared. It keeps test images moderate at pixels that are constant in the training set.
-    """
-    images = jn.normalize(data.images, pixels.mean, pixels.var, epsilon=1.0)
+
+def standardized(data: Batch, pixels: inputs.SeenStats) -> Batch:
+    """Subtract every pixel's mean and divide by its standard deviation."""
+    images, _ = PIXELS.apply((), pixels, data.images)
     return data._replace(images=np.asarray(images))
 
 
@@ -444,7 +444,7 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
     print(f"{TRAIN} digits to train on, {TEST} to test; batches of {size} over {platform}.")
 
     train, test = load()
-    pixels = pixel_moments(in_order(train, size, padded(size)))
+    pixels = pixel_statistics(in_order(train, size, padded(size)))
     train, test = standardized(train, pixels), standardized(test, pixels)
     (test,) = in_order(test, TEST, padded(TEST))
 

@@ -36,8 +36,9 @@ class Mutant(NamedTuple):
 XLA = " --backend absent"  # the formulas alone, where kernels would hide them
 STATISTICS, FORMULA, RUNNING = "_ops/statistics.py", "_ops/formula.py", "_ops/running.py"
 FORMULAS, BATCH, SHARING = "_core/formulas.py", "_ops/batch.py", "_ops/sharing.py"
-QUANTIZE = "_ops/quantize.py"
+QUANTIZE, SEEN = "_ops/quantize.py", "_ops/seen.py"
 ACCURACY, MASKS, STATE = "laws/test_accuracy.py", "laws/test_masks.py", "laws/test_state.py"
+INPUTS = "tools/test_inputs.py"
 
 MUTANTS = [
     # --- statistics and their derivatives
@@ -177,6 +178,19 @@ MUTANTS = [
     Mutant("nnx forgets the statistics", "_layers/nnx.py", "variable[...] = new\n", "pass\n", "layers/test_nnx.py"),
     Mutant("cast parameters lose their offset", "_layers/flax_rules.py", "p + offset[name] if", "p if",
            "layers/test_derive.py"),
+    # --- inputs
+    Mutant("no variance between what was seen and a batch", SEEN, "(b + a) + (1.0 - p) * jnp.square(d))", "(b + a))", INPUTS),
+    Mutant("the low bits of a running mean are lost", SEEN, "mean, low = _two_sum(mean, low + p * gap)",
+           "mean, low = mean + (low + p * gap), 0.0 * low", INPUTS + " -k millions"),
+    Mutant("counts lose what float32 rounds off", SEEN, "_two_sum(wide.count, wide.count_low + new.count)",
+           "_two_sum(wide.count, new.count)", INPUTS + " -k millions"),
+    Mutant("devices keep statistics of their own", SEEN, "if names and local:", "if False:", INPUTS + " -k devices_update"),
+    Mutant("returns start again before they are counted", "_inputs/returns.py", 'if reset == "before" else old',
+           "if reset else old", INPUTS + " -k rollout"),
+    Mutant("percentiles of padding", "_inputs/percentile.py", "jnp.where(keep, x, jnp.inf)", "x", INPUTS + " -k percentiles"),
+    Mutant("the last layer forgets that means moved", "_inputs/pop_art.py", "wide(bias) + moved / after.std", "wide(bias)",
+           INPUTS + " -k pop_art"),
+    Mutant("a killed fit sees batches twice", "_inputs/fitting.py", "if seen > done:", "if True:", INPUTS + " -k after_a_kill"),
 ]  # fmt: skip
 
 

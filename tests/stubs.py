@@ -1,7 +1,7 @@
 """Stubs for type checkers: `python -m tests.stubs` writes them, `--check` says whether they are current.
 
 Functions and layers get their signatures from specs when they are imported. Here they are written out, in
-`jaxnorm/__init__.pyi`, `linen.pyi` and `nnx.pyi`. Specs are read by type checkers where they stand.
+`jaxnorm/__init__.pyi`, `inputs.pyi`, `linen.pyi` and `nnx.pyi`. Specs are read by type checkers where they stand.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(check: bool) -> int:
     written = {name: (ROOT / name).read_text() if (ROOT / name).exists() else "" for name in stubs()}
     stale = [name for name, text in stubs().items() if written[name] != text]
     if check:
-        stale = [name for name in stale if name == "__init__.pyi" or _flax_of(written[name]) == _flax_of(stubs()[name])]
+        stale = [name for name in stale if _flax_of(written[name]) == _flax_of(stubs()[name])]
     for name in [] if check else stale:
         (ROOT / name).write_text(stubs()[name])
     if check and stale:
@@ -53,7 +53,8 @@ def _flax_of(text: str) -> str | None:
 
 @functools.cache
 def stubs() -> dict[str, str]:
-    texts = {"__init__.pyi": of_package(), "linen.pyi": of_layers("linen"), "nnx.pyi": of_layers("nnx")}
+    texts = {"__init__.pyi": of_package(), "inputs.pyi": of_inputs()}
+    texts |= {"linen.pyi": of_layers("linen"), "nnx.pyi": of_layers("nnx")}
     return {name: formatted(text) for name, text in texts.items()}
 
 
@@ -81,6 +82,19 @@ def of_package() -> str:
     state = "\nS = TypeVar(\"S\", bound=RunningStats | Moments | Mapping[str, Any])\n\n__version__: str\n"
     body = "".join(f"\n{function(name, functions[name])}" for name in sorted(functions))
     return HEAD + WORDS + "\n" + words + "\n".join(imported) + "\n" + state + body
+
+
+def of_inputs() -> str:
+    from jaxnorm import inputs
+
+    made = {name: value for name, value in vars(inputs).items() if name[0] != "_" and hasattr(value, "__qualname__")}
+    functions = {name: f for name, f in made.items() if hasattr(inspect.unwrap(f), "__signature__")}
+    imported = [
+        f"from .{value.__module__.removeprefix('jaxnorm.')} import {name} as {name}\n"
+        for name, value in made.items() if name not in functions
+    ]  # fmt: skip
+    words = WORDS + "\n" + "".join(imported) + '\nP = TypeVar("P")\nT = TypeVar("T")\n'
+    return HEAD + words + "".join(f"\n{function(name, functions[name])}" for name in sorted(functions))
 
 
 def function(name: str, f: Any) -> str:

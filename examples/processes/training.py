@@ -95,7 +95,7 @@ def standardized(options, mesh: Mesh) -> tuple[Batch, Batch]:
     """`options.images` training images, and the test images. Every process reads them all, because they are few."""
     train, test = demo.load()
     train = Batch(*(a[: options.images] for a in train))
-    pixels = demo.pixel_moments(demo.in_order(train, options.batch_size, rows(options.batch_size, mesh)))
+    pixels = demo.pixel_statistics(demo.in_order(train, options.batch_size, rows(options.batch_size, mesh)))
     return demo.standardized(train, pixels), demo.standardized(test, pixels)
 
 

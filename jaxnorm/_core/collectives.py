@@ -78,10 +78,14 @@ def merge_over_devices(
 
 
 def slots_over_devices(parts: list, axis_name: AxisName) -> list | None:
-    """What each device has, along a new leading axis: one all-reduce. None if that is more than `SLOT_BYTES`."""
+    """`gather_over_devices`. None if that is more than `SLOT_BYTES`."""
+    too_large = lax.axis_size(axis_name) * sum(a.nbytes for a in parts) > SLOT_BYTES
+    return None if too_large else gather_over_devices(parts, axis_name)
+
+
+def gather_over_devices(parts: list, axis_name: AxisName) -> list:
+    """What each device has, along a new leading axis: one all-reduce, so that types say it is the same on all."""
     size = lax.axis_size(axis_name)
-    if size * sum(a.nbytes for a in parts) > SLOT_BYTES:
-        return None
     index = lax.axis_index(axis_name)
     mine = lambda a: jnp.where(_slot(size, index, a.ndim), a[None], jnp.zeros((), a.dtype))
     return psum_grouped([mine(a) for a in parts], axis_name, None)

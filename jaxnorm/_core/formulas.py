@@ -161,7 +161,8 @@ def two_pass(
         shift = rounded(shift)
     shift = shift if rough is None else rough + shift
     size = None
-    if reduction.large_prescale is not None and isinstance(reduction.over, Axes):
+    sharded = {*reduction.axes} & {*sharded_axes(x)}  # of those no first element can be taken
+    if reduction.large_prescale is not None and isinstance(reduction.over, Axes) and not sharded:
         first = first_along(difference(x, keep, None), reduction.axes)
         size = jnp.maximum(jnp.abs(shift), jnp.abs(first))
     return shifted_moments(x, keep, weights, n, shift, reduction, size=size, ids=ids)

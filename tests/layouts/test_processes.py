@@ -115,7 +115,7 @@ def on_one_device(order=lambda rows: rows) -> tuple[training.Progress, float]:
     """The same training on one device, without padding, and its test accuracy."""
     train, test = demo.load()
     train = demo.Batch(*(a[:IMAGES] for a in train))
-    pixels = demo.pixel_moments(demo.in_order(train, SIZE, SIZE))
+    pixels = demo.pixel_statistics(demo.in_order(train, SIZE, SIZE))
     step, evaluate = of_one_device()
     now = training.beginning(NORM, OPTIMIZER, SimpleNamespace(seed=0, steps=STEPS))
     batches = demo.shuffled(demo.standardized(train, pixels), SIZE, SIZE, 0)

@@ -40,7 +40,7 @@ def mesh(count: int) -> Mesh:
 def digits():
     """(train, test) of a few standardized images, for speed."""
     train, test = demo.load()
-    pixels = demo.pixel_moments(demo.in_order(train, 128, 128))
+    pixels = demo.pixel_statistics(demo.in_order(train, 128, 128))
     few = lambda data, n: demo.Batch(*(a[:n] for a in demo.standardized(data, pixels)))
     return few(train, 100), few(test, 30)
 
@@ -247,9 +247,9 @@ def test_padding_leaves_no_trace_in_a_step(digits):
     jax.tree.map(np.testing.assert_array_equal, clean[1], nan[1])  # a kernel's own gradient is sum(0 * NaN)
 
 
-def test_pixel_moments_are_those_of_all_images_and_constant_pixels_stay_of_moderate_size():
+def test_pixel_statistics_are_those_of_all_images_and_constant_pixels_stay_of_moderate_size():
     train, test = demo.load()
-    pixels = demo.pixel_moments(demo.in_order(train, 128, 128))
+    pixels = demo.pixel_statistics(demo.in_order(train, 128, 128))
     images = train.images.astype(np.float64)
     np.testing.assert_array_equal(pixels.count, float(demo.TRAIN))
     np.testing.assert_allclose(pixels.mean, images.mean(0), rtol=1e-6)
