@@ -5,3 +5,4 @@ They take linen models with their variables, nnx modules, and trees of specs, pa
 
 from ._models.outcome import Outcome as Outcome
 from ._models.outcome import Row as Row
+from ._models.recompute import recompute_stats as recompute_stats
