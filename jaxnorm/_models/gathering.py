@@ -1,8 +1,8 @@
 """The moments of what each norm with running statistics is given, from one call of a model.
 
-They come out of the model the way that running statistics do: with the state that a call returns. So they come through
-`jax.jit`, `shard_map`, scans and Flax's lifted transforms. `Seen` travels beside the state of a norm: in an entry "seen"
-of a dict, such as those of linen, around a `RunningStats`, or as variables of an nnx layer.
+They come out of the model the way that running statistics do, with the state that a call returns. So they pass through
+`jax.jit`, `shard_map`, scans and Flax's lifted transforms. `Seen` travels beside the state of a norm: in an entry
+"seen" of a dict, as linen has them; with a `RunningStats` in a `StateThatGathers`; as variables of an nnx layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from .._core.dtypes import widest
 from .._core.intercept import Call, intercept, watched
-from .._core.messages import shown
 from .._core.paths import path_of
 from .._core.types import Moments, RunningStats
 from .._norms.batch import BatchNorm
@@ -80,11 +79,16 @@ def reason_to_leave(spec: Any) -> str | None:
     return None
 
 
+def counts_updates(spec: Any) -> bool:
+    """Whether schedules are functions of the state's count, whatever the policy."""
+    return isinstance(spec, (BatchRenorm, RepBatchNorm))
+
+
 def that_gathers(spec: Any) -> Any:
     """The norm whose state, from a count of zero, is the count, mean and biased variance of x."""
     if isinstance(spec, NestedSpec):
         return dataclasses.replace(spec, inner=that_gathers(spec.inner))
-    if isinstance(spec, (BatchRenorm, RepBatchNorm)):  # their count is that of updates
+    if counts_updates(spec):
         same = ("axis", "share", "axis_name", "axis_index_groups", "sync")
         return BatchNorm(
             **{name: getattr(spec, name) for name in same}, momentum=None, skip_nonfinite=policy_of(spec).skip_nonfinite
@@ -126,7 +130,9 @@ def gathering(by_batch: bool, known: dict[str, Known], quiet: bool) -> Iterator[
 
 def _moments(call: Call, state: RunningStats, by_batch: bool, quiet: bool) -> tuple[Any, Moments]:
     """y, and the moments of x."""
-    spec, options = that_gathers(call.spec), dict(call.options, train=True, update_stats=True)
+    spec, options = that_gathers(call.spec), dict(call.options, train=True)
+    if "update_stats" in options:
+        options["update_stats"] = True
     first = jax.tree.map(lambda a: jnp.zeros_like(a, dtype=widest(a.dtype, jnp.float32)), state)
     first = RunningStats(first.mean, first.var, jnp.zeros_like(first.var))
     params, operands = call.params, call.operands
@@ -235,7 +241,7 @@ def _with_seen(node: Any, path: str, stats: RunningStats) -> Any:
 
 
 class Module:
-    """An nnx module. The states are those of the library's layers in it; `unknown` are the paths of other statistics."""
+    """An nnx module. `states` are those of the library's layers in it, `unknown` the paths of other statistics."""
 
     def __init__(self, model: Any):
         from flax import nnx
@@ -246,7 +252,7 @@ class Module:
         for path, node in list(nnx.iter_graph(copy)):
             if isinstance(node, nnx.Module) and hasattr(node, "_form") and getattr(node, "var", None) is not None:
                 name, layer = "/".join(map(str, path)), node
-                value = lambda of, layer=layer: None if getattr(layer, of) is None else getattr(layer, of)[...]
+                value: Any = lambda of, layer=layer: None if getattr(layer, of) is None else getattr(layer, of)[...]
                 self.states[name] = RunningStats(*map(value, RunningStats._fields))
                 setattr(layer, _PATH, name)
                 for of, a in zip(_COUNTED, nothing_seen(self.states[name]), strict=True):

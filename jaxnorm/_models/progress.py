@@ -27,5 +27,7 @@ def with_bar(
 
         return tqdm(batches, title, total, initial=done, file=sys.stderr)
     if progress:
-        raise ModuleNotFoundError(f"{name}: progress=True needs rich or tqdm. Write pip install rich, or progress=None.")
+        raise ModuleNotFoundError(
+            f"{name}: progress=True needs rich or tqdm. Write pip install rich, or progress=None."
+        )
     return batches
