@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._core.dtypes import widest
 from .._core.intercept import Call, intercept, watched
@@ -207,26 +208,31 @@ def nothing_seen(stats: RunningStats) -> Moments:
 class Tree:
     """Variables as a tree: those of linen, or any tree that holds states of norms.
 
-    `states` has each state by its path, `arrays` is what a program is given, and `call` is the program.
+    `states` has each state by its path, and `arrays` the others. `call` is a program of both.
     """
 
     def __init__(self, variables: Any):
         nodes, self.treedef = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_running)
-        self.paths = [path_of(keys).removeprefix("batch_stats/") for keys, _ in nodes]
         self.nodes = [node for _, node in nodes]
-        self.states = {p: node for p, node in zip(self.paths, self.nodes, strict=True) if _is_running(node)}
+        paths = [path_of(keys).removeprefix("batch_stats/") if _is_running(node) else None for keys, node in nodes]
+        self.paths: list[str | None] = paths
+        self.states = {path: node for path, node in zip(paths, self.nodes, strict=True) if path is not None}
         self.unknown: tuple[str, ...] = ()
-        self.arrays = variables
+        # Functions, strings and numbers may be leaves of a tree. They are no arguments of a program.
+        is_array = lambda node: isinstance(node, (jax.Array, np.ndarray))
+        self.arrays = [node if is_array(node) else None for node in self.nodes]
 
-    def call(self, apply: Apply, variables: Any, states: Mapping[str, RunningStats], batch: Any) -> dict[str, Moments]:
-        nodes = jax.tree.leaves(variables, is_leaf=_is_running)
-        given = [_with_seen(n, p, states[p]) if p in states else n for n, p in zip(nodes, self.paths, strict=True)]
+    def call(self, apply: Apply, arrays: Any, states: Mapping[str, RunningStats], batch: Any) -> dict[str, Moments]:
+        given = [node if a is None else a for node, a in zip(self.nodes, arrays, strict=True)]
+        of = zip(given, self.paths, strict=True)
+        given = [node if path is None else _with_seen(node, path, states[path]) for node, path in of]
         result = apply(jax.tree.unflatten(self.treedef, given), batch)
         leaves = jax.tree.leaves(result, is_leaf=lambda node: isinstance(node, Seen))
         return {leaf.path: leaf.moments for leaf in leaves if isinstance(leaf, Seen)}
 
     def result(self, states: Mapping[str, Any]) -> Any:
-        return jax.tree.unflatten(self.treedef, [states.get(p, n) for p, n in zip(self.paths, self.nodes, strict=True)])
+        of = zip(self.nodes, self.paths, strict=True)
+        return jax.tree.unflatten(self.treedef, [node if path is None else states[path] for node, path in of])
 
 
 def _is_running(node: Any) -> bool:

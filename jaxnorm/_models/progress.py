@@ -9,9 +9,9 @@ from typing import Any
 
 
 def with_bar(
-    name: str, batches: Iterable[Any], title: str, progress: bool | None, total: int | None = None, done: int = 0
+    name: str, batches: Iterable[Any], title: str, progress: bool | None, total: int | None = None
 ) -> Iterable[Any]:
-    """The batches, of which `done` were there before, with a bar on standard error.
+    """The batches, with a bar on standard error.
 
     `progress` None: where rich or tqdm is installed and standard error is a terminal. True: always. False: never.
     """
@@ -21,11 +21,11 @@ def with_bar(
         from rich.console import Console
         from rich.progress import track
 
-        return track(batches, title, total, completed=done, console=Console(stderr=True))
+        return track(batches, title, total, console=Console(stderr=True))
     if importlib.util.find_spec("tqdm") is not None:
         from tqdm import tqdm
 
-        return tqdm(batches, title, total, initial=done, file=sys.stderr)
+        return tqdm(batches, title, total, file=sys.stderr)
     if progress:
         raise ModuleNotFoundError(
             f"{name}: progress=True needs rich or tqdm. Write pip install rich, or progress=None."

@@ -25,7 +25,7 @@ SPEC = jn.BatchNorm(epsilon=EPSILON, unbiased_running_var=True)
 @pytest.fixture(autouse=True)
 def _compiled_fast(monkeypatch):
     jit = jax.jit
-    ours = lambda f: getattr(f, "__module__", None) == "jaxnorm._models.recompute"
+    ours = lambda f: getattr(f, "__module__", None) == "jaxnorm._models.recompute_run"
     monkeypatch.setattr(jax, "jit", lambda f, **options: (jit_unoptimized if ours(f) else jit)(f, **options))
 
 
@@ -88,6 +88,7 @@ class Nnx(nnx.Module):
 def test_every_layer_has_the_population_statistics_of_inference(kind, data):
     """In float64, with masks, an uneven last batch, and statistics of all layers before it that are recomputed too."""
     kernels, x, mask, batches = data
+    kernels = kernels if kind == "specs" else kernels[:2]
     if kind == "specs":
         state = {f"n{i}": SPEC.init(WIDTH)[1] for i in range(DEPTH)}
         new, outcome = models.recompute_stats(lambda v, b: by_specs(kernels, v, b), {"states": state}, batches)
@@ -109,7 +110,7 @@ def test_every_layer_has_the_population_statistics_of_inference(kind, data):
     for (mean, var), (mean64, var64) in zip(found, population(kernels, x, mask), strict=True):
         np.testing.assert_allclose(mean, mean64, rtol=2e-6, atol=1e-6)
         np.testing.assert_allclose(var, var64, rtol=2e-6)
-    assert len(outcome.changed) == DEPTH
+    assert len(outcome.changed) == len(kernels)
     assert f"{mask.sum()} elements" in outcome.rows[0].why
 
 
@@ -188,7 +189,6 @@ SIBLINGS = {
     "rep": jn.RepBatchNorm(),
     "instance": jn.InstanceBatchNorm(**EXACT),
     "evo": jn.EvoNormB(zero_debias=True),
-    "mixture": jn.SwitchableNorm(),
     "domain": jn.DomainBatchNorm(num_domains=2),
     "conditional": jn.ConditionalNorm(num_classes=3, inner=jn.BatchNorm(**EXACT)),
     "rms": jn.BatchNorm(spread="rms"),
@@ -220,7 +220,7 @@ def test_siblings_of_batch_norm_and_their_counts(rng):
     batches = [(x[:6], labels[:6]), (x[6:], labels[6:])]
     new, outcome = models.recompute_stats(apply, states, batches, passes=1)
     flat = x.reshape(-1, 4).astype(np.float64)
-    for name in ("batch_renorm", "rep", "instance", "evo", "mixture", "conditional"):
+    for name in ("batch_renorm", "rep", "instance", "evo", "conditional"):
         of = flat[:, 2:] if name == "instance" else flat
         np.testing.assert_allclose(new[name].mean, of.mean(0), rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(new[name].var, of.var(0), rtol=2e-6, err_msg=name)
@@ -287,12 +287,9 @@ def test_recomputed_statistics_bring_back_what_a_bad_momentum_lost(digits):
     params, state, x, _, accuracy = digits
     apply = lambda state, x: network(params, state, x, False)
     new, outcome = models.recompute_stats(apply, state, x.reshape(4, 320, 64).__iter__)
-    print(accuracy(state), accuracy(new), outcome)
     assert accuracy(state) < 0.75
     assert accuracy(new) > 0.9
     assert float(outcome["n1"].why.split(", ")[1].split()[0]) > 0.9, "the mean of n1 is still near 0"
-    once, _ = models.recompute_stats(apply, state, x.reshape(4, 320, 64).__iter__, passes=1)
-    assert accuracy(once) > 0.85
 
 
 def test_update_bn_of_torch_has_another_variance(digits):
@@ -300,9 +297,10 @@ def test_update_bn_of_torch_has_another_variance(digits):
     params, state, x, labels, _ = digits
     x = x[np.argsort(labels)]  # as a loader that does not shuffle has them
     batches = [x[i : i + 300] for i in range(0, 1280, 300)]
-    new, _ = models.recompute_stats(lambda s, x: network(params, s, x, False), state, batches, passes=1)
+    first_norm = lambda state, x: DIGITS.apply(None, state, x @ params[0], train=False)
+    new, _ = models.recompute_stats(first_norm, state["n1"], batches, passes=1)
     h = x.astype(np.float64) @ np.asarray(params[0], np.float64)
-    np.testing.assert_allclose(new["n1"].var, h.var(0), rtol=1e-6)
+    np.testing.assert_allclose(new.var, h.var(0), rtol=1e-6)
 
     torch = pytest.importorskip("torch")
     first = torch.nn.Linear(64, 32, bias=False)
@@ -326,6 +324,11 @@ class Killed(BaseException):
     pass
 
 
+def ends(batches):
+    yield from batches
+    raise Killed
+
+
 def test_a_run_goes_on_where_it_was_killed(data, tmp_path):
     """The statistics are the same to the bit, and batches that were counted are not read again."""
     kernels, x, mask, _ = data
@@ -345,10 +348,14 @@ def test_a_run_goes_on_where_it_was_killed(data, tmp_path):
     goes_on = dict(passes=2, resume=file, save_every=2)
     with pytest.raises(Killed):  # before batch 3 of pass 2, at which 2 batches of it are saved
         models.recompute_stats(apply, state, lambda: dies(7), **goes_on)
-    gone = [tuple(np.full_like(a, np.nan) if a.dtype != bool else a for a in batch) for batch in batches[:2]]
     with pytest.raises(ValueError, match="over other variables"):
         models.recompute_stats(apply, {"states": state["states"] | {"n1": whole["states"]["n1"]}}, batches, **goes_on)
-    resumed, outcome = models.recompute_stats(apply, state, [*gone, *batches[2:]], **goes_on)
+    with pytest.raises(ValueError, match="over 2 batches or more, and there are 1"):
+        models.recompute_stats(apply, state, batches[:1], **goes_on)
+    gone = [tuple(np.full_like(a, np.nan) if a.dtype != bool else a for a in batch) for batch in batches]
+    with pytest.raises(Killed):  # after the last batch
+        models.recompute_stats(apply, state, lambda: ends([*gone[:2], *batches[2:]]), **goes_on)
+    resumed, outcome = models.recompute_stats(apply, state, gone, **goes_on)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert f"{mask[:12].sum()} elements in 4 batches" in outcome["states/n1"].why
     assert not [*tmp_path.iterdir()]
@@ -411,7 +418,7 @@ def test_adapted_statistics(rng):
     """Replaced, mixed linearly in the variance, and merged with the difference of the means: in float64."""
     source, target = rng.normal(size=(50, 3)), rng.normal(size=(10, 3)) * 3 + 2
     state = jn.RunningStats(*(a.astype(np.float32) for a in (source.mean(0), source.var(0))), np.full(3, 50, "f"))
-    tree = {"a": state, "b": {"mean": state.mean, "var": state.var}}
+    flax = {"bn": {"mean": state.mean, "var": state.var}}
     m = jn.moments(target.astype(np.float32), 0)
     both = np.concatenate([source, target])
     mixed = lambda p, a, b: p * a + (1 - p) * b
@@ -421,12 +428,12 @@ def test_adapted_statistics(rng):
         ({"prior_count": 30}, mixed(0.75, source.mean(0), target.mean(0)), mixed(0.75, source.var(0), target.var(0))),
         ({"prior_count": 50, "merge": True}, both.mean(0), both.var(0)),
     ]:
-        new = models.adapt_state(tree, {"a": m, "b": m}, **options)
-        np.testing.assert_allclose(new["a"].mean, mean, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(new["a"].var, var, rtol=1e-5)
-        np.testing.assert_array_equal(new["b"]["var"], new["a"].var)
-        assert new["a"].count[0] == (60 if "merge" in options else 50)
-    np.testing.assert_array_equal(models.adapt_state(state, m, merge=True).var, new["a"].var)
+        new = models.adapt_state(state, m, **options)
+        np.testing.assert_allclose(new.mean, mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(new.var, var, rtol=1e-5)
+        assert new.count[0] == (60 if "merge" in options else 50)
+    np.testing.assert_array_equal(models.adapt_state(state, m, merge=True).var, new.var)
+    np.testing.assert_allclose(models.adapt_state(flax, {"bn": m})["bn"]["var"], target.var(0), rtol=1e-5)
     by_stats = models.adapt_state(state, jn.RunningStats(m.mean, m.var), prior=0.7)
     np.testing.assert_allclose(by_stats.var, mixed(0.7, source.var(0), target.var(0)), rtol=1e-5)
     empty = jn.Moments(jnp.array([0.0, 10.0, 10.0]), m.mean, m.m2)
@@ -434,7 +441,7 @@ def test_adapted_statistics(rng):
     with pytest.raises(ValueError, match="prior must be from 0 to 1, got 16"):
         models.adapt_state(state, m, prior=16)
     with pytest.raises(ValueError, match="the state has no count"):
-        models.adapt_state(tree["b"], m, merge=True)
+        models.adapt_state(flax, {"bn": m}, merge=True)
     with pytest.raises(ValueError, match="the new statistics have no count"):
         models.adapt_state(state, jn.RunningStats(m.mean, m.var), prior_count=3)
     with pytest.raises(ValueError, match="which needs no prior_count"):
