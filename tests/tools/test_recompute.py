@@ -205,31 +205,34 @@ def test_siblings_of_batch_norm_and_their_counts(rng):
     states["flax"], states["other"] = dict(jn.BatchNorm().init(4)[1]._asdict()), jn.BatchNorm().init(4)[1]
     del states["flax"]["count"]
     x = rng.normal(size=(12, 3, 4)).astype(np.float32) * [1, 2, 3, 4] + 2
-    x, labels = x.astype(np.float32), np.arange(12) % 2
+    x, labels, weights = x.astype(np.float32), np.arange(12) % 2, rng.random((12, 3), np.float32)
 
     def apply(states, batch):
-        x, labels = batch
-        weights = jnp.ones(x.shape[:2], x.dtype)
+        x, labels, weights = batch
         new = {"flax": jn.BatchNorm().apply(None, states["flax"], x, train=False)[1], "other": states["other"]}
         for name, norm in SIBLINGS.items():
             operand = (labels,) if name in ("domain", "conditional") else ()
-            more = {} if name == "conditional" else {"weights": weights}
+            more = {} if name in ("conditional", "never") else {"weights": weights}
             new[name] = norm.apply(params[name], states[name], x, *operand, train=True, **more)[1]
         return x, new
 
-    batches = [(x[:6], labels[:6]), (x[6:], labels[6:])]
+    batches = [(x[:6], labels[:6], weights[:6]), (x[6:], labels[6:], weights[6:])]
     new, outcome = models.recompute_stats(apply, states, batches, passes=1)
-    flat = x.reshape(-1, 4).astype(np.float64)
-    for name in ("batch_renorm", "rep", "instance", "evo", "conditional"):
+    flat, w = x.reshape(-1, 4).astype(np.float64), weights.ravel().astype(np.float64)
+    average = lambda a, w=w: np.average(a, 0, w)
+    spread = lambda a, w=w: average((a - average(a, w)) ** 2, w)
+    for name in ("batch_renorm", "rep", "instance", "evo"):
         of = flat[:, 2:] if name == "instance" else flat
-        np.testing.assert_allclose(new[name].mean, of.mean(0), rtol=1e-6, err_msg=name)
-        np.testing.assert_allclose(new[name].var, of.var(0), rtol=2e-6, err_msg=name)
-    np.testing.assert_allclose(new["flax"]["var"], flat.var(0), rtol=2e-6)
+        np.testing.assert_allclose(new[name].mean, average(of), rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(new[name].var, spread(of), rtol=2e-6, err_msg=name)
+    for found in (new["flax"]["var"], new["conditional"].var):
+        np.testing.assert_allclose(found, flat.var(0), rtol=2e-6)
     for k in (0, 1):
-        np.testing.assert_allclose(new["domain"].var[k], x[k::2].reshape(-1, 4).astype(float).var(0), rtol=2e-6)
-    np.testing.assert_allclose(new["rms"].var, (flat**2).mean(0), rtol=2e-6)
+        of, theirs = x[k::2].reshape(-1, 4).astype(np.float64), weights[k::2].ravel().astype(np.float64)
+        np.testing.assert_allclose(new["domain"].var[k], spread(of, theirs), rtol=2e-6)
+    np.testing.assert_allclose(new["rms"].var, average(flat**2), rtol=2e-6)
     counts = {name: None if s.count is None else float(s.count[0]) for name, s in new.items() if name in SIBLINGS}
-    assert (counts["instance"], counts["conditional"]) == (36, 36), "of elements"
+    assert (counts["instance"], counts["conditional"]) == (pytest.approx(w.sum()), 36), "of elements"
     assert (counts["evo"], counts["rep"], counts["batch_renorm"]) == (2, 70, 0), "of batches; of schedules, kept"
     left = {row.path: row.why for row in outcome.left}
     assert left == {
