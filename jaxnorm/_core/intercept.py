@@ -44,6 +44,9 @@ class Call(NamedTuple):
 
 Interceptor = Callable[[Call, Callable[[], tuple[Any, Any]]], tuple[Any, Any]]
 
+# Part of the key that every program is cached by, so made before there is one: else all would be compiled once more.
+_USER_CONTEXT: Any = jax.make_user_context(None) if hasattr(jax, "make_user_context") else None  # from JAX 0.8 on
+
 watched: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar("interceptor", default=None)
 _layer: contextvars.ContextVar[Any] = contextvars.ContextVar("layer", default=None)
 
@@ -101,8 +104,8 @@ def _alone(apply, *args, **options):
 
 @contextlib.contextmanager
 def _traced_anew(key: Any) -> Iterator[None]:
-    if hasattr(jax, "make_user_context"):  # from JAX 0.8 on
-        with _user_context()(key):
+    if _USER_CONTEXT is not None:
+        with _USER_CONTEXT(key):
             yield
     else:
         jax.clear_caches()
@@ -110,8 +113,3 @@ def _traced_anew(key: Any) -> Iterator[None]:
             yield
         finally:
             jax.clear_caches()
-
-
-@functools.cache
-def _user_context() -> Any:
-    return jax.make_user_context(None)
