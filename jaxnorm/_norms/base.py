@@ -94,7 +94,7 @@ class Spec:
     scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
     paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
-    peers: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})  # other libraries' defaults; ...: it has none
+    peers: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})  # other libraries' defaults; ... is none
     instead: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})  # options that say what others say
 
     @classmethod

@@ -1,0 +1,300 @@
+"""Which array of the source becomes which of the target, and how. All that does not fit is found before anything moves.
+
+The two trees are compared by module and role: "layer1.0.bn.weight" and "layer1_0/bn/scale" are the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._core.messages import shown
+from .._core.paths import matches, renamed, wildcards
+from .layouts import KINDS, LAYOUTS, Kernel, from_flax, to_flax
+from .leaf import OPTIONAL, ROLES, Leaf, Store, as_numpy, module_name
+from .report import ConversionError, Report, Row
+
+Rename = Mapping[str, str | None]
+Layouts = Mapping[str, str]
+
+
+class Options(NamedTuple):
+    """What a user says about a conversion."""
+
+    name: str  # of the function, for messages
+    rename: Rename = {}
+    skip: Sequence[str] = ()
+    layouts: Layouts = {}
+    cast: bool = False
+
+
+class Misfit(Exception):
+    """Why one array does not fit."""
+
+
+def move(source: Store, target: Store, options: Options) -> tuple[dict[str, np.ndarray], Report]:
+    """The target's new arrays by path, and the report. A ConversionError says all that does not fit."""
+    refused: list[tuple[str, str]] = []
+    found = _by_key(source, options, refused, options.rename)
+    wanted = _by_key(target, options, refused, {})
+    refused += _unused_patterns(source, target, options)
+    values: dict[str, np.ndarray] = {}
+    rows: list[Row] = []
+    for key, leaf in wanted.items():
+        if _skipped(leaf, options):
+            rows.append(Row("", leaf.path, leaf.shape, "kept: skip"))
+            continue
+        try:
+            value, row = _one(key, leaf, found, target, options)
+        except Misfit as reason:
+            refused.append((leaf.path, str(reason)))
+            continue
+        rows.append(row)
+        if value is not None:
+            values[leaf.path] = value
+    used = {key for key, leaf in wanted.items() if not _skipped(leaf, options)}
+    used |= {(key[0], role) for key, leaf in wanted.items() for role, *_ in leaf.otherwise}
+    for key, leaf in found.items():
+        if _skipped(leaf, options) or (key not in used and leaf.role in OPTIONAL):
+            how = "left out: skip" if _skipped(leaf, options) else "not needed"
+            rows.append(Row(leaf.path, "", leaf.shape, how))
+        elif key not in used:
+            near = _near(key, wanted)
+            refused.append((leaf.path, f"{target.library} has no place for it{near}. Rename it, or skip it."))
+    refused += _specs_that_differ(source, target, {key[0] for key in found.keys() & wanted.keys()})
+    if refused:
+        raise ConversionError(options.name, refused)
+    return values, Report(rows)
+
+
+def _one(
+    key: tuple[str, str], leaf: Leaf, found: Mapping[tuple[str, str], Leaf], target: Store, options: Options
+) -> tuple[np.ndarray | None, Row]:
+    if key in found:
+        value, how = _fitted(found[key], leaf, options)
+        return value, Row(found[key].path, leaf.path, leaf.shape, how)
+    for role, make, how in leaf.otherwise:
+        if make is None:
+            return None, Row("", leaf.path, leaf.shape, how)
+        other = found.get((key[0], role))
+        if other is not None or not role:
+            value = np.asarray(make(None if other is None else as_numpy(other.value)), leaf.dtype)
+            if value.shape != leaf.shape:
+                value = np.broadcast_to(value, leaf.shape) if value.ndim == 0 else value.reshape(leaf.shape)
+            return value, Row("" if other is None else other.path, leaf.path, leaf.shape, how)
+    raise Misfit(f"missing{_near(key, found)}. Rename one to it, or skip it.")
+
+
+def _fitted(source: Leaf, target: Leaf, options: Options) -> tuple[np.ndarray, str]:
+    value, how = _laid_out(source, target, options)
+    if value.shape != target.shape:
+        raise Misfit(f"its shape is {target.shape}, and {source.path} gives {value.shape}{how and f' ({how})'}.")
+    have, want = source.dtype, target.dtype
+    if have != want:
+        floats = jnp.issubdtype(have, jnp.floating) and jnp.issubdtype(want, jnp.floating)
+        if not (floats and (options.cast or _holds(want, have))):
+            write = " Write cast=True to round." if floats else ""
+            raise Misfit(f"its dtype is {want}, and {source.path} has {have}.{write}")
+        value, how = value.astype(want), f"{how or 'as it is'}, {have} as {want}"
+    return value, how or "as it is"
+
+
+def _holds(wide: Any, narrow: Any) -> bool:
+    """Whether a floating dtype holds all values of another."""
+    w, n = jnp.finfo(wide), jnp.finfo(narrow)
+    return w.nmant >= n.nmant and w.maxexp >= n.maxexp and w.minexp - w.nmant <= n.minexp - n.nmant
+
+
+def _laid_out(source: Leaf, target: Leaf, options: Options) -> tuple[np.ndarray, str]:
+    """The source's value in the target's layout, and in words what was done."""
+    value = as_numpy(source.value)
+    kernels = _kernels(source, target, options)
+    if kernels is None:
+        flat = lambda shape: tuple(n for n in shape if n != 1)
+        vectors = source.kind == "vector" or target.kind == "vector" or source.role in ("bias", "mean", "var")
+        same = flat(value.shape) == flat(target.shape) or (source.role == "bias" and value.ndim == 1 != len(target.shape))
+        same = same or (source.role == "bias" and len(target.shape) == 1)
+        if value.shape != target.shape and vectors and same and value.size == np.prod(target.shape, dtype=int):
+            return value.reshape(target.shape), f"{value.shape} -> {target.shape}"
+        return value, ""
+    have, want = kernels
+    if have.order == want.order and have.flipped == want.flipped and value.ndim == len(target.shape):
+        return value, ""
+    if have.kind == "dense" and max(value.ndim, len(target.shape)) > 2:
+        return _general(value, have, want, target.shape)
+    least = 2 if have.kind in ("dense", "embedding") else 3
+    if value.ndim < least or value.ndim != len(target.shape):
+        raise Misfit(f"its shape is {target.shape}, and {source.path} has {value.shape}: not the axes of one kernel.")
+    groups = _groups(value.shape, have, target.shape, want)
+    words = f"{have.words(value.ndim)} -> {want.words(value.ndim)}"
+    words += ", flipped" if have.flipped != want.flipped else ""
+    words += f", {groups} groups" if groups > 1 else ""
+    try:
+        return from_flax(to_flax(value, have, groups), want, target.shape, groups), words
+    except ValueError:
+        raise Misfit(f"its shape is {target.shape}, and {source.path} of {value.shape} does not fit ({words}).") from None
+
+
+def _general(value: np.ndarray, have: Kernel, want: Kernel, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    """A dense kernel of several input or output axes, such as attention's (in, heads, width), from and to a matrix."""
+    if len(shape) > 2:  # Flax's
+        value = to_flax(value, have)
+        fits = value.size == np.prod(shape, dtype=int) and (shape[0] == value.shape[0] or shape[-1] == value.shape[-1])
+        return (value.reshape(shape) if fits else value), f"{have.order} -> IO, reshaped"
+    i, o = (shape[1], shape[0]) if want.order == "OI" else shape
+    fits = value.size == i * o and (value.shape[0] == i or value.shape[-1] == o)
+    return (from_flax(value.reshape(i, o), want, shape) if fits else value), f"reshaped, IO -> {want.order}"
+
+
+def _groups(value: tuple[int, ...], have: Kernel, shape: tuple[int, ...], want: Kernel) -> int:
+    """The groups of torch's transposed convolution, whose kernel has I inputs where Flax's has I / g."""
+    if (have.order == "IOk") == (want.order == "IOk"):
+        return 1
+    torch, other, order = (value, shape, want) if have.order == "IOk" else (shape, value, have)
+    at = len(other) - 2 if order.order[0] == "k" else 0
+    inputs = other[at + order.order.replace("k", "").index("I")]
+    return torch[0] // inputs if inputs and torch[0] % inputs == 0 else 1
+
+
+def _kernels(source: Leaf, target: Leaf, options: Options) -> tuple[Kernel, Kernel] | None:
+    """How the two lay the kernel out; None if it is none, or if it is the same kind of tree."""
+    said = [kind for pattern, kind in options.layouts.items() if matches(pattern, source.name) or matches(pattern, target.name)]
+    kinds = [said[0]] * 2 if said else [source.kind, target.kind]
+    names = {source.keys[-1:], target.keys[-1:]}
+    if source.role != "weight" or "vector" in kinds or "as_it_is" in kinds:
+        return None
+    if kinds == [None, None] and "convtranspose" in f"{source.name}/{target.name}".lower() and source.layout != target.layout:
+        kinds = ["transposed"] * 2
+    elif kinds == [None, None]:
+        if not names & {("kernel",), ("w",), ("embedding",), ("embeddings",)} or source.layout == target.layout:
+            return None
+        table = names & {("embedding",), ("embeddings",)}
+        kinds = ["embedding" if table else "dense" if min(len(source.shape), len(target.shape)) == 2 else "conv"] * 2
+    kinds = [kinds[0] or kinds[1], kinds[1] or kinds[0]]
+    have, want = (
+        LAYOUTS[leaf.layout][k or ""] if k in LAYOUTS[leaf.layout] else None
+        for leaf, k in zip((source, target), kinds, strict=True)
+    )
+    assert have is not None and want is not None
+    if have.kind != want.kind:
+        raise Misfit(f"it is a kernel of kind {want.kind}, and {source.path} one of kind {have.kind}.")
+    if have.kind == "transposed" and not said:
+        have = _oriented(source, target, have, want)
+        want = _oriented(target, source, want, have)
+    return have, want
+
+
+def _oriented(leaf: Leaf, other: Leaf, own: Kernel, others: Kernel) -> Kernel:
+    """Flax's transposed kernels are of two kinds. Where no object says which, the shapes may, or they do not."""
+    if leaf.layout != "flax" or leaf.kind is not None or other.layout == "flax":
+        return own
+    flax = LAYOUTS["flax"]
+    shape = leaf.shape
+    if len(shape) < 3 or len(other.shape) != len(shape):
+        return own
+    inputs = other.shape[0] if others.order == "IOk" else other.shape[len(shape) - 2 + (others.order == "kOI")]
+    inputs = other.shape[1] if others.order == "OIk" else inputs
+    if shape[-1] == shape[-2]:
+        raise Misfit(
+            "a transposed convolution of as many inputs as outputs. Write layouts={"
+            f'"{leaf.name}": "transposed"}}, or "transposed_flipped" if the layer has transpose_kernel=True.'
+        )
+    return flax["transposed_flipped" if shape[-1] == inputs else "transposed"]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def check_options(options: Options) -> None:
+    """Raise where a user's patterns are no patterns."""
+    name = options.name
+    if not isinstance(options.rename, Mapping) or not isinstance(options.layouts, Mapping):
+        raise TypeError(f'{name}: rename and layouts must be dicts, such as {{"body/**": "**"}}.')
+    if isinstance(options.skip, str) or not all(isinstance(pattern, str) for pattern in options.skip):
+        raise TypeError(f'{name}: skip must be a list of patterns, got {shown(options.skip)}. Write ["**/rope/*"].')
+    for pattern, new in options.rename.items():
+        if not isinstance(pattern, str) or not (new is None or isinstance(new, str)):
+            raise TypeError(f"{name}: rename has {shown(pattern)}: {shown(new)}; both must be patterns, or the latter None.")
+        if new is not None and wildcards(pattern) != wildcards(new):
+            raise ValueError(
+                f'{name}: rename has "{pattern}": "{new}", whose wildcards must be the same, in the same order. '
+                'Write {"model/layers/*/**": "block_*/**"}.'
+            )
+    for pattern, kind in options.layouts.items():
+        if kind not in KINDS:
+            raise ValueError(f'{name}: layouts has "{pattern}": {shown(kind)}; it must be one of {", ".join(KINDS)}.')
+
+
+def _new_name(leaf: Leaf, rename: Rename) -> tuple[str, ...] | None:
+    """The keys of a leaf by a user's names: of the leaf, or of the module that it is in. None leaves it out."""
+    whole, inside = "/".join(leaf.keys), "/".join(leaf.keys[:-1])
+    for pattern, new in rename.items():
+        for path, rest in ((whole, ()), (inside, leaf.keys[-1:])):
+            if matches(pattern, path):
+                return None if new is None else (*(renamed(pattern, new, path) or "").split("/"), *rest)
+    return leaf.keys
+
+
+def _by_key(
+    store: Store, options: Options, refused: list[tuple[str, str]], rename: Rename
+) -> dict[tuple[str, str], Leaf]:
+    """The leaves by module and role. If two of a module have one role, both are called by their own names."""
+    named = [(keys, leaf) for leaf in store.leaves if (keys := _new_name(leaf, rename)) is not None]
+    role = lambda keys, leaf: leaf.role if keys[-1:] == leaf.keys[-1:] else ROLES.get(keys[-1], keys[-1])
+    groups: dict[tuple[str, str], list[tuple[tuple[str, ...], Leaf]]] = {}
+    for keys, leaf in named:
+        groups.setdefault((module_name(keys[:-1]), role(keys, leaf)), []).append((keys, leaf))
+    found: dict[tuple[str, str], Leaf] = {}
+    for key, members in groups.items():
+        for keys, leaf in members:
+            own = key if len(members) == 1 else (key[0], keys[-1])
+            if own in found:
+                refused.append((leaf.path, f"it has the same name as {found[own].path}. Rename one."))
+            found[own] = leaf
+    return found
+
+
+def _skipped(leaf: Leaf, options: Options) -> bool:
+    return any(matches(pattern, leaf.name) for pattern in options.skip)
+
+
+def _unused_patterns(source: Store, target: Store, options: Options) -> list[tuple[str, str]]:
+    """A pattern that matches nothing is a typing error."""
+    names = lambda store: {leaf.name for leaf in store.leaves} | {leaf.name.rpartition("/")[0] for leaf in store.leaves}
+    of_source, of_both = names(source), names(source) | names(target)
+    fits = lambda pattern, paths: any(matches(pattern, path) for path in paths)
+    lost = [f'rename["{p}"]' for p in options.rename if not fits(p, of_source)]
+    lost += [f'skip: "{p}"' for p in options.skip if not fits(p, of_both)]
+    lost += [f'layouts["{p}"]' for p in options.layouts if not fits(p, of_both)]
+    return [(pattern, f"it matches nothing. There are {', '.join(sorted(of_source)[:6])}, ...") for pattern in lost]
+
+
+def _near(key: tuple[str, str], others: Mapping[tuple[str, str], Leaf]) -> str:
+    paths = {"/".join(other): leaf.path for other, leaf in others.items()}
+    close = difflib.get_close_matches("/".join(key), paths, 1, 0.6)
+    return f"; the nearest name is {paths[close[0]]}" if close else ""
+
+
+# --- hyperparameters --------------------------------------------------------------------------------------------------
+
+_COMPARED = ("epsilon", "num_groups", "momentum", "zero_debias", "unbiased_running_var")
+
+
+def _specs_that_differ(source: Store, target: Store, modules: set[str]) -> list[tuple[str, str]]:
+    """Norms of one place whose numbers differ, where the objects of both libraries say them."""
+    refused = []
+    for module in sorted(modules & source.specs.keys() & target.specs.keys()):
+        here, there = target.specs[module], source.specs[module]
+        for option in _COMPARED:
+            a, b = getattr(there, option, None), getattr(here, option, None)
+            same = a == b or (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-6 * max(abs(a), abs(b)))
+            if not same and hasattr(there, option) and hasattr(here, option):
+                refused.append(
+                    (module, f"{option} is {a} in {source.library} and {b} in {target.library}. Write {option}={a}, "
+                     "or hand over the arrays alone.")
+                )  # fmt: skip
+    return refused
