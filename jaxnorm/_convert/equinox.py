@@ -91,6 +91,9 @@ class Tree:
         old = zip(self.paths, self.values, strict=True)
         model = jax.tree.unflatten(self.structure, [as_jax(values[p], a) if p in values else a for p, a in old])
         state = self.state
+        if state is not None:  # `set` uses a state up: of a copy, so that the one given stays
+            leaves, structure = jax.tree.flatten(state)
+            state = jax.tree.unflatten(structure, leaves)
         for keys, norm in self.batch_norms.items() if state is not None else ():
             path = "/".join((*keys, "state"))
             if f"{path}/mean" not in values or f"{path}/var" not in values:
@@ -100,7 +103,7 @@ class Tree:
                 counter = values.get(f"{path}/counter", np.asarray(MANY))
                 share = _share(norm.momentum, int(counter))
                 like, (a, b) = state.get(norm.batch_counter), state.get(norm.batch_state_index)
-                state = state.set(norm.batch_counter, as_jax(counter.astype(like.dtype), like))
+                state = state.set(norm.batch_counter, like * 0 + int(counter))  # weakly typed as it is
                 state = state.set(norm.batch_state_index, (as_jax(mean * share, a), as_jax(var * share, b)))
             else:
                 a, b = state.get(norm.ema_state_index)

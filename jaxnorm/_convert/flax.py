@@ -130,7 +130,7 @@ def read_layer(name: str, layer: Any, variables: Any = None) -> Read | None:
         if not isinstance(variables, Mapping) or variables:
             refuse(name, type(layer).__name__, f"a layer of linen has no arrays. Write {name}(layer, variables).")
     found.store = Tree(variables)
-    shapes = [leaf.shape for leaf in found.store.leaves]
+    shapes = [leaf.shape for leaf in found.store.leaves if leaf.role in ("weight", "bias", "mean")]
     if not shapes:
         refuse(name, type(layer).__name__, "there are no arrays, so how many features it has is not known. Write a spec.")
     found.features = shapes[0]
@@ -188,7 +188,7 @@ def _axes(axes: Any) -> tuple[int, ...]:
 
 
 def _features(layer: Any, store: Any) -> tuple[int, ...]:
-    shape = next((leaf.shape for leaf in store.leaves if leaf.role != "count"), None) if store else None
+    shape = next((leaf.shape for leaf in store.leaves if leaf.role in ("weight", "bias", "mean")), None) if store else None
     if shape is not None:
         return shape
     features = getattr(layer, "num_features", 1)

@@ -144,3 +144,11 @@ def read(layer: Any) -> Read | None:
     return Read(LIBRARY, kind, options, (), None, caveats)  # pyright: ignore[reportArgumentType]
 
 
+
+
+def like(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of one module under the names that it came with."""
+    if not any(isinstance(value, Mapping) for value in old.values()):
+        return dict(new.get("", {}))
+    inside = lambda path: next((key for key in new if key and path.endswith(key)), "")
+    return {path: new[inside(path)] for path in old}

@@ -134,8 +134,8 @@ def check_spec(name: str, spec: Any) -> None:
 
 def numbers(spec: Any, features: tuple[int, ...]) -> dict[str, Any]:
     """What makes the numbers of a norm, in one spelling."""
-    found = {"epsilon": spec.epsilon}
-    for option in ("activation", "output_scale", "cast", "spread", "virtual_batch_size"):
+    found = {}
+    for option in ("epsilon", "activation", "output_scale", "cast", "spread", "virtual_batch_size"):
         if hasattr(spec, option):
             found[option] = getattr(spec, option)
     if hasattr(spec, "num_groups"):
