@@ -41,12 +41,13 @@ class Tree:
         self.specs: dict[str, Any] = {}
         self.kinds: dict[tuple[str, ...], str] = {}
         self.batch_norms: dict[tuple[str, ...], Any] = {}
+        self.sequential: set[tuple[str, ...]] = set()
         self._walk((), model)
         flat, self.structure = jax.tree_util.tree_flatten_with_path(model)
         self.values = [value for _, value in flat]
         self.paths = [path_of(keys) for keys, _ in flat]
         self.leaves = [
-            Leaf(path, keys := tuple(path.split("/")), value, self.kinds.get(keys[:-1]), LIBRARY)
+            Leaf(path, keys := self._short(tuple(path.split("/"))), value, self.kinds.get(keys[:-1]), LIBRARY)
             for path, value in zip(self.paths, self.values, strict=True)
             if eqx.is_array(value)
         ]
@@ -57,6 +58,8 @@ class Tree:
         """Note the layers under a node, by their keys."""
         import equinox as eqx
 
+        if isinstance(node, eqx.nn.Sequential):
+            self.sequential.add(keys)
         if isinstance(node, eqx.Module):
             if kind := _kind(node):
                 self.kinds[keys] = kind
@@ -71,7 +74,14 @@ class Tree:
         else:
             return
         for name, part in inside:
-            self._walk((*keys, name), part)
+            self._walk(self._short((*keys, name)), part)
+
+    def _short(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """The keys without those that `eqx.nn.Sequential` adds to torch's."""
+        made: tuple[str, ...] = ()
+        for key in keys:
+            made = made if key == "layers" and made in self.sequential else (*made, key)
+        return made
 
     def _statistics(self, keys: tuple[str, ...], norm: Any) -> list[Leaf]:
         path = "/".join((*keys, "state"))
@@ -115,7 +125,8 @@ class Tree:
 
 def _share(momentum: float, counter: int) -> np.ndarray:
     """1 - momentum**counter as equinox rounds it; 1 where nothing was counted."""
-    return np.asarray(1 - momentum ** jnp.int32(counter) if counter else jnp.float32(1.0))
+    with jax.numpy_dtype_promotion("standard"):
+        return np.asarray(1 - momentum ** jnp.int32(counter) if counter else jnp.float32(1.0))
 
 
 def _kind(layer: Any) -> str | None:

@@ -57,13 +57,14 @@ class Tree:
         if collections:
             otherwise = otherwise if first in ("params", "batch_stats") else _KEPT
             keys = rest
-        return Leaf(path, tuple(keys), value, self.kind(tuple(keys)), self.layout(tuple(keys)), otherwise=otherwise)
+        keys = self.short(tuple(keys))
+        return Leaf(path, keys, value, self.kind(keys), otherwise=otherwise)
 
     def kind(self, keys: tuple[str, ...]) -> str | None:
         return None
 
-    def layout(self, keys: tuple[str, ...]) -> str:
-        return LIBRARY
+    def short(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+        return keys
 
     def filled(self, values: dict[str, np.ndarray]) -> Any:
         old = zip(self.paths, self.values, strict=True)
@@ -81,10 +82,14 @@ class NNX(Tree):
 
         self.module = tree if isinstance(tree, nnx.Module) else None
         self.kinds: dict[tuple[str, ...], str] = {}
+        self.sequential: set[tuple[str, ...]] = set()  # modules whose key "layers" torch has not
         specs: dict[str, Any] = {}
         if self.module is not None:
-            for keys, layer in nnx.iter_modules(self.module):
+            for keys, layer in sorted(nnx.iter_modules(self.module), key=lambda found: len(found[0])):
                 names = tuple(map(str, keys))
+                names = self.short(names)
+                if isinstance(layer, nnx.Sequential):
+                    self.sequential.add(names)
                 if kind := _kind(layer):
                     self.kinds[names] = kind
                 add_spec(specs, names, layer, _spec_of)
@@ -94,6 +99,13 @@ class NNX(Tree):
 
     def kind(self, keys: tuple[str, ...]) -> str | None:
         return self.kinds.get(keys[:-1])
+
+    def short(self, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """The keys without those that `nnx.Sequential` adds."""
+        made: tuple[str, ...] = ()
+        for key in keys:
+            made = made if key == "layers" and made in self.sequential else (*made, key)
+        return made
 
     def write(self, values: dict[str, np.ndarray]) -> Any:
         new = self.filled(values)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,7 +78,8 @@ class Tree:
 
 def _share(decay: float, counter: int) -> np.ndarray:
     """1 - decay**counter as haiku rounds it; 1 where nothing was counted."""
-    return np.asarray(1.0 - jnp.power(jnp.float32(decay), jnp.int32(counter)) if counter else jnp.float32(1.0))
+    with jax.numpy_dtype_promotion("standard"):
+        return np.asarray(1.0 - jnp.power(jnp.float32(decay), jnp.int32(counter)) if counter else jnp.float32(1.0))
 
 
 def read_layer(name: str, layer: Any, params: Any = None, state: Any = None) -> Read | None:

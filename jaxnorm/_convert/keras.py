@@ -34,11 +34,15 @@ class Tree:
             self.variables[path] = variable
         for part in inside if len(inside) > 1 else ():
             if part.weights:
-                add_spec(self.specs, tuple(part.weights[0].path.split("/")[:-1]), part, lambda p: read(p, arrays=False))
+                add_spec(self.specs, self._keys(part.weights[0].path)[:-1], part, lambda p: read(p, arrays=False))
         self.leaves = [
-            Leaf(path, tuple(path.split("/")), _Value(variable), kinds.get(id(variable)), LIBRARY)
+            Leaf(path, self._keys(path), _Value(variable), kinds.get(id(variable)), LIBRARY)
             for path, variable in self.variables.items()
         ]
+
+    def _keys(self, path: str) -> tuple[str, ...]:
+        """A path without the name of the model, which keras makes up."""
+        return tuple(path.removeprefix(f"{self.layer.name}/").split("/"))
 
     def write(self, values: dict[str, np.ndarray]) -> Any:
         for path, value in values.items():

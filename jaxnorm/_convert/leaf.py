@@ -71,7 +71,7 @@ class Store(Protocol):
 
     library: str
     leaves: list[Leaf]
-    specs: Mapping[str, Any]  # by the name of the module: the norms whose hyperparameters are known
+    specs: Mapping[str, tuple[Any, bool]]  # by module: the norms that are known, and whether the layer is jaxnorm's
 
     def write(self, values: dict[str, np.ndarray]) -> Any:
         """The tree with these values, by path. Those that are not there stay as they are."""

@@ -44,6 +44,9 @@ class Read:
         if self.given is not None:
             return dataclasses.replace(self.given, **given)
         options = {k: v for k, v in self.options.items() if v is not None} | given
+        axis = options.get("axis")
+        if isinstance(axis, (tuple, list)) and len(axis) == 1:
+            options["axis"] = axis[0]
         return SPECS[self.kind].like(self.library, **options)
 
 
@@ -59,11 +62,11 @@ def read_arrays(name: str, spec: Spec, store: Store) -> Read:
 
 
 def add_spec(specs: dict[str, Any], keys: tuple[str, ...], layer: Any, read: Callable[[Any], Read | None]) -> None:
-    """The spec of a layer under the name of its module, if it is a norm that jaxnorm has."""
+    """Note the spec of a layer, and whether it is a layer of jaxnorm, under the name of its module, if it is a norm."""
     try:
         found = read(layer)
         if found is not None:
-            specs[module_name(keys)] = found.spec()
+            specs[module_name(keys)] = found.spec(), found.given is not None
     except ValueError:  # a layer that has no spec, such as torch's batch norm with momentum=None
         return
 

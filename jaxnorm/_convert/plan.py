@@ -65,7 +65,7 @@ def move(source: Store, target: Store, options: Options) -> tuple[dict[str, np.n
         elif key not in used:
             near = _near(key, wanted)
             refused.append((leaf.path, f"{target.library} has no place for it{near}. Rename it, or skip it."))
-    refused += _specs_that_differ(source, target, {key[0] for key in found.keys() & wanted.keys()})
+    _compare_specs(source, target, {key[0] for key in found.keys() & wanted.keys()}, refused, rows)
     if refused:
         raise ConversionError(options.name, refused)
     return values, Report(rows)
@@ -284,17 +284,22 @@ def _near(key: tuple[str, str], others: Mapping[tuple[str, str], Leaf]) -> str:
 _COMPARED = ("epsilon", "num_groups", "momentum", "zero_debias", "unbiased_running_var")
 
 
-def _specs_that_differ(source: Store, target: Store, modules: set[str]) -> list[tuple[str, str]]:
-    """Norms of one place whose numbers differ, where the objects of both libraries say them."""
-    refused = []
+def _compare_specs(
+    source: Store, target: Store, modules: set[str], refused: list[tuple[str, str]], rows: list[Row]
+) -> None:
+    """Norms of one place whose numbers differ, where the objects of both libraries say them.
+
+    How another library updates its running statistics cannot be chosen there: that is a row, and no refusal.
+    """
     for module in sorted(modules & source.specs.keys() & target.specs.keys()):
-        here, there = target.specs[module], source.specs[module]
+        (there, _), (here, adjustable) = source.specs[module], target.specs[module]
         for option in _COMPARED:
             a, b = getattr(there, option, None), getattr(here, option, None)
-            same = a == b or (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-6 * max(abs(a), abs(b)))
-            if not same and hasattr(there, option) and hasattr(here, option):
-                refused.append(
-                    (module, f"{option} is {a} in {source.library} and {b} in {target.library}. Write {option}={a}, "
-                     "or hand over the arrays alone.")
-                )  # fmt: skip
-    return refused
+            close = isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-6 * max(abs(a), abs(b))
+            if a == b or close or not (hasattr(there, option) and hasattr(here, option)):
+                continue
+            differs = f"{option} is {a} in {source.library} and {b} in {target.library}"
+            if option in ("zero_debias", "unbiased_running_var") and not adjustable:
+                rows.append(Row(module, module, (), differs))
+            else:
+                refused.append((module, f"{differs}. Write {option}={a}, or hand over the arrays alone."))

@@ -30,7 +30,7 @@ def wildcards(pattern: str) -> list[str]:
 def renamed(pattern: str, name: str, path: str) -> str | None:
     """The path by another name: what the pattern's wildcards stand for in the place of those of `name`.
 
-    None where the path does not fit.
+    None where the path does not fit. Of several ways to fit, the first wildcards stand for as little as possible.
 
     >>> renamed("layers/*/attn/**", "block_*/attention/**", "layers/3/attn/query/kernel")
     'block_3/attention/query/kernel'
@@ -46,5 +46,5 @@ _WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?)")
 @functools.lru_cache
 def _regex(pattern: str, group: str = "(?:") -> re.Pattern[str]:
     parts = _WILDCARD.split(pattern)
-    meaning = {"**/": f"{group}(?:.*/)?)", "**": f"{group}.*)", "*": f"{group}[^/]*)", "?": f"{group}[^/])"}
+    meaning = {"**/": f"{group}(?:.*?/)?)", "**": f"{group}.*?)", "*": f"{group}[^/]*?)", "?": f"{group}[^/])"}
     return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
