@@ -54,7 +54,7 @@ def to_torch(spec: Spec, params: Any, state: Any, into: Any, *, cast: bool = Fal
 
 
 def from_flax(layer: Any, variables: Any = None, *, cast: bool = False, **options: Any) -> Converted:
-    """A norm of flax as (spec, params, state, report), as `from_torch`. The layers of jaxnorm are taken too, of any spec.
+    """A norm of flax as (spec, params, state, report), as `from_torch`. Layers of jaxnorm are taken too, of any spec.
 
     Args:
       layer: a layer of nnx; a layer of linen or a spec, with its `variables`.
@@ -87,12 +87,12 @@ def to_haiku(spec: Spec, params: Any, state: Any, into: Any, *, cast: bool = Fal
     if not haiku.is_tree(into):
         raise TypeError(f"to_haiku: into must be haiku's (params, state), got {shown(into)}. Write (params, {{}}).")
     read = haiku.read_layer("to_haiku", spec, *into)
-    (given_params, given_state), report = to_layer("to_haiku", spec, params, state, _known("to_haiku", into, read), cast)
-    return (haiku.like(given_params, into[0]), haiku.like(given_state, into[1])), report
+    new, report = to_layer("to_haiku", spec, params, state, _known("to_haiku", into, read), cast)
+    return (haiku.like(new[0], into[0]), haiku.like(new[1], into[1])), report
 
 
 def from_equinox(layer: Any, state: Any = None, *, cast: bool = False, **options: Any) -> Converted:
-    """A norm of equinox as (spec, params, state, report), as `from_torch`. Put the batch in front of x: there is no vmap.
+    """A norm of equinox as (spec, params, state, report), as `from_torch`. x has the batch in front, without vmap.
 
     Args:
       layer: a layer of equinox. Of batch norms mode="batch"; with mode="ema" write frozen=True, for inference.

@@ -15,7 +15,7 @@ import numpy as np
 
 from .._core.paths import path_of
 from .._norms.base import Spec
-from .leaf import Leaf, as_jax, as_numpy
+from .leaf import Leaf, Specs, as_jax, as_numpy
 from .norm import Read, add_spec, read_arrays, refuse
 
 LIBRARY = "equinox"
@@ -38,7 +38,7 @@ class Tree:
         import equinox as eqx
 
         self.model, self.state = model, state
-        self.specs: dict[str, Any] = {}
+        self.specs: Specs = {}
         self.kinds: dict[tuple[str, ...], str] = {}
         self.batch_norms: dict[tuple[str, ...], Any] = {}
         self.sequential: set[tuple[str, ...]] = set()
@@ -100,7 +100,7 @@ class Tree:
     def write(self, values: dict[str, np.ndarray]) -> Any:
         old = zip(self.paths, self.values, strict=True)
         model = jax.tree.unflatten(self.structure, [as_jax(values[p], a) if p in values else a for p, a in old])
-        state = self.state
+        state: Any = self.state
         if state is not None:  # `set` uses a state up: of a copy, so that the one given stays
             leaves, structure = jax.tree.flatten(state)
             state = jax.tree.unflatten(structure, leaves)

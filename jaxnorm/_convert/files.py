@@ -48,7 +48,9 @@ def write_file(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write arrays by name, such as a state dict, into a file of safetensors or of torch, by its suffix."""
     path = Path(path)
     if not isinstance(state, Mapping) or not all(hasattr(value, "shape") for value in state.values()):
-        raise TypeError(f"write_file: state must be a flat dict of arrays, got {shown(state)}. Write model.state_dict().")
+        raise TypeError(
+            f"write_file: state must be a flat dict of arrays, got {shown(state)}. Write model.state_dict()."
+        )
     arrays = {name: np.ascontiguousarray(as_numpy(value)).reshape(value.shape) for name, value in state.items()}
     if path.suffix == ".safetensors":
         from safetensors.numpy import save_file

@@ -13,7 +13,7 @@ import numpy as np
 from .._core.messages import shown
 from .._core.paths import path_of
 from .._norms.base import Spec
-from .leaf import Leaf, as_jax
+from .leaf import Leaf, Specs, as_jax
 from .norm import Read, add_spec, read_arrays, refuse
 
 LIBRARY = "flax"
@@ -43,7 +43,7 @@ class Tree:
         flat, self.structure = jax.tree_util.tree_flatten_with_path(tree)
         self.values = [value for _, value in flat]
         self.paths = [path_of(keys) for keys, _ in flat]
-        self.specs: dict[str, Any] = {}
+        self.specs: Specs = {}
         collections = isinstance(tree, Mapping) and "params" in tree
         self.leaves = [
             self.leaf(path, value, collections)
@@ -83,7 +83,7 @@ class NNX(Tree):
         self.module = tree if isinstance(tree, nnx.Module) else None
         self.kinds: dict[tuple[str, ...], str] = {}
         self.sequential: set[tuple[str, ...]] = set()  # modules whose key "layers" torch has not
-        specs: dict[str, Any] = {}
+        specs: Specs = {}
         if self.module is not None:
             for keys, layer in sorted(nnx.iter_modules(self.module), key=lambda found: len(found[0])):
                 names = tuple(map(str, keys))
@@ -138,14 +138,10 @@ def read_layer(name: str, layer: Any, variables: Any = None) -> Read | None:
     found = read(layer)
     if found is None or is_nnx(layer):
         return found
-    if not isinstance(variables, Mapping) or "params" not in {*variables, "params" if "batch_stats" in variables else ""}:
-        if not isinstance(variables, Mapping) or variables:
-            refuse(name, type(layer).__name__, f"a layer of linen has no arrays. Write {name}(layer, variables).")
+    if not isinstance(variables, Mapping) or not {*variables} & {"params", "batch_stats"}:
+        refuse(name, type(layer).__name__, f"a layer of linen has no arrays. Write {name}(layer, variables).")
     found.store = Tree(variables)
-    shapes = [leaf.shape for leaf in found.store.leaves if leaf.role in ("weight", "bias", "mean")]
-    if not shapes:
-        refuse(name, type(layer).__name__, "there are no arrays, so how many features it has is not known. Write a spec.")
-    found.features = shapes[0]
+    found.features = read_arrays(name, found.spec(), found.store).features
     return found
 
 
@@ -164,7 +160,8 @@ def read(layer: Any, arrays: bool = True) -> Read | None:
         form.settle(options)
         spec = form.spec(**options)
         return Read(LIBRARY, type(spec).__name__, {}, features, store, given=spec)
-    kind = next((k for k in ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm") if _of_flax(layer, k)), None)
+    kinds = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+    kind = next((kind for kind in kinds if _of_flax(layer, kind)), None)
     if kind is None:
         return None
     options = {"epsilon": layer.epsilon, "use_scale": layer.use_scale, "use_bias": getattr(layer, "use_bias", None)}
@@ -200,8 +197,8 @@ def _axes(axes: Any) -> tuple[int, ...]:
 
 
 def _features(layer: Any, store: Any) -> tuple[int, ...]:
-    shape = next((leaf.shape for leaf in store.leaves if leaf.role in ("weight", "bias", "mean")), None) if store else None
-    if shape is not None:
-        return shape
+    for leaf in store.leaves if store is not None else ():
+        if leaf.role in ("weight", "bias", "mean"):
+            return leaf.shape
     features = getattr(layer, "num_features", 1)
     return tuple(features) if isinstance(features, (tuple, list)) else (features,)

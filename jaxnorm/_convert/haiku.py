@@ -15,7 +15,7 @@ import numpy as np
 
 from .._core.messages import shown
 from .._norms.base import Spec
-from .leaf import Leaf, as_jax
+from .leaf import Leaf, Specs, as_jax
 from .norm import Read, read_arrays, refuse
 from .plan import Misfit
 
@@ -35,7 +35,8 @@ class Tree:
     library = LIBRARY
 
     def __init__(self, params: Mapping[str, Any], state: Mapping[str, Any], decay: float | None = None):
-        self.parts, self.decay, self.specs = (params, state), decay, {}
+        self.specs: Specs = {}
+        self.parts, self.decay = (params, state), decay
         self.leaves = [leaf for part in self.parts for module in part for leaf in self._leaves(module, part[module])]
 
     def _leaves(self, module: str, arrays: Mapping[str, Any]) -> list[Leaf]:
@@ -55,7 +56,7 @@ class Tree:
 
     def _counted(self, count: np.ndarray) -> int:
         if self.decay is None:
-            raise Misfit("how much was seen is counted, and haiku's decay is not known here. Convert norms by to_haiku.")
+            raise Misfit("updates are counted, and haiku's decay is not known here. Convert the norms by to_haiku.")
         if count.size and count.min() != count.max():
             raise Misfit("the channels have seen different numbers of updates; haiku has one counter.")
         return int(count.max(initial=0))
@@ -105,10 +106,12 @@ def _of_module(name: str, own: str | None, tree: Mapping[str, Any]) -> dict[str,
         return {"": dict(tree)} if tree else {}
     modules = {path.removesuffix("/~/mean_ema").removesuffix("/~/var_ema") for path in tree} - {"mean_ema", "var_ema"}
     if own not in modules and len(modules) > 1:
-        refuse(name, own or "params", f"there are {shown(sorted(modules))}. Write {{path: params[path]}} of the one meant.")
+        refuse(
+            name, own or "params", f"there are {shown(sorted(modules))}. Write {{path: params[path]}} of the one meant."
+        )
     own = own if own in modules else next(iter(modules), "")
-    inside = {path: arrays for path, arrays in tree.items() if path == own or path.startswith(f"{own}/~/") or not modules}
-    return {path if not own else path[len(own) :]: arrays for path, arrays in inside.items()}
+    mine = lambda path: path == own or path.startswith(f"{own}/~/") or not modules
+    return {path[len(own) :]: arrays for path, arrays in tree.items() if mine(path)}
 
 
 def read(layer: Any) -> Read | None:
@@ -144,8 +147,6 @@ def read(layer: Any) -> Read | None:
                 "spec. Write axis= if they are the same here."
             )
     return Read(LIBRARY, kind, options, (), None, caveats)  # pyright: ignore[reportArgumentType]
-
-
 
 
 def like(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:

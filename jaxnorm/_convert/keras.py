@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._norms.base import Spec
-from .leaf import Leaf
+from .leaf import Leaf, Specs
 from .norm import Read, add_spec, read_arrays, refuse
 
 LIBRARY = "keras"
@@ -23,7 +23,8 @@ class Tree:
     library = LIBRARY
 
     def __init__(self, layer: Any):
-        self.layer, self.specs = layer, {}
+        self.layer = layer
+        self.specs: Specs = {}
         kinds: dict[int, str | None] = {}
         self.variables = {}
         inside = [layer, *layer._flatten_layers(include_self=False)]

@@ -33,24 +33,17 @@ FLAX = {
     "transposed_flipped": Kernel("transposed", "kOI", True),
     "embedding": Kernel("embedding", "VD"),
 }
-LAYOUTS = {
-    "flax": FLAX,
-    "haiku": FLAX | {"transposed": Kernel("transposed", "kOI")},
-    "keras": FLAX | {"depthwise": Kernel("conv", "kIM"), "transposed": Kernel("transposed", "kOI", True)},
-    "torch": FLAX
-    | {
-        "dense": Kernel("dense", "OI"),
-        "conv": Kernel("conv", "OIk"),
-        "depthwise": Kernel("conv", "OIk"),
-        "transposed": Kernel("transposed", "IOk", True),
-    },
-    "equinox": FLAX
-    | {
-        "dense": Kernel("dense", "OI"),
-        "conv": Kernel("conv", "OIk"),
-        "depthwise": Kernel("conv", "OIk"),
-        "transposed": Kernel("transposed", "OIk"),
-    },
+_OUTPUTS_FIRST = {"dense": Kernel("dense", "OI"), "conv": Kernel("conv", "OIk"), "depthwise": Kernel("conv", "OIk")}
+_TRANSPOSED = {
+    "haiku": Kernel("transposed", "kOI"),
+    "keras": Kernel("transposed", "kOI", True),
+    "torch": Kernel("transposed", "IOk", True),
+    "equinox": Kernel("transposed", "OIk"),
+}
+_OTHERS: dict[str, dict[str, Kernel]] = {"haiku": {}, "keras": {"depthwise": Kernel("conv", "kIM")}}
+LAYOUTS = {"flax": FLAX} | {
+    library: FLAX | _OTHERS.get(library, _OUTPUTS_FIRST) | {"transposed": kernel, "transposed_flipped": kernel}
+    for library, kernel in _TRANSPOSED.items()
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -20,7 +20,15 @@ _NAMES = {
     "counter": ("counter",),  # of updates, of an average that is corrected for its start
 }
 ROLES = {name: role for role, names in _NAMES.items() for name in names}
-OPTIONAL = ("steps", "counter", "count", "mean_hidden", "var_hidden", "var_counter", "seed_generator_state")  # a source may have them in vain
+OPTIONAL = (
+    "steps",
+    "counter",
+    "count",
+    "mean_hidden",
+    "var_hidden",
+    "var_counter",
+    "seed_generator_state",
+)  # a source may have them in vain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +74,15 @@ class Leaf:
         return dtype_of(self.value)
 
 
+Specs = dict[str, tuple[Any, bool]]
+
+
 class Store(Protocol):
     """A library's tree, opened: its arrays, and how new ones get into it."""
 
     library: str
     leaves: list[Leaf]
-    specs: Mapping[str, tuple[Any, bool]]  # by module: the norms that are known, and whether the layer is jaxnorm's
+    specs: Specs  # by module: the norms that are known, and whether the layer is jaxnorm's
 
     def write(self, values: dict[str, np.ndarray]) -> Any:
         """The tree with these values, by path. Those that are not there stay as they are."""

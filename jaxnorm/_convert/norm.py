@@ -14,7 +14,7 @@ import numpy as np
 from .._core.messages import shown
 from .._norms import SPECS
 from .._norms.base import Spec
-from .leaf import Leaf, Store, module_name
+from .leaf import Leaf, Specs, Store, module_name
 from .plan import Options, move
 from .report import ConversionError, Report, Row
 
@@ -61,7 +61,7 @@ def read_arrays(name: str, spec: Spec, store: Store) -> Read:
     return Read(store.library, type(spec).__name__, {}, features, store, given=spec)
 
 
-def add_spec(specs: dict[str, Any], keys: tuple[str, ...], layer: Any, read: Callable[[Any], Read | None]) -> None:
+def add_spec(specs: Specs, keys: tuple[str, ...], layer: Any, read: Callable[[Any], Read | None]) -> None:
     """Note the spec of a layer, and whether it is a layer of jaxnorm, under the name of its module, if it is a norm."""
     try:
         found = read(layer)
@@ -77,7 +77,8 @@ class Own:
     library = "jaxnorm"
 
     def __init__(self, params: Any, state: Any):
-        self.params, self.state, self.specs = params, state, {}
+        self.specs: Specs = {}
+        self.params, self.state = params, state
         fields = [*zip(params._fields, params, strict=True)]
         fields += [*zip(state._fields, state, strict=True)] if state != () else []
         counted = (("counter", lambda n: n, "the updates"),)
@@ -115,8 +116,8 @@ def to_layer(name: str, spec: Any, params: Any, state: Any, read: Read, cast: bo
     features = read.features
     mine, theirs = numbers(spec, features), numbers(there, features)
     differ = [
-        (option, f"it is {shown(mine[option])} in jaxnorm and {shown(theirs[option])} in {read.library}. Make the layer "
-         "for it, or write dataclasses.replace(spec, ...).")
+        (option, f"it is {shown(mine[option])} in jaxnorm and {shown(theirs[option])} in {read.library}. Make the "
+         "layer for it, or write dataclasses.replace(spec, ...).")
         for option in mine
         if not _alike(mine[option], theirs[option])
     ]  # fmt: skip

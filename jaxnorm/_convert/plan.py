@@ -6,7 +6,8 @@ The two trees are compared by module and role: "layer1.0.bn.weight" and "layer1_
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,9 +27,9 @@ class Options(NamedTuple):
     """What a user says about a conversion."""
 
     name: str  # of the function, for messages
-    rename: Rename = {}
+    rename: Rename = MappingProxyType({})
     skip: Sequence[str] = ()
-    layouts: Layouts = {}
+    layouts: Layouts = MappingProxyType({})
     cast: bool = False
 
 
@@ -65,7 +66,8 @@ def move(source: Store, target: Store, options: Options) -> tuple[dict[str, np.n
         elif key not in used:
             near = _near(key, wanted)
             refused.append((leaf.path, f"{target.library} has no place for it{near}. Rename it, or skip it."))
-    _compare_specs(source, target, {key[0] for key in found.keys() & wanted.keys()}, refused, rows)
+    modules = {wanted[key].module: found[key].module for key in found.keys() & wanted.keys()}
+    _compare_specs(source, target, modules, refused, rows)
     if refused:
         raise ConversionError(options.name, refused)
     return values, Report(rows)
@@ -114,20 +116,16 @@ def _laid_out(source: Leaf, target: Leaf, options: Options) -> tuple[np.ndarray,
     value = as_numpy(source.value)
     kernels = _kernels(source, target, options)
     if kernels is None:
-        flat = lambda shape: tuple(n for n in shape if n != 1)
-        vectors = source.kind == "vector" or target.kind == "vector" or source.role in ("bias", "mean", "var")
-        same = flat(value.shape) == flat(target.shape) or (source.role == "bias" and value.ndim == 1 != len(target.shape))
-        same = same or (source.role == "bias" and len(target.shape) == 1)
-        if value.shape != target.shape and vectors and same and value.size == np.prod(target.shape, dtype=int):
-            return value.reshape(target.shape), f"{value.shape} -> {target.shape}"
-        return value, ""
+        alike = value.shape == target.shape or not _reshapes(source, target)
+        return (value, "") if alike else (value.reshape(target.shape), f"{value.shape} -> {target.shape}")
     have, want = kernels
     if have.order == want.order and have.flipped == want.flipped and value.ndim == len(target.shape):
         return value, ""
-    if have.kind == "dense" and max(value.ndim, len(target.shape)) > 2:
+    ranks = sorted((value.ndim, len(target.shape)))
+    if have.kind == "dense" and ranks[0] == 2 < ranks[1]:
         return _general(value, have, want, target.shape)
-    least = 2 if have.kind in ("dense", "embedding") else 3
-    if value.ndim < least or value.ndim != len(target.shape):
+    flat = have.kind in ("dense", "embedding")
+    if ranks[0] != ranks[1] or (ranks[0] != 2 if flat else ranks[0] < 3):
         raise Misfit(f"its shape is {target.shape}, and {source.path} has {value.shape}: not the axes of one kernel.")
     groups = _groups(value.shape, have, target.shape, want)
     words = f"{have.words(value.ndim)} -> {want.words(value.ndim)}"
@@ -136,16 +134,26 @@ def _laid_out(source: Leaf, target: Leaf, options: Options) -> tuple[np.ndarray,
     try:
         return from_flax(to_flax(value, have, groups), want, target.shape, groups), words
     except ValueError:
-        raise Misfit(f"its shape is {target.shape}, and {source.path} of {value.shape} does not fit ({words}).") from None
+        raise Misfit(f"its shape is {target.shape}, and {source.path} has {value.shape} ({words}).") from None
 
 
-def _general(value: np.ndarray, have: Kernel, want: Kernel, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+def _reshapes(source: Leaf, target: Leaf) -> bool:
+    """Whether a vector is one of other axes: (1, 1, C) or (C,), and attention's bias with its heads or without."""
+    flat = lambda shape: [n for n in shape if n != 1]
+    if source.role == "bias" and 1 in (len(source.shape), len(target.shape)):
+        return np.prod(source.shape, dtype=int) == np.prod(target.shape, dtype=int)
+    vectors = "vector" in (source.kind, target.kind) or source.role in ("bias", "mean", "var")
+    vectors = vectors or 1 in (len(source.shape), len(target.shape))
+    return vectors and flat(source.shape) == flat(target.shape)
+
+
+def _general(value: Any, have: Kernel, want: Kernel, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
     """A dense kernel of several input or output axes, such as attention's (in, heads, width), from and to a matrix."""
     if len(shape) > 2:  # Flax's
         value = to_flax(value, have)
         fits = value.size == np.prod(shape, dtype=int) and (shape[0] == value.shape[0] or shape[-1] == value.shape[-1])
-        return (value.reshape(shape) if fits else value), f"{have.order} -> IO, reshaped"
-    i, o = (shape[1], shape[0]) if want.order == "OI" else shape
+        return (value.reshape(shape), f"{have.order} -> IO, reshaped") if fits else (value, f"{have.order} -> IO")
+    i, o = reversed(shape) if want.order == "OI" else shape
     fits = value.size == i * o and (value.shape[0] == i or value.shape[-1] == o)
     return (from_flax(value.reshape(i, o), want, shape) if fits else value), f"reshaped, IO -> {want.order}"
 
@@ -162,24 +170,21 @@ def _groups(value: tuple[int, ...], have: Kernel, shape: tuple[int, ...], want: 
 
 def _kernels(source: Leaf, target: Leaf, options: Options) -> tuple[Kernel, Kernel] | None:
     """How the two lay the kernel out; None if it is none, or if it is the same kind of tree."""
-    said = [kind for pattern, kind in options.layouts.items() if matches(pattern, source.name) or matches(pattern, target.name)]
+    fits = lambda pattern: matches(pattern, source.name) or matches(pattern, target.name)
+    said = [kind for pattern, kind in options.layouts.items() if fits(pattern)]
     kinds = [said[0]] * 2 if said else [source.kind, target.kind]
     names = {source.keys[-1:], target.keys[-1:]}
     if source.role != "weight" or "vector" in kinds or "as_it_is" in kinds:
         return None
-    if kinds == [None, None] and "convtranspose" in f"{source.name}/{target.name}".lower() and source.layout != target.layout:
-        kinds = ["transposed"] * 2
-    elif kinds == [None, None]:
-        if not names & {("kernel",), ("w",), ("embedding",), ("embeddings",)} or source.layout == target.layout:
+    if kinds == [None, None]:
+        tables = {("embedding",), ("embeddings",)}
+        if not names & {("kernel",), ("w",), *tables} or source.layout == target.layout:
             return None
-        table = names & {("embedding",), ("embeddings",)}
-        kinds = ["embedding" if table else "dense" if min(len(source.shape), len(target.shape)) == 2 else "conv"] * 2
-    kinds = [kinds[0] or kinds[1], kinds[1] or kinds[0]]
-    have, want = (
-        LAYOUTS[leaf.layout][k or ""] if k in LAYOUTS[leaf.layout] else None
-        for leaf, k in zip((source, target), kinds, strict=True)
-    )
-    assert have is not None and want is not None
+        rank = min(len(source.shape), len(target.shape))
+        likely = "transposed" if "convtranspose" in f"{source.name}/{target.name}".lower() else "conv"
+        kinds = ["embedding" if names & tables else "dense" if rank == 2 else likely] * 2
+    own, other = kinds
+    have, want = LAYOUTS[source.layout][own or other or ""], LAYOUTS[target.layout][other or own or ""]
     if have.kind != want.kind:
         raise Misfit(f"it is a kernel of kind {want.kind}, and {source.path} one of kind {have.kind}.")
     if have.kind == "transposed" and not said:
@@ -218,7 +223,7 @@ def check_options(options: Options) -> None:
         raise TypeError(f'{name}: skip must be a list of patterns, got {shown(options.skip)}. Write ["**/rope/*"].')
     for pattern, new in options.rename.items():
         if not isinstance(pattern, str) or not (new is None or isinstance(new, str)):
-            raise TypeError(f"{name}: rename has {shown(pattern)}: {shown(new)}; both must be patterns, or the latter None.")
+            raise TypeError(f"{name}: rename has {shown(pattern)}: {shown(new)}; both must be patterns (or None).")
         if new is not None and wildcards(pattern) != wildcards(new):
             raise ValueError(
                 f'{name}: rename has "{pattern}": "{new}", whose wildcards must be the same, in the same order. '
@@ -244,7 +249,7 @@ def _by_key(
 ) -> dict[tuple[str, str], Leaf]:
     """The leaves by module and role. If two of a module have one role, both are called by their own names."""
     named = [(keys, leaf) for leaf in store.leaves if (keys := _new_name(leaf, rename)) is not None]
-    role = lambda keys, leaf: leaf.role if keys[-1:] == leaf.keys[-1:] else ROLES.get(keys[-1], keys[-1])
+    role = lambda keys, leaf: str(leaf.role if keys[-1:] == leaf.keys[-1:] else ROLES.get(keys[-1], keys[-1]))
     groups: dict[tuple[str, str], list[tuple[tuple[str, ...], Leaf]]] = {}
     for keys, leaf in named:
         groups.setdefault((module_name(keys[:-1]), role(keys, leaf)), []).append((keys, leaf))
@@ -285,21 +290,24 @@ _COMPARED = ("epsilon", "num_groups", "momentum", "zero_debias", "unbiased_runni
 
 
 def _compare_specs(
-    source: Store, target: Store, modules: set[str], refused: list[tuple[str, str]], rows: list[Row]
+    source: Store, target: Store, modules: Mapping[str, str], refused: list[tuple[str, str]], rows: list[Row]
 ) -> None:
     """Norms of one place whose numbers differ, where the objects of both libraries say them.
 
     How another library updates its running statistics cannot be chosen there: that is a row, and no refusal.
     """
-    for module in sorted(modules & source.specs.keys() & target.specs.keys()):
-        (there, _), (here, adjustable) = source.specs[module], target.specs[module]
+    for module, of_source in sorted(modules.items()):
+        if module not in target.specs or of_source not in source.specs:
+            continue
+        (there, _), (here, adjustable) = source.specs[of_source], target.specs[module]
         for option in _COMPARED:
             a, b = getattr(there, option, None), getattr(here, option, None)
             close = isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-6 * max(abs(a), abs(b))
-            if a == b or close or not (hasattr(there, option) and hasattr(here, option)):
+            counted = option == "zero_debias" and not a  # the target's counter says that nothing is to be corrected
+            if a == b or close or counted or not (hasattr(there, option) and hasattr(here, option)):
                 continue
             differs = f"{option} is {a} in {source.library} and {b} in {target.library}"
             if option in ("zero_debias", "unbiased_running_var") and not adjustable:
-                rows.append(Row(module, module, (), differs))
+                rows.append(Row(of_source, module, (), differs))
             else:
                 refused.append((module, f"{differs}. Write {option}={a}, or hand over the arrays alone."))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._norms.base import Spec
-from .leaf import Leaf, as_like
+from .leaf import Leaf, Specs, as_like
 from .norm import Read, add_spec, read_arrays, refuse
 
 LIBRARY = "torch"
@@ -33,7 +33,7 @@ class Tree:
 
     def __init__(self, tree: Any, module: bool):
         self.tree, self.module = tree, module
-        self.specs: dict[str, Any] = {}
+        self.specs: Specs = {}
         kinds: dict[str, str | None] = {}
         if module:
             for name, layer in tree.named_modules():
@@ -94,9 +94,9 @@ def read(layer: Any, arrays: bool = True) -> Read | None:
                     "the variance of all elements. Write momentum=0.9, or frozen=True for inference."
                 )
             if not layer.track_running_stats:
-                caveats[()] = "track_running_stats=False has no running statistics. Write jaxnorm.BatchNorm and train=True."
+                caveats[()] = "it has no running statistics. Write jaxnorm.BatchNorm, and train=True always."
         elif layer.track_running_stats:
-            caveats[()] = "track_running_stats=True normalizes by running statistics at inference, which InstanceNorm has not."
+            caveats[()] = "it has running statistics for inference, which jaxnorm.InstanceNorm has not."
         return Read(LIBRARY, kind, options, (layer.num_features,), store, caveats)
     if isinstance(layer, nn.GroupNorm):
         options = {"num_groups": layer.num_groups, "epsilon": layer.eps}
@@ -113,4 +113,3 @@ def read(layer: Any, arrays: bool = True) -> Read | None:
         kind = "LayerNorm" if isinstance(layer, nn.LayerNorm) else "RMSNorm"
         return Read(LIBRARY, kind, options, shape, store)
     return None
-

@@ -37,7 +37,8 @@ def same(a, b):
 
 
 def numpy_of(state_dict):
-    return {name: value.detach().numpy().copy() if isinstance(value, torch.Tensor) else value for name, value in state_dict.items()}
+    of = lambda value: value.detach().numpy().copy() if isinstance(value, torch.Tensor) else value
+    return {name: of(value) for name, value in state_dict.items()}
 
 
 def draw(rng, *shape):
@@ -144,8 +145,9 @@ def test_presets_and_state_of_haiku(kind, rng):
             same(averages(again), averages(kept[0]))
             jax.tree.map(lambda a, b: close(a, b, 3e-7), again, kept[0])
             same(convert.from_haiku(made[0], back, again)[2], state)
-            close(spec.apply(params, state, batches[0] + 1, train=True)[1].var,
-                  averages(model.apply(back, again, batches[0] + 1, True)[1])["batch_norm/~/var_ema"].reshape(-1))  # fmt: skip
+            x = batches[0] + 1
+            new = averages(model.apply(back, again, x, True)[1])["batch_norm/~/var_ema"].reshape(-1)
+            close(spec.apply(params, state, x, train=True)[1].var, new)
 
 
 EQUINOX = {
@@ -218,8 +220,8 @@ def test_keras(rng):
         for kind, layer in made.items():
             spec = getattr(jn, kind).like("keras", **({"num_groups": 2} if kind == "GroupNorm" else {}))
             layer.build((3, 5, 4))
-            calls = [lambda x, training=t, layer=layer, kind=kind: layer(x, **({"training": training} if kind == "BatchNorm" else {}))
-                     for t in (True, False)]  # fmt: skip
+            modes = [{"training": mode} if kind == "BatchNorm" else {} for mode in (True, False)]
+            calls = [lambda x, mode=mode, layer=layer: layer(x, **mode) for mode in modes]
             follow(spec, spec.init(4)[1], [draw(rng, 3, 5, 4) for _ in range(2)], *calls)
             found, params, state, _ = convert.from_keras(layer)
             assert found == spec
@@ -231,8 +233,8 @@ def test_keras(rng):
         with pytest.raises(convert.ConversionError, match="not built"):
             convert.from_keras(layers.LayerNormalization())
         model = keras.Sequential([
-            layers.Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv"), layers.DepthwiseConv2D(2, depth_multiplier=2, name="deep"),
-            layers.BatchNormalization(name="bn"), layers.Conv2DTranspose(5, 2, name="up"), layers.Dense(2, name="head"),
+            layers.Input((8, 8, 3)), layers.Conv2D(4, 3, name="conv"),
+            layers.DepthwiseConv2D(2, depth_multiplier=2, name="deep"), layers.BatchNormalization(name="bn"), layers.Conv2DTranspose(5, 2, name="up"), layers.Dense(2, name="head"),
         ])  # fmt: skip
 
         class Net(nn.Module):
@@ -271,7 +273,7 @@ def randomized(model, seed=0):
     for name, value in model.state_dict().items():
         if value.is_floating_point() and name != "model.inv_freq":
             value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
-            if name.endswith(("var", "norm.weight", "bn.weight")) or value.ndim == 1 and name.endswith("weight"):
+            if name.endswith(("var", "norm.weight", "bn.weight")) or (value.ndim == 1 and name.endswith("weight")):
                 value.abs_().add_(0.5)
     return model
 
@@ -284,7 +286,8 @@ class TorchBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
         self.conv2, self.bn2 = nn.Conv2d(o, o, 3, 1, 1, groups=2, bias=False), nn.BatchNorm2d(o)
-        self.downsample = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)) if stride > 1 else None
+        down = lambda: nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+        self.downsample = down() if stride > 1 else None
 
     def forward(self, x):
         y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
@@ -574,3 +577,343 @@ def test_a_llama_of_torch_in_linen_and_nnx_and_back(rng):
         back, _ = convert.transfer(tree, model.state_dict(), rename=names, skip=["model/inv_freq"])
         for name, value in numpy_of(back).items():
             close(value, model.state_dict()[name], 5e-4)
+
+
+class TorchUp(nn.Module):
+    """Every kind of kernel and a batch norm, in a line."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4)
+        self.up, self.head = nn.ConvTranspose2d(4, 3, (3, 2), 2), nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.head(self.up(self.bn(self.conv(x))).permute(0, 2, 3, 1))
+
+
+def test_models_of_haiku_and_equinox(rng):
+    """From torch into both, and on from there into linen and back to torch to the bit."""
+    hk, eqx = pytest.importorskip("haiku"), pytest.importorskip("equinox")
+    model = randomized(TorchUp())
+    start, x = numpy_of(model.state_dict()), draw(rng, 2, 2, 6, 6)
+    expected = model.eval()(torch.tensor(x)).detach()
+
+    def net(x, train):
+        x = hk.Conv2D(4, 3, feature_group_count=2, padding="VALID", name="conv")(x)
+        x = hk.BatchNorm(True, True, 0.9, name="bn")(x, train)
+        return hk.Linear(5, name="head")(hk.Conv2DTranspose(3, (3, 2), 2, padding="VALID", name="up_transpose")(x))
+
+    class Net(eqx.Module):
+        layers: dict
+
+        def __init__(self, key):
+            self.layers = {
+                "conv": eqx.nn.Conv2d(2, 4, 3, groups=2, key=key),
+                "bn": eqx.nn.BatchNorm(4, "batch", momentum=0.9, mode="batch", inference=True),
+                "up": eqx.nn.ConvTranspose2d(4, 3, (3, 2), 2, key=key),
+                "head": eqx.nn.Linear(3, 5, key=key),
+            }
+
+        def __call__(self, x, state):
+            x, state = self.layers["bn"](self.layers["conv"](x), state)
+            x = self.layers["up"](x)
+            return jax.vmap(self.layers["head"])(x.reshape(3, -1).T).reshape(*x.shape[1:], 5)
+
+    with flexible(), jax.numpy_dtype_promotion("standard"):
+        transformed = hk.without_apply_rng(hk.transform_with_state(net))
+        shapes = jax.eval_shape(lambda x: transformed.init(jax.random.key(0), x, True), x.transpose(0, 2, 3, 1))
+        (params, state), report = convert.transfer(model, shapes, rename={"up": "up_transpose"})
+        call = jit_unoptimized(lambda x: transformed.apply(params, state, x, False)[0])
+        close(call(x.transpose(0, 2, 3, 1)), expected, 1e-4)
+        assert "fully counted" in str(report)
+        empty = eqx.nn.make_with_state(Net)(jax.random.key(0))
+        of_equinox, report = convert.transfer(model, empty, rename={"*": "layers/*"})
+        call = lambda x: jax.vmap(of_equinox[0], axis_name="batch", in_axes=(0, None))(x, of_equinox[1])
+        close(jit_unoptimized(call)(x), expected, 1e-4)
+    assert "fully counted" in str(report)
+    assert "zero_debias" not in str(report)
+    same(numpy_of(convert.transfer((params, state), model, rename={"up_transpose": "up"})[0].state_dict()), start)
+    same(numpy_of(convert.transfer(of_equinox, model, rename={"layers/*": "*"})[0].state_dict()), start)
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), (params, state))
+    copied, _ = convert.transfer((params, state), zeros)  # haiku into haiku, with its counters
+    same(copied, (params, state))
+    same(convert.transfer(model.state_dict(), zeros, rename={"up": "up_transpose"})[0], (params, state))
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions(groups, transpose_kernel, rng):
+    """torch's are flipped and have the outputs of a group; Flax's are of two kinds, and have no groups."""
+    module = randomized(nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, (3, 2), 2, groups=groups, bias=False)}))
+    x = draw(rng, 2, 4, 3, 3)
+    expected = module["up"](torch.tensor(x)).detach().permute(0, 2, 3, 1)
+    images, kernel = x.transpose(0, 2, 3, 1), jax.ShapeDtypeStruct((3, 2, 4 // groups, 4), np.float32)
+    target, kind = {"params": {"up": {"kernel": kernel}}}, "transposed_flipped" if transpose_kernel else "transposed"
+    if groups == 1:
+        with pytest.raises(convert.ConversionError, match="as many inputs as outputs"):
+            convert.transfer(module, target)
+    if groups > 1 and transpose_kernel:
+        return
+    variables, report = convert.transfer(module, target, layouts={"up/kernel": kind})
+    if groups == 1:
+        layer = linen.ConvTranspose(4, (3, 2), (2, 2), "VALID", use_bias=False, transpose_kernel=transpose_kernel)
+        close(layer.apply({"params": variables["params"]["up"]}, images), expected)
+        modern = nnx.Dict(up=nnx.ConvTranspose(
+            4, 4, (3, 2), 2, padding="VALID", use_bias=False, transpose_kernel=transpose_kernel, rngs=nnx.Rngs(0)
+        ))  # fmt: skip
+        same(convert.transfer(module, modern)[0]["up"].kernel[...], variables["params"]["up"]["kernel"])
+    else:
+        assert "flipped, 2 groups" in str(report)
+        numbers = jax.lax.conv_dimension_numbers(images.shape, (3, 2, 2, 4), ("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(
+            jnp.asarray(images), variables["params"]["up"]["kernel"], (1, 1), [(2, 2), (1, 1)], lhs_dilation=(2, 2),
+            dimension_numbers=numbers, feature_group_count=2,
+        )  # fmt: skip
+        close(y, expected)
+    back, _ = convert.transfer(variables, module.state_dict(), layouts={"up/kernel": kind})
+    same(numpy_of(back), numpy_of(module.state_dict()))
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+KERNELS = {
+    "dense": lambda a, b, k: ((a, b), (b, a)),
+    "conv": lambda a, b, k: ((a, b, *k), (*k, b, a)),
+    "transposed": lambda a, b, k: ((a, b, *k), (*k, a, b)),
+    "transposed_flipped": lambda a, b, k: ((a, b, *k), (*k, b, a)),
+    "embedding": lambda a, b, k: ((a, b), (a, b)),
+}
+NORMS = {
+    "BatchNorm1d": lambda n, e, f: nn.BatchNorm1d(n, eps=e, affine=f, momentum=e),
+    "LayerNorm": lambda n, e, f: nn.LayerNorm((2, n), eps=e, elementwise_affine=f),
+    "RMSNorm": lambda n, e, f: nn.RMSNorm(n, eps=e, elementwise_affine=f),
+    "GroupNorm": lambda n, e, f: nn.GroupNorm(1 if n % 2 else 2, n, eps=e, affine=f),
+    "InstanceNorm1d": lambda n, e, f: nn.InstanceNorm1d(n, eps=e, affine=f),
+}
+quick = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+@quick
+@given(st.data())
+def test_any_state_dict_survives_the_way_into_variables_and_back(data):
+    """Kernels of all kinds with random sizes and names, in float32 and bfloat16."""
+    source, params, layouts = {}, {}, {}
+    dtype = data.draw(st.sampled_from([np.float32, jnp.bfloat16, np.float16]))
+    for i in range(data.draw(st.integers(1, 4))):
+        kind = data.draw(st.sampled_from(sorted(KERNELS)))
+        sizes = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+        a, b = KERNELS[kind](*sizes, data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+        leaf = "embedding" if kind == "embedding" else "kernel"
+        source[f"body.{i}.w.weight"] = np.arange(np.prod(a), dtype="f").reshape(a).astype(dtype) + 1
+        params[f"body_{i}"] = {"w": {leaf: np.zeros(b, dtype)}}
+        layouts[f"body_{i}/w/{leaf}"] = kind
+    as_torch = data.draw(st.booleans())
+    if as_torch:
+        source = {k: torch.tensor(v.astype("f")).to(getattr(torch, np.dtype(dtype).name)) for k, v in source.items()}
+    variables, report = convert.transfer(source, {"params": params}, layouts=layouts)
+    assert len(report) == len(source)
+    back, _ = convert.transfer(variables, source, layouts=layouts)
+    for name, value in source.items():
+        assert type(back[name]) is type(value)
+        assert bool((back[name] == value).all())
+
+
+@quick
+@given(
+    st.sampled_from(sorted(NORMS)), st.integers(1, 5), st.sampled_from([1e-5, 1e-3, 0.25]), st.booleans(),
+    st.sampled_from([0.0, 1.0]),
+)  # fmt: skip
+def test_any_norm_of_torch_survives_the_way_there_and_back(kind, n, epsilon, affine, offset):
+    layer = randomized(NORMS[kind](n, epsilon, affine))
+    start = numpy_of(layer.state_dict())
+    spec, params, state, report = convert.from_torch(layer, scale_offset=offset)
+    assert spec.epsilon == epsilon
+    assert spec.use_scale == affine
+    if affine:
+        close(params.scale, start["weight"] - offset)
+    for value in layer.state_dict().values():
+        value.zero_()
+    convert.to_torch(spec, params, state, layer)
+    for name, value in numpy_of(layer.state_dict()).items():
+        if name != "num_batches_tracked":
+            np.testing.assert_allclose(value, start[name], rtol=0, atol=1e-6 if offset else 0)
+    assert len(report) == len(start)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_files(tmp_path):
+    model = randomized(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    half = {"half": torch.arange(3.0).bfloat16(), "one": torch.tensor(2.0)}
+    for state in (model.state_dict(), half):
+        for suffix in (".safetensors", ".pt"):
+            path = tmp_path / f"model{suffix}"
+            convert.write_file(path, state)
+            read = convert.read_file(path)
+            same({k: np.asarray(v, "f") for k, v in read.items()}, {k: v.float().numpy() for k, v in state.items()})
+            assert read.get("half", np.zeros(0, jnp.bfloat16)).dtype == jnp.bfloat16
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, tmp_path / "wrapped.pth")
+    same(convert.read_file(tmp_path / "wrapped.pth"), numpy_of(model.state_dict()))
+    layer, _ = convert.transfer(convert.read_file(tmp_path / "wrapped.pth"), copy.deepcopy(model))
+    same(numpy_of(layer.state_dict()), numpy_of(model.state_dict()))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, "evil.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        convert.read_file("evil.pt")
+    assert not (tmp_path / "evil").exists()
+    torch.save([1, 2], "list.pt")
+    with pytest.raises(convert.ConversionError, match="no arrays by name"):
+        convert.read_file("list.pt")
+    with pytest.raises(ValueError, match="must end in"):
+        convert.read_file("model.pkl")
+    with pytest.raises(TypeError, match="flat dict"):
+        convert.write_file("a.pt", {"a": {"b": np.ones(2)}})
+
+
+# --- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def tree():
+    return {
+        "params": {
+            "conv": {"kernel": jnp.zeros((3, 3, 2, 4)), "bias": jnp.zeros(4)},
+            "bn": {"scale": jnp.zeros(4), "bias": jnp.zeros(4)},
+        },
+        "batch_stats": {"bn": {"mean": jnp.zeros(4), "var": jnp.zeros(4)}},
+    }
+
+
+def state_dict(**changes):
+    given = {"conv.weight": np.ones((4, 2, 3, 3), "f"), "conv.bias": np.ones(4, "f")}
+    given |= {f"bn.{name}": np.ones(4, "f") for name in ("weight", "bias", "running_mean", "running_var")}
+    given |= {name.replace("__", "."): value for name, value in changes.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+BAD = {
+    "shape": (state_dict(bn__bias=np.ones(5, "f")), {}, "params/bn/bias: its shape is (4,), and bn.bias gives (5,)."),
+    "axes": (state_dict(conv__weight=np.ones((4, 2), "f")), {}, "its shape is (3, 3, 2, 4), and conv.weight gives (2, 4) (OI -> IO)"),
+    "layout": (state_dict(conv__weight=np.ones((3, 3, 2, 4), "f")), {}, "gives (2, 4, 3, 3) (OIHW -> HWIO)"),
+    "missing": (state_dict(bn__running_var=None), {}, "batch_stats/bn/var: missing; the nearest name is bn.running_mean"),
+    "unexpected": (state_dict(fc__weight=np.ones(3, "f")), {}, "fc.weight: flax has no place for it"),
+    "wider": (state_dict(bn__bias=np.ones(4)), {}, "its dtype is float32, and bn.bias has float64. Write cast=True"),
+    "integers": (state_dict(bn__bias=np.ones(4, int)), {"cast": True}, "its dtype is float32, and bn.bias has int64."),
+    "twice": (state_dict(), {"rename": {"conv/bias": "bn/bias"}}, "bn.bias: it has the same name as conv.bias. Rename one."),
+    "no match": (state_dict(), {"rename": {"body/**": "**"}}, 'rename["body/**"]: it matches nothing. There are bn'),
+    "no skip": (state_dict(), {"skip": ["**/rope"]}, "skip:"),
+    "kind": (state_dict(), {"layouts": {"conv/kernel": "dense"}}, "conv.weight has (4, 2, 3, 3): not the axes of one kernel"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_named_and_nothing_changes(case):
+    source, options, message = BAD[case]
+    target, module = tree(), nnx.Dict(
+        conv=nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0)), bn=jnnx.BatchNorm(4, rngs=nnx.Rngs(0), **LIKE_TORCH)
+    )  # fmt: skip
+    before, own = jax.tree.map(np.array, target), jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(module)))
+    with pytest.raises(convert.ConversionError) as error:
+        convert.transfer(source, target, **options)
+    assert message in str(error.value)
+    assert error.value.refused
+    with pytest.raises(convert.ConversionError):
+        convert.transfer(source, module, **options)
+    same(target, before)
+    same(nnx.to_pure_dict(nnx.state(module)), own)
+
+
+WRONG = [
+    (lambda: convert.transfer(3, tree()), TypeError, "3 is no model"),
+    (lambda: convert.transfer(state_dict(), tree(), rename={"a/*": "b"}), ValueError, "wildcards must be the same"),
+    (lambda: convert.transfer(state_dict(), tree(), rename={"a": 3}), TypeError, "must be patterns"),
+    (lambda: convert.transfer(state_dict(), tree(), rename=["a"]), TypeError, "must be dicts"),
+    (lambda: convert.transfer(state_dict(), tree(), skip="a"), TypeError, "list of patterns"),
+    (lambda: convert.transfer(state_dict(), tree(), layouts={"a": "OIHW"}), ValueError, "must be one of dense"),
+    (lambda: convert.from_torch(nn.Linear(2, 2)), TypeError, "Linear is no norm"),
+    (lambda: convert.from_torch(nn.BatchNorm1d(2, momentum=None)), convert.ConversionError, "frozen=True"),
+    (lambda: convert.from_torch(nn.BatchNorm1d(2, track_running_stats=False)), convert.ConversionError, "train=True always"),
+    (lambda: convert.from_torch(nn.InstanceNorm1d(2, track_running_stats=True)), convert.ConversionError, "for inference"),
+    (lambda: convert.from_torch(nn.LayerNorm(2).double()), convert.ConversionError, "cast=True"),
+    (lambda: convert.from_torch(jn.LayerNorm(), {}), convert.ConversionError, "no arrays of a norm"),
+    (lambda: convert.from_torch(nn.LayerNorm(2), epsilon=-1.0), ValueError, "epsilon"),
+    (lambda: convert.from_flax(linen.LayerNorm(reduction_axes=(1, 2)), {"params": {"scale": np.ones(2, "f")}}),
+     convert.ConversionError, "jaxnorm.linen.LayerNorm"),
+    (lambda: convert.from_flax(linen.LayerNorm()), convert.ConversionError, "from_flax(layer, variables)"),
+    (lambda: convert.to_torch(nn.LayerNorm(2), None, (), nn.LayerNorm(2)), TypeError, "must be a spec"),
+    (lambda: convert.to_haiku(jn.LayerNorm(), None, (), {}), TypeError, "(params, state)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_wrong_calls_are_explained(case):
+    call, kind, message = WRONG[case]
+    with pytest.raises(kind, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("into", "message"),
+    [
+        (lambda: nn.BatchNorm1d(3, eps=1e-3), "epsilon: it is 1e-05 in jaxnorm and 0.001 in torch"),
+        (lambda: nn.BatchNorm1d(3, momentum=0.3), "momentum: it is 0.9 in jaxnorm and 0.7 in torch"),
+        (lambda: nn.BatchNorm1d(4), "weight: its shape is (4,), and scale gives (3,)"),
+        (lambda: nn.BatchNorm1d(3, affine=False), "scale: torch has no place for it"),
+        (lambda: nn.LayerNorm(3), "the layer is a LayerNorm, and the spec a BatchNorm"),
+        (lambda: jnnx.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0)), "unbiased_running_var: it is True in jaxnorm"),
+    ],
+)
+def test_a_layer_with_other_numbers_is_not_filled(into, message):
+    spec = jn.BatchNorm.like("torch")
+    params, state = spec.init(3)
+    layer = into()
+    fill = convert.to_torch if isinstance(layer, nn.Module) else convert.to_flax
+    before = numpy_of(layer.state_dict()) if isinstance(layer, nn.Module) else {}
+    with pytest.raises(convert.ConversionError, match=re.escape(message)):
+        fill(spec, params._replace(scale=params.scale * 3), state, layer)
+    same(numpy_of(layer.state_dict()) if before else {}, before)
+
+
+def test_epsilon_that_differs_is_refused_where_both_models_say_it():
+    source = nn.ModuleDict({"norm": nn.RMSNorm(4)})
+    target = nnx.Dict(norm=jnnx.RMSNorm(4, rngs=nnx.Rngs(0)))
+    message = "Write epsilon=1.1920928955078125e-07, or hand over the arrays"
+    with pytest.raises(convert.ConversionError, match=re.escape(message)):
+        convert.transfer(source, target)
+    convert.transfer(randomized(source).state_dict(), target)
+    same(target["norm"].scale[...], jnp.asarray(source["norm"].weight.detach().numpy()))
+
+
+# --- where arrays live ------------------------------------------------------------------------------------------------
+
+
+def test_the_target_s_shardings_and_dtypes_are_kept_and_rounding_is_asked_for():
+    mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+    kernel = jax.device_put(jnp.zeros((4, 6), jnp.bfloat16), NamedSharding(mesh, P(None, "model")))
+    shapes = jax.ShapeDtypeStruct((6,), jnp.float32, sharding=NamedSharding(mesh, P("model")))
+    target = {"params": {"fc": {"kernel": kernel, "bias": shapes}}, "cache": {"fc": {"index": jnp.zeros(())}}}
+    source = {"module.fc.weight": np.full((6, 4), 1 / 3, "f"), "module.fc.bias": np.ones(6, np.float16)}
+    with pytest.raises(convert.ConversionError, match="cast=True"):
+        convert.transfer(source, target)
+    new, report = convert.transfer(source, target, cast=True)
+    assert new["params"]["fc"]["kernel"].sharding == kernel.sharding
+    assert new["params"]["fc"]["bias"].sharding == shapes.sharding
+    assert new["params"]["fc"]["kernel"].dtype == jnp.bfloat16
+    assert "OI -> IO, float32 as bfloat16" in str(report)
+    assert "float16 as float32" in str(report)
+    assert "kept" in str(report)
+    state = nnx.state(nnx.Dict(fc=nnx.Linear(4, 6, rngs=nnx.Rngs(0))))
+    again, _ = convert.transfer(source, state, cast=True)
+    assert isinstance(again, nnx.State)
+    close(again["fc"]["kernel"][...], np.full((4, 6), 1 / 3, "f"))
+    boxed = {"params": {"fc": {"kernel": linen.Partitioned(jnp.zeros((4, 6)), ("in", "out")), "bias": jnp.zeros(6)}}}
+    again, _ = convert.transfer(source, boxed)
+    assert again["params"]["fc"]["kernel"].names == ("in", "out")
