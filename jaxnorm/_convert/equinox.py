@@ -100,11 +100,11 @@ class Tree:
     def write(self, values: dict[str, np.ndarray]) -> Any:
         old = zip(self.paths, self.values, strict=True)
         model = jax.tree.unflatten(self.structure, [as_jax(values[p], a) if p in values else a for p, a in old])
-        state: Any = self.state
-        if state is not None:  # `set` uses a state up: of a copy, so that the one given stays
-            leaves, structure = jax.tree.flatten(state)
-            state = jax.tree.unflatten(structure, leaves)
-        for keys, norm in self.batch_norms.items() if state is not None else ():
+        if self.state is None:
+            return model
+        leaves, structure = jax.tree.flatten(self.state)
+        state: Any = jax.tree.unflatten(structure, leaves)  # `set` uses a state up: that of a copy
+        for keys, norm in self.batch_norms.items():
             path = "/".join((*keys, "state"))
             if f"{path}/mean" not in values or f"{path}/var" not in values:
                 continue
@@ -120,7 +120,7 @@ class Tree:
                 first = state.get(norm.ema_first_time_index)
                 state = state.set(norm.ema_first_time_index, as_jax(np.asarray(False), first))
                 state = state.set(norm.ema_state_index, (as_jax(mean, a), as_jax(var, b)))
-        return model if self.state is None else (model, state)
+        return model, state
 
 
 def _share(momentum: float, counter: int) -> np.ndarray:

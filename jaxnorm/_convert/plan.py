@@ -153,7 +153,7 @@ def _general(value: Any, have: Kernel, want: Kernel, shape: tuple[int, ...]) -> 
         value = to_flax(value, have)
         fits = value.size == np.prod(shape, dtype=int) and (shape[0] == value.shape[0] or shape[-1] == value.shape[-1])
         return (value.reshape(shape), f"{have.order} -> IO, reshaped") if fits else (value, f"{have.order} -> IO")
-    i, o = reversed(shape) if want.order == "OI" else shape
+    i, o = to_flax(np.empty(shape, bool), want).shape
     fits = value.size == i * o and (value.shape[0] == i or value.shape[-1] == o)
     return (from_flax(value.reshape(i, o), want, shape) if fits else value), f"reshaped, IO -> {want.order}"
 

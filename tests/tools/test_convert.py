@@ -256,6 +256,37 @@ def test_keras(rng):
         same(numpy_of(convert.transfer(model, randomized(Net(), 1))[0].state_dict()), state_dict)
 
 
+def test_a_hand_written_batch_norm_of_torch(rng):
+    """A class with gamma and beta, and the variance that divides by n - 1: its arrays and three numbers are enough."""
+
+    class Own(nn.Module):
+        def __init__(self, features, eps=1e-5, momentum=0.1):
+            super().__init__()
+            self.eps, self.momentum = eps, momentum
+            self.gamma, self.beta = nn.Parameter(torch.ones(features) * 2), nn.Parameter(torch.ones(features))
+            self.register_buffer("running_mean", torch.zeros(features))
+            self.register_buffer("running_var", torch.ones(features))
+
+        def forward(self, x):
+            mean, var = self.running_mean, self.running_var
+            if self.training:
+                mean, var = x.mean(0), x.var(0, unbiased=False)
+                self.running_mean.lerp_(x.mean(0).detach(), self.momentum)
+                self.running_var.lerp_(x.var(0).detach(), self.momentum)
+            return (x - mean) / (var + self.eps).sqrt() * self.gamma + self.beta
+
+    bn, x = Own(4), draw(rng, 6, 4)
+    bn(torch.tensor(x))
+    spec = jn.BatchNorm.like("torch", epsilon=bn.eps, momentum=1 - bn.momentum)
+    spec, params, state, _ = convert.from_torch(spec, bn.state_dict())
+    for train in (True, False):
+        y, state = spec.apply(params, state, x + 1, train=train)
+        close(y, bn.train(train)(torch.tensor(x + 1)).detach())
+    close(state.var, bn.running_var)
+    bn.load_state_dict(convert.to_torch(spec, params._replace(scale=params.scale * 3), state, bn.state_dict())[0])
+    assert bn.gamma.tolist() == [6.0] * 4
+
+
 def test_a_preset_that_a_library_lacks():
     with pytest.raises(ValueError, match=re.escape('Write InstanceNorm.like("torch") or InstanceNorm.like("flax")')):
         jn.InstanceNorm.like("keras")
