@@ -29,7 +29,8 @@ def from_torch(layer: Any, state_dict: Any = None, *, cast: bool = False, **opti
 
     >>> import jaxnorm as jn, numpy as np
     >>> from jaxnorm import convert
-    >>> spec, params, state, report = convert.from_torch(jn.LayerNorm.like("torch"), {"weight": np.ones(3, "f")})
+    >>> norm = jn.LayerNorm.like("torch", use_bias=False)
+    >>> spec, params, state, report = convert.from_torch(norm, {"weight": np.ones(3, "f")})
     >>> params.scale.tolist(), params.bias
     ([1.0, 1.0, 1.0], None)
     """

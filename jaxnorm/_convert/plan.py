@@ -88,7 +88,8 @@ def _one(
             if value.shape != leaf.shape:
                 value = np.broadcast_to(value, leaf.shape) if value.ndim == 0 else value.reshape(leaf.shape)
             return value, Row("" if other is None else other.path, leaf.path, leaf.shape, how)
-    raise Misfit(f"missing{_near(key, found)}. Rename one to it, or skip it.")
+    write = "Rename one to it, or skip it." if options.name == "transfer" else f"Write use_{leaf.keys[-1]}=False."
+    raise Misfit(f"missing{_near(key, found)}. {write}")
 
 
 def _fitted(source: Leaf, target: Leaf, options: Options) -> tuple[np.ndarray, str]:

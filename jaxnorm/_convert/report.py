@@ -36,7 +36,7 @@ class ConversionError(ValueError):
     """Something does not fit, and nothing was changed. `refused` has a (path, reason) for each."""
 
     def __init__(self, name: str, refused: Sequence[tuple[str, str]]):
-        self.refused = tuple(refused)
+        self.refused: tuple[tuple[str, str], ...] = tuple(refused)
         shown = "\n".join(f"  {path}: {reason}" for path, reason in self.refused[:20])
         more = f"\n  and {len(self.refused) - 20} more" if len(self.refused) > 20 else ""
         super().__init__(f"{name}: nothing was changed, because this does not fit:\n{shown}{more}")

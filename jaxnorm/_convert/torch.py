@@ -44,13 +44,14 @@ class Tree:
             Leaf(path, tuple(path.split(".")), value, kinds.get(path.rpartition(".")[0]), LIBRARY,
                  otherwise=_KEPT if path.endswith("num_batches_tracked") else ())
             for path, value in self.state.items()
+            if hasattr(value, "shape")
         ]  # fmt: skip
 
     def write(self, values: dict[str, np.ndarray]) -> Any:
-        new = {path: as_like(values[path], old) if path in values else old for path, old in self.state.items()}
+        new = {path: as_like(values[path], self.state[path]) for path in values}
         if not self.module:
-            return new
-        self.tree.load_state_dict(new)
+            return {path: new.get(path, old) for path, old in self.state.items()}
+        self.tree.load_state_dict(new, strict=False)  # no others: tied weights would get their old values back
         return self.tree
 
 

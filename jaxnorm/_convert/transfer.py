@@ -41,7 +41,8 @@ def transfer(
         `jax.ShapeDtypeStruct`.
       rename: from a pattern of paths in the source to the path in the target, with the same wildcards: `*` is any part
         of one key, `**` any number of keys, as in `jaxnorm.weights.Tree`. A pattern is of an array or of its module.
-        The first that matches decides; None leaves it out. For the way back swap the two.
+        The first that matches decides; None leaves it out. For the way back swap the two. The key "layers" of
+        `nnx.Sequential` and `eqx.nn.Sequential` is no part of a path, because torch's has none.
       skip: patterns of what is left out of the source, or stays as it is in the target.
       layouts: from a pattern of paths on either side to the kind of a kernel, where the objects do not say it: "dense",
         "conv", "depthwise", "transposed", "transposed_flipped" (Flax's `transpose_kernel=True`), "embedding" or
