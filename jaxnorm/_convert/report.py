@@ -40,3 +40,7 @@ class ConversionError(ValueError):
         shown = "\n".join(f"  {path}: {reason}" for path, reason in self.refused[:20])
         more = f"\n  and {len(self.refused) - 20} more" if len(self.refused) > 20 else ""
         super().__init__(f"{name}: nothing was changed, because this does not fit:\n{shown}{more}")
+        self._given = name, self.refused
+
+    def __reduce__(self) -> tuple[type[ConversionError], tuple[str, tuple[tuple[str, str], ...]]]:
+        return type(self), self._given  # so that processes can send it

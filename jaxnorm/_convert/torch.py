@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,10 @@ def is_state_dict(tree: Any) -> bool:
 
 
 class Tree:
-    """A module, which is filled in place, or a state dict, which is not: there a new one is returned."""
+    """A module, which is filled in place; or a flat dict of arrays, where a new one is returned.
+
+    A dict has torch's layouts, but for arrays called kernel and embedding, which are Flax's.
+    """
 
     library = LIBRARY
 
@@ -41,7 +45,7 @@ class Tree:
                 add_spec(self.specs, tuple(name.split(".")), layer, lambda layer: read(layer, arrays=False))
         self.state = tree.state_dict() if module else tree
         self.leaves = [
-            Leaf(path, tuple(path.split(".")), value, kinds.get(path.rpartition(".")[0]), LIBRARY,
+            Leaf(path, keys := _keys(path), value, kinds.get(path.rpartition(".")[0]), _layout(keys),
                  otherwise=_KEPT if path.endswith("num_batches_tracked") else ())
             for path, value in self.state.items()
             if hasattr(value, "shape")
@@ -53,6 +57,16 @@ class Tree:
             return {path: new.get(path, old) for path, old in self.state.items()}
         self.tree.load_state_dict(new, strict=False)  # no others: tied weights would get their old values back
         return self.tree
+
+
+def _keys(path: str) -> tuple[str, ...]:
+    """The keys of a name. A flat dict may be one of Flax's variables, with "/" and a collection."""
+    keys = tuple(re.split("[./]", path))
+    return keys[1:] if len(keys) > 1 and keys[0] in ("params", "batch_stats") else keys
+
+
+def _layout(keys: tuple[str, ...]) -> str:
+    return "flax" if keys[-1] in ("kernel", "embedding") else LIBRARY
 
 
 def _kind(layer: Any) -> str | None:

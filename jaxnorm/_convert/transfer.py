@@ -28,8 +28,9 @@ def transfer(
 ) -> tuple[Any, Report]:  # fmt: skip
     """Put the parameters and running statistics of one model into another of the same architecture.
 
-    Both are one of: a torch module or state dict (any flat dict of arrays with torch's layouts), variables of linen, a
-    module or state of nnx, haiku's `(params, state)`, an equinox module or `(module, state)`, a keras model.
+    Both are one of: a torch module or state dict (any flat dict of arrays with torch's layouts; those called kernel or
+    embedding have Flax's), variables of linen, a module or state of nnx, haiku's `(params, state)`, an equinox module
+    or `(module, state)`, a keras model.
 
     Arrays belong together if module and role are the same: "layer1.0.bn.weight" is "layer1_0/bn/scale". A path of
     torch is written with "/", and the collections of linen are no part of a path.

@@ -791,6 +791,17 @@ def test_files(tmp_path):
     same(numpy_of(layer.state_dict()), numpy_of(model.state_dict()))
 
 
+def test_a_flat_dict_may_be_flax_s(tmp_path):
+    variables = {"params": {"fc": {"kernel": np.arange(6.0, dtype="f").reshape(2, 3), "bias": np.ones(3, "f")}}}
+    flat = {f"params/fc/{name}": value for name, value in variables["params"]["fc"].items()}
+    convert.write_file(tmp_path / "flax.safetensors", flat)
+    layer = nn.ModuleDict({"fc": nn.Linear(2, 3)})
+    convert.transfer(convert.read_file(tmp_path / "flax.safetensors"), layer)
+    same(layer["fc"].weight.detach().numpy(), variables["params"]["fc"]["kernel"].T)
+    same(convert.transfer(flat, jax.tree.map(np.zeros_like, variables))[0], variables)
+    same(convert.transfer(layer.state_dict(), flat)[0], flat)
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -856,7 +867,7 @@ def test_what_does_not_fit_is_named_and_nothing_changes(case):
     with pytest.raises(convert.ConversionError) as error:
         convert.transfer(source, target, **options)
     assert message in str(error.value)
-    assert error.value.refused
+    assert pickle.loads(pickle.dumps(error.value)).refused == error.value.refused != ()
     with pytest.raises(convert.ConversionError):
         convert.transfer(source, module, **options)
     same(target, before)
@@ -923,6 +934,14 @@ def test_epsilon_that_differs_is_refused_where_both_models_say_it():
         convert.transfer(source, target)
     convert.transfer(randomized(source).state_dict(), target)
     same(target["norm"].scale[...], jnp.asarray(source["norm"].weight.detach().numpy()))
+
+
+def test_a_momentum_that_jaxnorm_lacks_serves_inference(rng):
+    layer = randomized(nn.BatchNorm1d(4, momentum=None)).eval()
+    spec, params, state, _ = convert.from_torch(layer, frozen=True)
+    x = draw(rng, 3, 4)
+    close(spec.apply(params, state, x)[0], layer(torch.tensor(x)).detach())
+    assert convert.from_torch(layer, momentum=0.5)[0].momentum == 0.5
 
 
 def test_tied_weights_of_torch():
