@@ -57,11 +57,11 @@ def move(source: Store, target: Store, options: Options) -> tuple[dict[str, np.n
         rows.append(row)
         if value is not None:
             values[leaf.path] = value
-    used = {key for key, leaf in wanted.items() if not _skipped(leaf, options)}
-    used |= {(key[0], role) for key, leaf in wanted.items() for role, *_ in leaf.otherwise}
+    used = {*wanted} | {(key[0], role) for key, leaf in wanted.items() for role, *_ in leaf.otherwise}
     for key, leaf in found.items():
-        if _skipped(leaf, options) or (key not in used and leaf.role in OPTIONAL):
-            how = "left out: skip" if _skipped(leaf, options) else "not needed"
+        skipped = _skipped(leaf, options) or (key in wanted and _skipped(wanted[key], options))
+        if skipped or (key not in used and leaf.role in OPTIONAL):
+            how = "left out: skip" if skipped else "not needed"
             rows.append(Row(leaf.path, "", leaf.shape, how))
         elif key not in used:
             near = _near(key, wanted)

@@ -672,6 +672,39 @@ def test_models_of_haiku_and_equinox(rng):
     same(convert.transfer(model.state_dict(), zeros, rename={"up": "up_transpose"})[0], (params, state))
 
 
+def test_counts_of_updates_go_from_model_to_model(rng):
+    """haiku's counter is jaxnorm's count of a debiased norm, and equinox's counter; without a decay it is not guessed."""
+    eqx = pytest.importorskip("equinox")
+    ema = lambda value, n: {"average": np.full((1, 4), value, "f"), "hidden": np.full((1, 4), value / 2, "f"), "counter": np.int32(n)}
+    of_haiku = ({"bn": {"scale": np.ones((1, 4), "f"), "offset": np.ones((1, 4), "f")}},
+                {"bn/~/mean_ema": ema(1.0, 3), "bn/~/var_ema": ema(2.0, 3)})  # fmt: skip
+    layer = jnn.BatchNorm(use_running_average=True, zero_debias=True)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), np.zeros((2, 4), "f"))
+    target = {name: {"bn": tree} for name, tree in shapes.items()}
+    variables, report = convert.transfer(of_haiku, target)
+    stats = variables["batch_stats"]["bn"]
+    assert (stats["count"].tolist(), stats["var"].tolist()) == ([3.0] * 4, [2.0] * 4)
+    assert "the updates" in str(report)
+    with pytest.raises(convert.ConversionError, match="haiku's decay is not known here"):
+        convert.transfer(variables, of_haiku)
+
+    class Net(eqx.Module):
+        bn: eqx.nn.BatchNorm
+
+        def __init__(self):
+            self.bn = eqx.nn.BatchNorm(4, "batch", momentum=0.9, mode="batch")
+
+    net, state = convert.transfer(variables, eqx.nn.make_with_state(Net)())[0]
+    assert int(state.get(net.bn.batch_counter)) == 3
+    close(state.get(net.bn.batch_state_index)[1], np.full(4, 2 * (1 - 0.9**3)))
+    again, _ = convert.transfer((net, state), target)
+    jax.tree.map(lambda a, b: close(a, b, 1e-6), again, variables)
+    with pytest.raises(convert.ConversionError, match="batch_stats/bn/count: missing"):
+        convert.transfer(nn.ModuleDict({"bn": nn.BatchNorm1d(4)}), target)
+    _, report = convert.transfer(nn.ModuleDict({"bn": nn.BatchNorm1d(4)}), variables, skip=["bn/count", "bn/scale"])
+    assert [row.how for row in report if row.source == "bn.weight"] == ["left out: skip"]
+
+
 @pytest.mark.parametrize("transpose_kernel", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions(groups, transpose_kernel, rng):
