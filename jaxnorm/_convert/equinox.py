@@ -129,6 +129,11 @@ def _share(momentum: float, counter: int) -> np.ndarray:
         return np.asarray(1 - momentum ** jnp.int32(counter) if counter else jnp.float32(1.0))
 
 
+def _rms(nn: Any) -> tuple[Any, ...]:
+    """equinox has an RMS norm since 0.11.3."""
+    return (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
+
+
 def _kind(layer: Any) -> str | None:
     from equinox import nn
 
@@ -137,7 +142,7 @@ def _kind(layer: Any) -> str | None:
         "transposed": (nn.ConvTranspose,),
         "conv": (nn.Conv,),
         "embedding": (nn.Embedding,),
-        "vector": (nn.BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+        "vector": (nn.BatchNorm, nn.LayerNorm, *_rms(nn), nn.GroupNorm),
     }
     return next((kind for kind, types in kinds.items() if isinstance(layer, types)), None)
 
@@ -176,7 +181,7 @@ def read(layer: Any, arrays: bool = True) -> Read | None:
         affine = layer.channelwise_affine
         options = {"num_groups": layer.groups, "epsilon": layer.eps, "use_scale": affine, "use_bias": affine}
         return Read(LIBRARY, "GroupNorm", options, (layer.channels or layer.groups,), store)
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(layer, (nn.LayerNorm, *_rms(nn))):
         axes = tuple(range(-len(layer.shape), 0))
         options = {"epsilon": layer.eps, "use_scale": layer.use_weight, "use_bias": layer.use_bias}
         options["axis"] = axes if len(axes) > 1 else -1

@@ -63,6 +63,14 @@ class _Value:
         return np.array(keras.ops.convert_to_numpy(self.variable.value), dtype=dtype)
 
 
+def _norms() -> dict[str, Any]:
+    """keras's norms; RMS norm since 3.9."""
+    from keras import layers
+
+    kinds = ("Batch", "Layer", "RMS", "Group")
+    return {f"{kind}Norm": of for kind in kinds if (of := getattr(layers, f"{kind}Normalization", None)) is not None}
+
+
 def _kind(layer: Any) -> str | None:
     from keras import layers
 
@@ -72,9 +80,8 @@ def _kind(layer: Any) -> str | None:
         "conv": (layers.Conv1D, layers.Conv2D, layers.Conv3D),
         "dense": (layers.Dense,),
         "embedding": (layers.Embedding,),
-        "vector": (layers.BatchNormalization, layers.LayerNormalization, layers.RMSNormalization,
-                   layers.GroupNormalization),
-    }  # fmt: skip
+        "vector": tuple(_norms().values()),
+    }
     return next((kind for kind, types in kinds.items() if isinstance(layer, types)), None)
 
 
@@ -89,11 +96,7 @@ def read_layer(name: str, layer: Any, arrays: Any = None) -> Read | None:
 
 def read(layer: Any, arrays: bool = True) -> Read | None:
     """The norm that a layer of keras is; None if it is none."""
-    from keras import layers
-
-    kinds = {"BatchNorm": layers.BatchNormalization, "LayerNorm": layers.LayerNormalization,
-             "RMSNorm": layers.RMSNormalization, "GroupNorm": layers.GroupNormalization}  # fmt: skip
-    kind = next((name for name, of in kinds.items() if isinstance(layer, of)), None)
+    kind = next((name for name, of in _norms().items() if isinstance(layer, of)), None)
     if kind is None:
         return None
     options: dict[str, Any] = {"epsilon": layer.epsilon}

@@ -69,6 +69,11 @@ def _layout(keys: tuple[str, ...]) -> str:
     return "flax" if keys[-1] in ("kernel", "embedding") else LIBRARY
 
 
+def _rms(nn: Any) -> tuple[Any, ...]:
+    """torch has an RMS norm since 2.4."""
+    return (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
+
+
 def _kind(layer: Any) -> str | None:
     import torch
 
@@ -78,7 +83,7 @@ def _kind(layer: Any) -> str | None:
         "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
         "transposed": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
         "embedding": (nn.Embedding, nn.EmbeddingBag),
-        "vector": (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase),
+        "vector": (nn.LayerNorm, *_rms(nn), nn.GroupNorm, nn.modules.batchnorm._NormBase),
     }
     return next((kind for kind, types in kinds.items() if isinstance(layer, types)), None)
 
@@ -117,7 +122,7 @@ def read(layer: Any, arrays: bool = True) -> Read | None:
         options = {"num_groups": layer.num_groups, "epsilon": layer.eps}
         options |= {"use_scale": layer.affine, "use_bias": layer.affine}
         return Read(LIBRARY, "GroupNorm", options, (layer.num_channels,), store)
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+    if isinstance(layer, (nn.LayerNorm, *_rms(nn))):
         shape = tuple(layer.normalized_shape)
         options: dict[str, Any] = {"axis": tuple(range(-len(shape), 0)) if len(shape) > 1 else -1}
         options["use_scale"] = layer.elementwise_affine
