@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,40 @@ class Spec:
     scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
     paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
+    peers: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})  # other libraries' defaults; ... is none
+    instead: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})  # options that say what others say
+
+    @classmethod
+    def like(cls, library: str, **options: Any) -> Self:
+        """The spec with the defaults of another library's layer of the same kind: its numbers, statistics and axis.
+
+        Args:
+          library: "torch", "flax", "keras", "haiku" or "equinox". Torch's and equinox's channels are at axis 1, of
+            equinox with the batch in front. What a library has no default for must be given, such as num_groups.
+          options: fields of the spec that differ.
+
+        Raises:
+          ValueError: the library is unknown or has no such layer; an option without a default was not given.
+
+        >>> import jaxnorm as jn
+        >>> jn.BatchNorm.like("torch") == jn.BatchNorm(momentum=0.9, axis=1, unbiased_running_var=True)
+        True
+        """
+        name = cls.__name__
+        if library not in cls.peers:
+            has = " or ".join(f'{name}.like("{peer}")' for peer in cls.peers)
+            raise ValueError(
+                f"{name}.like: {shown(library)} has no layer that is this norm. Write {has or f'{name}(...)'}."
+            )
+        said = {name for given in options for name in cls.instead.get(given, ())}
+        chosen = {name: value for name, value in cls.peers[library].items() if name not in said} | options
+        for option, value in chosen.items():
+            if value is ...:
+                write = {"num_groups": "num_groups=32", "momentum": "momentum=0.99"}[option]
+                raise ValueError(
+                    f'{name}.like: {option} has no default in {library}. Write {name}.like("{library}", {write}).'
+                )
+        return cls(**chosen)
 
     def __post_init__(self) -> None:
         # One spelling for each value (a dtype may be jnp.float32 or "float32"), so that equal specs are equal.

@@ -6,7 +6,7 @@ Legend: N batch, C channels, F the feature shape (C,), n the number of elements 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,15 @@ class BatchNorm(RunningSpec):
     [[-1.]
      [ 1.]] [0.2]
     """
+
+    peers: ClassVar[Any] = {
+        "torch": {"momentum": 0.9, "axis": 1, "unbiased_running_var": True},
+        "flax": {},
+        "keras": {"epsilon": 1e-3},
+        "haiku": {"momentum": ..., "zero_debias": True},
+        "equinox": {"axis": 1, "zero_debias": True},  # mode="batch"
+    }
+    instead: ClassVar[Any] = {"running": ("momentum", "zero_debias", "unbiased_running_var")}
 
     spread: str = "std"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import ArrayLike
@@ -36,6 +37,15 @@ class GroupNorm(RowSpec):
     >>> norm.apply(params, state, np.array([[1., 3., 10., 30.]]))[0].round(3).tolist()
     [[-1.0, 1.0, -1.0, 1.0]]
     """
+
+    peers: ClassVar[Any] = {
+        "torch": {"num_groups": ..., "axis": 1, "epsilon": 1e-5},
+        "flax": {"num_groups": 32},
+        "keras": {"num_groups": 32, "epsilon": 1e-3},
+        "haiku": {"num_groups": ..., "epsilon": 1e-5},
+        "equinox": {"num_groups": ..., "axis": 1, "epsilon": 1e-5},
+    }
+    instead: ClassVar[Any] = {"group_size": ("num_groups",)}
 
     use_bias: bool = True
     num_groups: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import ArrayLike
@@ -31,6 +32,12 @@ class InstanceNorm(RowSpec):
     >>> norm.apply(params, state, np.array([[[1., 10.], [3., 30.]]]))[0].round(3).tolist()
     [[[-1.0, -1.0], [1.0, 1.0]]]
     """
+
+    peers: ClassVar[Any] = {
+        "torch": {"axis": 1, "epsilon": 1e-5, "use_scale": False, "use_bias": False},
+        "flax": {},
+        "haiku": {"epsilon": 1e-5},
+    }
 
     use_bias: bool = True
     axis: int | Sequence[int] = -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import ArrayLike
@@ -39,6 +39,13 @@ class LayerNorm(QuantizableSpec):
     output_scale: float = 1.0
 
     _spare_axes: ClassVar[int] = 1  # per head: (H, D)
+    peers: ClassVar[Any] = {
+        "torch": {"epsilon": 1e-5},
+        "flax": {},
+        "keras": {"epsilon": 1e-3},
+        "haiku": {"epsilon": 1e-5},
+        "equinox": {"epsilon": 1e-5},
+    }
 
 
 @function_of(LayerNorm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from jax.typing import ArrayLike
@@ -42,6 +42,13 @@ class RMSNorm(QuantizableSpec):
     cast: str = "after_scale"
 
     _spare_axes: ClassVar[int] = 1  # per head: (H, D)
+    peers: ClassVar[Any] = {
+        "torch": {"epsilon": 2.0**-23},  # eps=None: that of float32, for half precision too
+        "flax": {},
+        "keras": {},
+        "haiku": {"epsilon": 1e-5},
+        "equinox": {"epsilon": 1e-5, "use_bias": True},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

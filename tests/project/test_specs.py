@@ -277,6 +277,9 @@ MAY_IMPORT = {
 }
 
 
+PEERS = ("flax", "optax", "torch", "haiku", "equinox", "keras", "safetensors")
+
+
 def test_arrows_point_down():
     """Every file imports from the folders below its own, a norm from no other norm, and Flax is for layers alone."""
     for path in PACKAGE.rglob("*.py"):
@@ -303,7 +306,7 @@ def test_arrows_point_down():
             for name in outside:
                 inside = folder in ("_convert", "_models") and node not in tree.body  # of a function, when it is called
                 flax_may = folder == "_layers" or path.stem in ("linen", "nnx", "demo") or inside
-                assert flax_may or name.split(".")[0] not in ("flax", "optax", "torch"), (str(path), name)
+                assert flax_may or name.split(".")[0] not in PEERS, (str(path), name)
 
 
 def test_the_only_collectives_are_in_one_file():
