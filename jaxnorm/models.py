@@ -2,3 +2,6 @@
 
 They take linen models with their variables, nnx modules, and trees of specs, parameters and states, by path.
 """
+
+from ._models.outcome import Outcome as Outcome
+from ._models.outcome import Row as Row
