@@ -46,6 +46,8 @@ Interceptor = Callable[[Call, Callable[[], tuple[Any, Any]]], tuple[Any, Any]]
 
 watched: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar("interceptor", default=None)
 _layer: contextvars.ContextVar[Any] = contextvars.ContextVar("layer", default=None)
+_keys: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("keys", default=())
+CONTEXTS = hasattr(jax, "make_user_context")  # from JAX 0.8 on
 
 
 @contextlib.contextmanager
@@ -56,7 +58,7 @@ def intercept(f: Interceptor) -> Iterator[None]:
     """
     token = watched.set(f)
     try:
-        with _traced_anew(f):
+        with traced_anew(f):
             yield
     finally:
         watched.reset(token)
@@ -100,10 +102,16 @@ def _alone(apply, *args, **options):
 
 
 @contextlib.contextmanager
-def _traced_anew(key: Any) -> Iterator[None]:
-    if hasattr(jax, "make_user_context"):  # from JAX 0.8 on
-        with _user_context()(key):
-            yield
+def traced_anew(key: Any) -> Iterator[None]:
+    """Within the context, `jax.jit` uses only what it has compiled in contexts of equal keys."""
+    if CONTEXTS:
+        keys = (*_keys.get(), key)
+        token = _keys.set(keys)
+        try:
+            with _user_context()(keys):
+                yield
+        finally:
+            _keys.reset(token)
     else:
         jax.clear_caches()
         try:
