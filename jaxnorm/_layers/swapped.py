@@ -18,8 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 from flax import linen as nn
 
 from .._core.intercept import CONTEXTS, traced_anew
-from .._core.messages import shown
 from .._core.passing import passed
+from .._norms.base import same_param
 from . import linen
 from . import nnx as nnx_layers
 from .derive import Form, wrapped
@@ -33,9 +33,8 @@ class Seen(NamedTuple):
     """A norm of a model, as a call of it was traced."""
 
     path: str
-    old: Any  # the specs; the same object where nothing replaces it
-    new: Any
-    features: tuple[int, ...]  # those of the new one
+    specs: tuple[Any, ...]  # that of the layer, and after each choice
+    features: tuple[int, ...]  # those of the last one
     layer: Any
 
 
@@ -98,18 +97,13 @@ class ReplacedInNnx(nnx_layers.Norm):
         return super().__call__(x, **fitted(self.spec, given_to(self.called, args, call), self.use_running_average))
 
 
-def same_meaning(old: Any, new: Any, name: str) -> bool:
-    """Whether a parameter of this name means the same in both specs."""
-    if type(old) is type(new):
-        return True
-    return name in ("scale", "bias") and (name in old.scales) == (name in new.scales)
-
-
-def _replacement(layer: nn.Module, old: Any, new: Any) -> Replaced:
+def _replacement(layer: nn.Module, old: Any, new: Any, features: tuple[int, ...]) -> Replaced:
     """The layer of the new spec, in the scope of the old layer."""
     first: Any = layer
     names = getattr(layer, "param_names", None) or {}
-    inits = {f"{n}_init": getattr(first, f"{n}_init", None) for n in ("scale", "bias") if same_meaning(old, new, n)}
+    inits = {
+        f"{n}_init": getattr(first, f"{n}_init", None) for n in ("scale", "bias") if same_param(old, new, n, features)
+    }
     return Replaced(
         spec=new, param_names={k: v for k, v in names.items() if k in new.Params._fields} or None,
         cast_params=getattr(layer, "cast_params", False), parent=layer.scope, **inits,
@@ -132,13 +126,17 @@ def _swapping(model: Any) -> Iterator[None]:
             return call(*args, **options)
         given, path, old = dict(options), "/".join(layer.path[root:]), spec_of(layer)
         x = args[0] if args else given.pop("x")
-        new = functools.reduce(lambda spec, choice: choice(path, spec, layer) or spec, model.swaps, old)
+        specs = [old]
+        for choice in model.swaps:
+            specs.append(choice(path, specs[-1], layer) or specs[-1])
+        new = specs[-1]
+        features = new.features(x.shape)
         if (found := seen.get()) is not None:
-            found.append(Seen(path, old, old if new == old else new, new.features(x.shape), layer))
+            found.append(Seen(path, tuple(specs), features, layer))
         if new == old:
             return call(*args, **options)
         if id(layer) not in made:
-            made[id(layer)] = layer, _replacement(layer, old, new)
+            made[id(layer)] = layer, _replacement(layer, old, new, features)
         given = given_to(positional_of(layer), args[1:], given)
         return made[id(layer)][1](x, **fitted(new, given, getattr(layer, "use_running_average", None)))
 
