@@ -4,6 +4,11 @@ They take linen models with their variables, nnx modules, and trees of specs, pa
 """
 
 from ._core.passing import passing as passing
+from ._models.optimizers import decay_mask as decay_mask
+from ._models.optimizers import ema_init as ema_init
+from ._models.optimizers import ema_update as ema_update
+from ._models.optimizers import label_params as label_params
+from ._models.optimizers import norm_mask as norm_mask
 from ._models.outcome import Outcome as Outcome
 from ._models.outcome import Row as Row
 from ._models.surgery import Swap as Swap

@@ -196,7 +196,7 @@ def _swap(tool: str, model: Any, rules: Rules, variables: Any, args: tuple, in_p
         raise TypeError(f"{tool}: in_place is for nnx modules; other models are values. Leave in_place out.")
     if (args or kwargs) and kind != "linen":
         raise TypeError(
-            f"{tool}: arguments of the model's call are for linen models, got {shown([*args, *kwargs])}. Leave them out."
+            f"{tool}: only linen models take arguments of their call, got {shown([*args, *kwargs])}. Leave them out."
         )
     if kind == "linen":
         from .swap_linen import swap_linen

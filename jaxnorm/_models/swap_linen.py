@@ -90,7 +90,7 @@ def _converted(tool: str, path: str, norm: Any, variables: Any, shapes: Any) -> 
             lead = shape[: len(shape) - len(like.shape)]
     of = lambda spec_names: {name: given.get(name) for name in spec_names}
     carried = carry(old, new, of(own), of(state_of(old)), norm.features, lead)
-    for name, to in own.items():
+    for to in own.values():
         variables = put(variables, ("params", *keys, *to), None)
     for name in state_of(old):
         variables = put(variables, ("batch_stats", *keys, name), None)

@@ -91,6 +91,7 @@ class Spec:
     own_state_shape: ClassVar[bool] = False  # whether the state is not of the feature shape; the function checks it
     whole: ClassVar[tuple[str, ...]] = ()  # the parameters that have a shape of their own, not that of the features
     scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
+    decays: ClassVar[tuple[str, ...]] = ()  # the parameters that weight decay is for; for most norms none
     paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
 
