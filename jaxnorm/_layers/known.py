@@ -41,7 +41,7 @@ def _known(kind: type) -> Form | bool:
 
 
 def spec_of(layer: Any) -> Any:
-    """The spec that a layer is, None if it is no norm. Raises where no spec says the same."""
+    """The spec that a layer is, None if it is no norm. The axis of its spec is that of its statistics."""
     form = form_of(layer)
     if form is None:
         return None
@@ -52,20 +52,23 @@ def spec_of(layer: Any) -> Any:
         default = form.fields[field][1]
         of_layer = getattr(layer, field, default)
         options[name] = form.aliased(layer, field) if field in form.aliases and hasattr(layer, field) else of_layer
-    if form.features == "feature_axes" and name_of_axes(layer.feature_axes) != name_of_axes(options["axis"]):
-        raise ValueError(
-            f"{type(layer).__name__}: feature_axes={shown(layer.feature_axes)} are not the reduction_axes="
-            f"{shown(options['axis'])}; a spec has one axis for both. Leave this layer out: write {{path: None}} first."
-        )
     if options.get("axis_name") is None and "axis_index_groups" in options:
         options["axis_index_groups"] = None
     form.settle(options)
     return form.spec(**options)
 
 
-def name_of_axes(axes: Any) -> frozenset[int]:
-    """Axes, in any of their spellings."""
-    return frozenset((axes,) if isinstance(axes, int) else axes)
+def refuse_two_axes(path: str, layer: Any) -> None:
+    """Raise for a layer that normalizes over other axes than those of its parameters, as no spec does."""
+    form = form_of(layer)
+    if form is None or form.features != "feature_axes":
+        return
+    one = lambda axes: frozenset((axes,) if isinstance(axes, int) else axes)
+    if one(layer.feature_axes) != one(layer.reduction_axes):
+        raise ValueError(
+            f"swap: {type(layer).__name__} at {path!r} has feature_axes={shown(layer.feature_axes)} and reduction_axes="
+            f"{shown(layer.reduction_axes)}; a spec has one axis for both. Write {{{path!r}: None}} as the first rule."
+        )
 
 
 def paths_of(layer: Any) -> dict[str, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from .._norms.base import same_param
 from . import linen
 from . import nnx as nnx_layers
 from .derive import Form, wrapped
-from .known import form_of, positional_of, spec_of
+from .known import form_of, positional_of, refuse_two_axes, spec_of
 
 # What replaces a norm: the new spec by path, spec and layer. None leaves it as it is. Hashable, compared by value.
 Choice = Callable[[str, Any, Any], Any]
@@ -97,6 +97,20 @@ class ReplacedInNnx(nnx_layers.Norm):
         return super().__call__(x, **fitted(self.spec, given_to(self.called, args, call), self.use_running_average))
 
 
+def takes_the_same(old: Any, new: ReplacedInNnx) -> bool:
+    """Whether each call of one nnx layer is a call of the new norm, so that none needs to be fitted."""
+    before, after = form_of(old), new._form()
+    assert before is not None
+    named = lambda form: {*form.operands, *form.call, *form.params, *(["use_running_average"] if form.state else [])}
+    needed = {*after.operands} - {*before.operands}
+    return (
+        new.called == positional_of(new)
+        and not isinstance(old, ReplacedInNnx)
+        and named(before) <= named(after)
+        and not needed
+    )
+
+
 def _replacement(layer: nn.Module, old: Any, new: Any, features: tuple[int, ...]) -> Replaced:
     """The layer of the new spec, in the scope of the old layer."""
     first: Any = layer
@@ -136,6 +150,7 @@ def _swapping(model: Any) -> Iterator[None]:
         if new == old:
             return call(*args, **options)
         if id(layer) not in made:
+            refuse_two_axes(path, layer)
             made[id(layer)] = layer, _replacement(layer, old, new, features)
         given = given_to(positional_of(layer), args[1:], given)
         return made[id(layer)][1](x, **fitted(new, given, getattr(layer, "use_running_average", None)))

@@ -154,10 +154,10 @@ def ema_update(average: Any, variables: Any, decay: ArrayLike) -> Any:
 
         average = decay * average + (1 - decay) * variables
 
-    Running means and variances are averages themselves, so theirs is the same with a longer memory. What no average
-    means anything of is that of `variables`: counts of updates or elements beside a mean and a variance, the vectors and
-    sigma of spectral norm, integers, bools and keys. The averaged parameters have other activations than any of the
-    models had: recompute the statistics for them over the training set before they are used, where accuracy counts.
+    Running means and variances are averages themselves, so theirs is the same with a longer memory. The latest is taken
+    of what has no average: counts of updates or elements beside a mean and a variance, the vectors and sigma of
+    spectral norm, integers, bools and keys. The averaged parameters have other activations than any of the models had:
+    where accuracy counts, recompute the statistics over the training set.
 
     Args:
       average: of the structure of `variables`; `ema_init` makes the first.
@@ -186,11 +186,8 @@ def ema_update(average: Any, variables: Any, decay: ArrayLike) -> Any:
             f"ema_update: the average and the variables differ in structure, at {sorted(differ)[:4] or 'their types'}. "
             "Write average = models.ema_init(variables), and the same collections at each step."
         )
-    if not isinstance(decay, jax.core.Tracer):
-        if jnp.ndim(decay) or not 0.0 <= float(decay) <= 1.0:
-            raise ValueError(
-                f"ema_update: decay must be one number from 0 to 1, got {shown(decay)}. Write decay=0.999."
-            )
+    if not isinstance(decay, jax.core.Tracer) and (jnp.ndim(decay) or not 0.0 <= float(decay) <= 1.0):
+        raise ValueError(f"ema_update: decay must be one number from 0 to 1, got {shown(decay)}. Write decay=0.999.")
     names = [_name(keys) for keys, _ in new]
     beside: dict[Any, set[str]] = {}
     for parent, name in names:

@@ -32,6 +32,8 @@ def swap_nnx(tool: str, model: Any, rules: Rules, in_place: bool) -> Swap:
             kept -= {"/".join(filter(None, (path, *to))) for to in names}
         rows.append(row_of(rules, path, old, new, why, layer))
     swapped = layers.get(id(model), model)
+    if in_place and swapped is not model:
+        raise ValueError(f"{tool}: the model is itself the norm, so nothing holds it. Write model = {tool}(...).model.")
     if swapped is model:
         replaced_in(model, layers)
     return Swap(swapped, None, Outcome(tool, rows), frozenset(kept))
@@ -62,10 +64,11 @@ def _converted(tool: str, path: str, layer: Any, old: Any, new: Any) -> tuple[An
     """The new layer, with variables of the old one, and the paths inside of it of parameters that are not kept."""
     from flax import nnx
 
-    from .._layers.known import positional_of
+    from .._layers.known import positional_of, refuse_two_axes
     from .._layers.nnx import Norm
-    from .._layers.swapped import ReplacedInNnx
+    from .._layers.swapped import ReplacedInNnx, takes_the_same
 
+    refuse_two_axes(path, layer)
     names = getattr(layer, "param_names", None) or {}
     own, later = param_paths(old, names), param_paths(new, names)
     states = getattr(old.State, "_fields", ())
@@ -88,7 +91,7 @@ def _converted(tool: str, path: str, layer: Any, old: Any, new: Any) -> tuple[An
         options["promote_dtype"] = layer.promote_dtype
     called = getattr(layer, "called", positional_of(layer))
     made = ReplacedInNnx(new, layer.num_features, called=called, **options)
-    if called == positional_of(made) and isinstance(layer, Norm | nnx.BatchNorm) and (not states or made._form().state):
+    if takes_the_same(layer, made):
         made = Norm(new, layer.num_features, **options)
     for name, value in {**carried.params, **carried.state}.items():
         to = later.get(name, (name,))

@@ -67,7 +67,7 @@ def _converted(tool: str, path: str, old: Any, new: Any, params: Any, state: Any
     made = new.Params(**{**dict.fromkeys(new.Params._fields), **carried.params})
     later = new.State(**{**dict.fromkeys(new.State._fields), **carried.state}) if carried.state else ()
     if isinstance(params, Mapping):  # as a checkpoint has them
-        made = dict(carried.params)
+        made = dict(carried.params) or ()
     if isinstance(state, Mapping) or (isinstance(params, Mapping) and later != ()):
         later = dict(carried.state) or ()
     fresh = {name for name in {*given, *carried.params} if name not in carried.kept}
