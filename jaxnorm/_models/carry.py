@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from .._core.dtypes import accumulator
 from .._core.types import RunningStats
 from .._norms.base import same_param
 
@@ -65,7 +66,7 @@ def carry(
             fresh.append(name)
         else:
             if name in new.scales and old.scale_offset != new.scale_offset:
-                wide = fitted.astype(jnp.promote_types(fitted.dtype, jnp.float32))
+                wide = fitted.astype(accumulator(fitted))
                 fitted = (wide + (old.scale_offset - new.scale_offset)).astype(fitted.dtype)
             kept.append(name)
         made[name] = fitted

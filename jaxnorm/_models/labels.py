@@ -184,13 +184,17 @@ def _of_linen(tool: str, model: Any, params: Any, args: tuple, kwargs: dict[str,
     from .swap_linen import traced
 
     layers: dict[tuple[str, ...], Any] = {}
+    wrapped: dict[tuple[str, ...], tuple[str, ...]] = {}  # of a wrapper, the path of its layer
 
     def look(call, args, kwargs, context):
         layer = context.module
         known = form_of(layer) is not None or isinstance(layer, Reparametrized | nn.WeightNorm)
         if context.method_name == "__call__" and known:
-            layers[layer.path] = layer
-        return call(*args, **kwargs)
+            layers[layer.path] = layer  # first, as a norm in its place comes later
+        y = call(*args, **kwargs)
+        if layers.get(layer.path) is layer and isinstance(layer, Reparametrized | nn.WeightNorm):
+            wrapped[layer.path] = layer.layer_instance.path
+        return y
 
     if not isinstance(params, Mapping):
         raise TypeError(
@@ -216,7 +220,8 @@ def _of_linen(tool: str, model: Any, params: Any, args: tuple, kwargs: dict[str,
                 spec = layer.spec if isinstance(layer, Reparametrized) else None
                 found[_joined(*path, key)] = Owner(_label_of_weight(spec, name) if spec is not None else "gain")
                 if spec is not None:
-                    found[_joined(*path, weight)] = Owner(_label_of_weight(spec, spec.Params._fields[0]))
+                    inside = weight.partition("/")[2]
+                    found[_joined(*wrapped[path], inside)] = Owner(_label_of_weight(spec, spec.Params._fields[0]))
             continue
         form: Any = form_of(layer)
         for name, to in paths_of(layer).items():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from .._core.dtypes import accumulator, widest
 from .._core.messages import shown
 from .._core.paths import path_of
 from .labels import DECAYED, Owner, owners
@@ -143,8 +144,7 @@ def ema_init(variables: Any) -> Any:
 
     def wide(leaf: Any) -> Any:
         leaf = jnp.asarray(leaf)
-        inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
-        return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32) if inexact else leaf.dtype)
+        return jnp.array(leaf, accumulator(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.dtype)
 
     return jax.tree.map(wide, variables)
 
@@ -199,7 +199,7 @@ def ema_update(average: Any, variables: Any, decay: ArrayLike) -> Any:
             made.append(b.astype(jnp.asarray(a).dtype) if jnp.issubdtype(b.dtype, jnp.inexact) else b)
             continue
         a = jnp.asarray(a)
-        wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+        wide = widest(a.dtype, b.dtype, jnp.float32)
         d = jnp.asarray(decay, jnp.finfo(wide).dtype)
         made.append((d * a.astype(wide) + (1 - d) * b.astype(wide)).astype(a.dtype))
     return jax.tree.unflatten(structure, made)
@@ -207,6 +207,8 @@ def ema_update(average: Any, variables: Any, decay: ArrayLike) -> Any:
 
 def _name(keys: tuple[Any, ...]) -> tuple[str, str]:
     """What a leaf belongs to, and its own name. Wrappers of weights keep several in one dict: "Dense_0/kernel/u"."""
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]  # of an nnx variable
     if keys and isinstance(inside := getattr(keys[-1], "key", None), tuple):
         return path_of((*keys[:-1], *map(jax.tree_util.DictKey, inside[:-1]))), str(inside[-1])
     parent, _, name = path_of(keys).rpartition("/")
