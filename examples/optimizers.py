@@ -56,14 +56,13 @@ def main(steps: int = 60) -> tuple[float, float]:
     tokens = jax.random.randint(jax.random.key(0), (64, 8), 0, 32)
     classes = tokens[:, 0] % 4
     model = Network()
-    variables = model.init(jax.random.key(1), tokens)
+    variables = jax.jit(model.init)(jax.random.key(1), tokens)
     tx = optimizer(model, variables["params"], tokens)
 
     def loss(params, statistics, train):
         y, new = model.apply({"params": params, **statistics}, tokens, train=train, mutable=["batch_stats"])
         return optax.softmax_cross_entropy_with_integer_labels(y, classes).mean(), new
 
-    @jax.jit
     def step(carry, count):
         variables, state, average = carry
         params, statistics = variables["params"], {"batch_stats": variables["batch_stats"]}
@@ -73,11 +72,15 @@ def main(steps: int = 60) -> tuple[float, float]:
         average = models.ema_update(average, variables, jnp.minimum(0.9, (1.0 + count) / (10.0 + count)))
         return (variables, state, average), None
 
-    with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
+    @jax.jit
+    def train(variables):
         carry = variables, tx.init(variables["params"]), models.ema_init(variables)
         (_, _, average), _ = jax.lax.scan(step, carry, jnp.arange(steps, dtype=jnp.float32))
-        of = lambda v: float(loss(v["params"], {"batch_stats": v["batch_stats"]}, False)[0])
-        before, after = of(variables), of(average)
+        of = lambda v: loss(v["params"], {"batch_stats": v["batch_stats"]}, False)[0]
+        return of(variables), of(average)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
+        before, after = map(float, train(variables))
     print(f"loss before {before:.3f}, after {steps} steps, averaged, {after:.3f}")
     return before, after
 
