@@ -28,7 +28,7 @@ class Network(nn.Module):
         x = nn.Embed(32, self.width)(tokens)
         x = x + nn.Dense(self.width)(jax.nn.gelu(nn.RMSNorm()(x)))
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x.mean(1))
-        return nn.Dense(4)(x) * self.param("scale", nn.initializers.ones, (1, 1))
+        return nn.Dense(4)(x) * self.param("scale", jax.nn.initializers.ones, (1, 1))
 
 
 def groups(label: str, p: jax.Array) -> str:

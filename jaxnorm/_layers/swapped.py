@@ -13,7 +13,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from flax import linen as nn
 
@@ -113,14 +113,14 @@ def takes_the_same(old: Any, new: ReplacedInNnx) -> bool:
 
 def _replacement(layer: nn.Module, old: Any, new: Any, features: tuple[int, ...]) -> Replaced:
     """The layer of the new spec, in the scope of the old layer."""
-    first: Any = layer
+    first, scope = layer, cast(Any, layer.scope)
     names = getattr(layer, "param_names", None) or {}
     inits = {
         f"{n}_init": getattr(first, f"{n}_init", None) for n in ("scale", "bias") if same_param(old, new, n, features)
     }
     return Replaced(
         spec=new, param_names={k: v for k, v in names.items() if k in new.Params._fields} or None,
-        cast_params=getattr(layer, "cast_params", False), parent=layer.scope, **inits,
+        cast_params=getattr(layer, "cast_params", False), parent=scope, **inits,
     )  # fmt: skip
 
 

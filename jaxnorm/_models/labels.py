@@ -151,7 +151,7 @@ def _of_nnx(model: Any) -> tuple[Any, dict[str, Owner]]:
             for keys, variable in node.added.items():
                 by_variable[id(variable)] = Owner(_label_of_weight(node.spec, keys[-1]))
         elif isinstance(node, weights_nnx._WEIGHT_NORM) and type(node) is not nnx.Module and hasattr(node, "scales"):
-            by_variable |= {id(leaf): Owner("gain") for leaf in _variables(node.scales)}
+            by_variable |= {id(leaf): Owner("gain") for leaf in _variables(getattr(node, "scales"))}  # noqa: B009
         elif (form := form_of(node)) is not None:
             for name, to in paths_of(node).items():
                 holder: Any = node

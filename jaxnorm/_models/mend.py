@@ -66,7 +66,7 @@ def _mended(opt_state: Any, tx: Any, params: Any, kept: frozenset[str], fresh: A
                 f"Swap.mend: the state has no {jax.tree_util.keystr(keys)}, which tx.init makes. Write the state and "
                 "the transformation that belong together: new.mend(opt_state, tx), with opt_state = tx.init(params)."
             )
-        made.append(found if keep and found.shape == like.shape else None)
+        made.append(found if keep and found is not None and found.shape == like.shape else None)
     if fresh is not None:
         first = [leaf for _, leaf in leaves]
     elif any(leaf is None for leaf in made):

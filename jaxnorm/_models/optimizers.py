@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from .._core.dtypes import accumulator, widest
@@ -186,7 +188,7 @@ def ema_update(average: Any, variables: Any, decay: ArrayLike) -> Any:
             f"ema_update: the average and the variables differ in structure, at {sorted(differ)[:4] or 'their types'}. "
             "Write average = models.ema_init(variables), and the same collections at each step."
         )
-    if not isinstance(decay, jax.core.Tracer) and (jnp.ndim(decay) or not 0.0 <= float(decay) <= 1.0):
+    if not isinstance(decay, Tracer) and (jnp.ndim(decay) or not 0.0 <= np.asarray(decay) <= 1.0):
         raise ValueError(f"ema_update: decay must be one number from 0 to 1, got {shown(decay)}. Write decay=0.999.")
     names = [_name(keys) for keys, _ in new]
     beside: dict[Any, set[str]] = {}

@@ -79,8 +79,8 @@ def _converted(tool: str, path: str, layer: Any, old: Any, new: Any) -> tuple[An
     carried_from = {name: given[name] for name in own}, {name: given[name] for name in states}
     lead = ()
     for name, like in first_of(old, width).items():
-        if like is not None and given[name] is not None:
-            lead = given[name].shape[: given[name].ndim - len(like.shape)]
+        if like is not None and (value := given[name]) is not None:
+            lead = value.shape[: value.ndim - len(like.shape)]
     carried = carry(old, new, *carried_from, width, lead)
     options: dict[str, Any] = dict(
         use_running_average=getattr(layer, "use_running_average", False),

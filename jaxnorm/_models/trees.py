@@ -65,7 +65,8 @@ def put(tree: Any, keys: Keys, value: Any) -> Any:
     if hasattr(tree, "_fields"):
         return tree._replace(**{name: inside})
     if isinstance(tree, (tuple, list)):
-        return type(tree)([*tree[:name], inside, *tree[name + 1 :]])
+        kind: Any = type(tree)
+        return kind([*tree[:name], inside, *tree[name + 1 :]])
     raise TypeError(f"cannot write into {shown(tree)} of a tree. Write dicts, lists, tuples or NamedTuples.")
 
 
