@@ -86,8 +86,8 @@ def decay_mask(model: Any, params: Any = None, *args: Any, **kwargs: Any) -> Any
 def norm_mask(model: Any, where: Any, params: Any = None, *args: Any, **kwargs: Any) -> Any:
     """The parameters of some norms: True for those of each norm that a pattern, a kind or a predicate fits.
 
-    TENT (arXiv:2006.10726) trains those of batch norms alone, `where=jaxnorm.BatchNorm`; FedBN (arXiv:2102.07623) sends
-    all others. With `where=lambda path, spec: getattr(spec, "frozen", False)` they are those of frozen norms.
+    With `where=lambda path, spec: getattr(spec, "frozen", False)` they are those of frozen norms: hand the mask to
+    `optax.masked(optax.set_to_zero(), mask)`.
 
     Args:
       model: as for `label_params`; not parameters alone.

@@ -89,7 +89,8 @@ def swap(
     - specs: a tree of specs, such as a dict, and `variables=(params, state)`, trees with its paths.
 
     A norm in the place of another one is called as that one is: a group norm ignores `use_running_average`. What it
-    needs beyond, such as a domain, comes from `models.passing`.
+    needs beyond, such as a domain, comes from `models.passing`. Linen models with equal rules are equal, so that they
+    share their programs: name a function once, since a fresh lambda triggers retracing.
 
     Args:
       model: a linen module, an nnx module, or a tree of specs.

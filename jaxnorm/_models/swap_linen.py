@@ -26,7 +26,14 @@ def swap_linen(tool: str, model: Any, rules: Rules, variables: Any, args: tuple,
             f"{tool}(model, ..., variables, x), or models.Swapped(model, rules) for a model without variables."
         )
     new_model = swapped(model, rules)
-    shapes, seen = traced(new_model, args, kwargs)
+    try:
+        shapes, seen = traced(new_model, args, kwargs)
+    except TypeError as error:
+        if args or kwargs or "missing" not in str(error):
+            raise
+        raise TypeError(
+            f"{tool}: the model's call needs arguments ({error}). Write {tool}(model, ..., variables, x)."
+        ) from error
     rules.check([(path, norm.specs[-2], norm.layer) for path, norm in seen.items()])
     kept = {path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(variables.get("params", {}))[0]}
     rows, made = [], variables

@@ -61,7 +61,8 @@ def put(tree: Any, keys: Keys, value: Any) -> Any:
         own = dict(tree or {})
         own.pop(name, None) if _nothing(inside) else own.update({name: inside})
         order = {k: own[k] for k in [*(tree or {}), *own] if k in own}
-        return order if tree is None or type(tree) is dict else type(tree)(order)
+        mapping: Any = dict if tree is None else type(tree)
+        return order if mapping is dict else mapping(order)
     if hasattr(tree, "_fields"):
         return tree._replace(**{name: inside})
     if isinstance(tree, (tuple, list)):

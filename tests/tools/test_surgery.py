@@ -360,6 +360,7 @@ WRONG = {
     "returned": (lambda m, v: models.swap(m, {"**": lambda old: 3}, v, X), TypeError, "returned 3"),
     "predicate": (lambda m, v: models.swap(m, {(lambda p, s: 1): jn.RMSNorm}, v, X), TypeError, "Return True or"),
     "variables": (lambda m, v: models.swap(m, {"**": jn.RMSNorm}), TypeError, "models.Swapped"),
+    "example": (lambda m, v: models.swap(m, {"**": jn.RMSNorm}, v), TypeError, "variables, x"),
     "params": (lambda m, v: models.swap(m, {"**": jn.RMSNorm}, v["params"], X), ValueError, "lack 'scale' of"),
     "bound": (lambda m, v: models.swap(m.bind(v), {"**": jn.RMSNorm}, v, X), ValueError, "bound to variables"),
     "model": (lambda m, v: models.swap(v, {"**": jn.RMSNorm}), TypeError, "not its variables"),
