@@ -58,6 +58,11 @@ def spec_of(layer: Any) -> Any:
     return form.spec(**options)
 
 
+def is_of_flax(layer: Any) -> bool:
+    """Whether a norm is a layer of Flax, not of jaxnorm."""
+    return not isinstance(layer, (linen.Layer, nnx_layers.Layer))
+
+
 def refuse_two_axes(path: str, layer: Any) -> None:
     """Raise for a layer that normalizes over other axes than those of its parameters, as no spec does."""
     form = form_of(layer)

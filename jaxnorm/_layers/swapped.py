@@ -23,7 +23,7 @@ from .._norms.base import same_param
 from . import linen
 from . import nnx as nnx_layers
 from .derive import Form, wrapped
-from .known import form_of, positional_of, refuse_two_axes, spec_of
+from .known import form_of, is_of_flax, positional_of, refuse_two_axes, spec_of
 
 # What replaces a norm: the new spec by path, spec and layer. None leaves it as it is. Hashable, compared by value.
 Choice = Callable[[str, Any, Any], Any]
@@ -34,7 +34,8 @@ class Seen(NamedTuple):
 
     path: str
     specs: tuple[Any, ...]  # that of the layer, and after each choice
-    features: tuple[int, ...]  # those of the last one
+    replaced: bool  # whether the last choice puts another layer there
+    features: tuple[int, ...]  # those of the last spec
     layer: Any
 
 
@@ -140,14 +141,17 @@ def _swapping(model: Any) -> Iterator[None]:
             return call(*args, **options)
         given, path, old = dict(options), "/".join(layer.path[root:]), spec_of(layer)
         x = args[0] if args else given.pop("x")
-        specs = [old]
+        specs, of_flax, replaced = [old], is_of_flax(layer), False
         for choice in model.swaps:
-            specs.append(choice(path, specs[-1], layer) or specs[-1])
+            chosen = choice(path, specs[-1], layer)
+            replaced = chosen is not None and (of_flax or chosen != specs[-1])
+            of_flax = of_flax and not replaced
+            specs.append(specs[-1] if chosen is None else chosen)
         new = specs[-1]
         features = new.features(x.shape)
         if (found := seen.get()) is not None:
-            found.append(Seen(path, tuple(specs), features, layer))
-        if new == old:
+            found.append(Seen(path, tuple(specs), replaced, features, layer))
+        if new == old and of_flax == is_of_flax(layer):
             return call(*args, **options)
         if id(layer) not in made:
             refuse_two_axes(path, layer)

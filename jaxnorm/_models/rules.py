@@ -108,6 +108,8 @@ def as_kind(kind: type[Spec], old: Any) -> Spec:
 
 def difference(old: Any, new: Any) -> str:
     """What distinguishes two specs, in a few words."""
+    if old == new:
+        return f"Flax's {type(old).__name__} -> jaxnorm's"
     if type(old) is not type(new):
         return f"{type(old).__name__} -> {type(new).__name__}"
     changed = [f.name for f in dataclasses.fields(old) if getattr(old, f.name) != getattr(new, f.name)]

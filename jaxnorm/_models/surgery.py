@@ -8,7 +8,7 @@ from typing import Any
 
 from .._core.messages import shown
 from .outcome import Outcome, Row
-from .rules import Rules
+from .rules import Rules, difference
 from .trees import kind_of
 
 
@@ -77,7 +77,8 @@ def swap(
     - a function of the old spec that returns the new one: `lambda old: dataclasses.replace(old, axis_name="data")`;
     - None: such a norm is left as it is.
 
-    Flax's own norms count as the specs of the same name, with their options. Parameters are kept that have the same
+    Flax's own norms count as the specs of the same name, with their options, and are replaced by jaxnorm's also where
+    the spec is the same: `{flax.linen.LayerNorm: jaxnorm.LayerNorm}`. Parameters are kept that have the same
     name, shape and meaning: `scale` and `bias`, and all of a norm of the same kind. A scale is shifted where its
     `scale_offset` changes. Running statistics are kept between all norms with a mean and a variance; a domain batch
     norm has them for each domain. A count is kept where it counts the same. All other parameters start anew.
@@ -181,7 +182,8 @@ class _Frozen:
     frozen: bool
 
     def __call__(self, old: Any) -> Any:
-        return dataclasses.replace(old, frozen=self.frozen) if hasattr(old, "frozen") else None
+        new = dataclasses.replace(old, frozen=self.frozen) if hasattr(old, "frozen") else None
+        return None if new == old else new
 
 
 def _freezing(tool: str, where: Any, frozen: bool) -> Rules:
@@ -239,11 +241,9 @@ def Swapped(model: Any, rules: Mapping[Any, Any]) -> Any:
     return swapped(model, Rules.of("Swapped", rules))
 
 
-def row_of(rules: Rules, path: str, old: Any, new: Any, why: str, layer: Any = None) -> Row:
-    """The row of one norm."""
-    from .rules import difference
-
-    if new == old:
+def row_of(rules: Rules, path: str, old: Any, new: Any, why: str | None, layer: Any = None) -> Row:
+    """The row of one norm. `why` is None where it was left alone."""
+    if why is None:
         if rules.tool in ("freeze", "unfreeze") and not hasattr(old, "frozen"):
             return Row(path, type(old).__name__, "it has no running statistics", done=False)
         return Row(path, type(old).__name__, rules.reason(path, old, layer), done=False)

@@ -39,8 +39,8 @@ def swap_linen(tool: str, model: Any, rules: Rules, variables: Any, args: tuple,
     rows, made = [], variables
     for path, norm in seen.items():
         old, new = norm.specs[-2:]
-        why = ""
-        if new != old:
+        why = None
+        if norm.replaced:
             made, fresh, why = _converted(tool, path, norm, made, shapes)
             kept -= fresh
         rows.append(row_of(rules, path, old, new, why, norm.layer))

@@ -17,17 +17,21 @@ def swap_nnx(tool: str, model: Any, rules: Rules, in_place: bool) -> Swap:
     """The model, or a copy of it, with other modules in the place of norms."""
     from flax import nnx
 
+    from .._layers.known import is_of_flax
+
     norms = norms_of(model)
     rules.check([(path, spec, layer) for path, (layer, spec) in norms.items()])
-    choices = {path: rules(path, spec, layer) or spec for path, (layer, spec) in norms.items()}
+    choices = {path: rules(path, spec, layer) for path, (layer, spec) in norms.items()}
     if not in_place:
         model = nnx.clone(model)
         norms = norms_of(model)
     kept = {path for path, value in _variables(model).items() if isinstance(value, nnx.Param)}
     rows, layers = [], {}
     for path, (layer, old) in norms.items():
-        new, why = choices[path], ""
-        if new != old:
+        new, why = choices[path], None
+        if new is None:
+            new = old
+        elif new != old or is_of_flax(layer):
             layers[id(layer)], names, why = _converted(tool, path, layer, old, new)
             kept -= {"/".join(filter(None, (path, *to))) for to in names}
         rows.append(row_of(rules, path, old, new, why, layer))

@@ -38,7 +38,7 @@ def swap_specs(tool: str, specs: Any, rules: Rules, variables: Any) -> Swap:
         made.append(new)
         if not isinstance(old, Spec):
             continue
-        why = ""
+        why = None if new == old else ""
         if new != old and variables is not None:
             own, later, fresh, why = _converted(tool, path, old, new, get(params, keys), get(state, keys))
             params = put(params, keys, own)

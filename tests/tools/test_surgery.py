@@ -142,6 +142,26 @@ def test_back_again_is_the_model_before():
     close(again.model.apply(variables, X), model.apply(variables, X))
 
 
+def test_layers_of_flax_become_those_of_jaxnorm():
+    model, variables = linen()
+    variables = filled(variables)
+    new = models.swap(model, {nn.BatchNorm: jn.BatchNorm}, variables, X)
+    assert new.outcome["block/BatchNorm_0"].what == "Flax's BatchNorm -> jaxnorm's"
+    close(new.variables, variables)
+    wide = models.swap(new.model, {jn.BatchNorm: jn.BatchNorm(axis_name="data", momentum=0.9)}, variables, X).model
+    once = lambda model, x: model.apply(variables, x, True, method="encode", mutable=["batch_stats"])
+    y, updates = jax.vmap(lambda x: once(wide, x), axis_name="data")(X.reshape(2, 3, 4))
+    want = once(model, X)  # by Flax, in one piece
+    np.testing.assert_allclose(y.reshape(6, 4), want[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        updates["batch_stats"]["block"]["BatchNorm_0"]["var"][1],
+        want[1]["batch_stats"]["block"]["BatchNorm_0"]["var"],
+        rtol=1e-5,
+    )
+    module = models.swap(Nnx(), {nnx.BatchNorm: jn.BatchNorm}).model
+    assert isinstance(module.blocks[1], jnnx.Norm)
+
+
 def test_layers_under_scan_remat_and_jit_are_replaced():
     model, rules = Lifted(), {"**": jn.BatchNorm(spread="none", use_scale=False)}
     variables = filled(model.init(KEY, X))
@@ -193,6 +213,7 @@ def test_nnx_models_have_new_layers_in_a_copy_or_in_place():
     assert model.blocks[1].spec.epsilon == 1e-5
     assert model.blocks[1].scale is scale
     again = models.swap(model, {"blocks/*": jn.BatchNorm(epsilon=1e-5)}).model
+    assert type(again.blocks[1]) is jnnx.Norm
     kept = nnx.to_pure_dict(nnx.state(again))
     close(kept, nnx.to_pure_dict(state) | {"blocks": kept["blocks"]})
     close(kept["blocks"][1], nnx.to_pure_dict(state)["blocks"][1])
