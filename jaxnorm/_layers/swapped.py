@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple, cast
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from .._core.intercept import CONTEXTS, traced_anew
@@ -148,7 +149,7 @@ def _swapping(model: Any) -> Iterator[None]:
             of_flax = of_flax and not replaced
             specs.append(specs[-1] if chosen is None else chosen)
         new = specs[-1]
-        features = new.features(x.shape)
+        features = new.features(jnp.shape(x))
         if (found := seen.get()) is not None:
             found.append(Seen(path, tuple(specs), replaced, features, layer))
         if new == old and of_flax == is_of_flax(layer):

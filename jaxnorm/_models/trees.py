@@ -16,13 +16,10 @@ Keys = tuple[Any, ...]
 
 def kind_of(tool: str, model: Any) -> str:
     """Whether a model is "linen", "nnx", or a tree of "specs". Raises on anything else."""
-    if "flax" in sys.modules:
-        from flax import linen, nnx
-
-        if isinstance(model, linen.Module):
-            return "linen"
-        if isinstance(model, nnx.Module):
-            return "nnx"
+    for kind in ("linen", "nnx"):  # a model is of what has been imported
+        layers = sys.modules.get(f"flax.{kind}")
+        if layers is not None and isinstance(model, layers.Module):
+            return kind
     if any(isinstance(leaf, Spec) for leaf in jax.tree.leaves(model)):
         return "specs"
     raise TypeError(
