@@ -31,7 +31,7 @@ def form_of(layer: Any) -> Form | None:
 @functools.cache
 def _known(kind: type) -> Form | bool:
     """The form of a kind of layer; True if its layers know it, and False if it is none."""
-    caller = next((c for c in kind.__mro__ if "__call__" in vars(c) and not getattr(c, "swapped", False)), None)
+    caller = next((c for c in kind.__mro__ if "__call__" in vars(c) and "norm_swaps" not in vars(c)), None)
     if caller is None or caller.__module__.partition(".")[0] not in ("flax", "jaxnorm"):
         return False
     if issubclass(kind, (linen.Layer, nnx_layers.Layer)):

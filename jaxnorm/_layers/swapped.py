@@ -129,7 +129,7 @@ def _replacement(layer: nn.Module, old: Any, new: Any, features: tuple[int, ...]
 @contextlib.contextmanager
 def _swapping(model: Any) -> Iterator[None]:
     """Within the context, norms of the model that are called are replaced."""
-    key = (model.scope.path, model.swaps)
+    key = (model.scope.path, model.norm_swaps)
     if key in _active.get():  # a method of the model calls another one
         yield
         return
@@ -143,7 +143,7 @@ def _swapping(model: Any) -> Iterator[None]:
         given, path, old = dict(options), "/".join(layer.path[root:]), spec_of(layer)
         x = args[0] if args else given.pop("x")
         specs, of_flax, replaced = [old], is_of_flax(layer), False
-        for choice in model.swaps:
+        for choice in model.norm_swaps:
             chosen = choice(path, specs[-1], layer)
             replaced = chosen is not None and (of_flax or chosen != specs[-1])
             of_flax = of_flax and not replaced
@@ -162,7 +162,7 @@ def _swapping(model: Any) -> Iterator[None]:
 
     token = _active.set(_active.get() | {key})
     try:
-        with traced_anew(model.swaps) if CONTEXTS else contextlib.nullcontext(), nn.intercept_methods(intercept):
+        with traced_anew(model.norm_swaps) if CONTEXTS else contextlib.nullcontext(), nn.intercept_methods(intercept):
             yield
     finally:
         _active.reset(token)
@@ -177,22 +177,38 @@ def swapped(model: nn.Module, choice: Choice) -> nn.Module:
         raise ValueError(
             f"swap: {type(model).__name__} is bound to variables. Write swap(model, ...) with the model as it was made."
         )
-    kind = type(model) if getattr(model, "swapped", False) else _subclass(type(model))
-    fields = _fields(model)
-    return kind(**{**fields, "swaps": (*fields.get("swaps", ()), choice), "parent": None})
+    kind = type(model)
+    of, before = (kind.__mro__[1], kind.norm_swaps) if is_swapped(model) else (kind, ())
+    swaps = (*before, choice)
+    try:
+        kind = _subclass(of, swaps)
+    except TypeError as error:
+        if "unhashable" not in str(error):  # as a spec with an array is
+            raise
+        kind = _subclass.__wrapped__(of, swaps)
+    return kind(**_fields(model), parent=None)
+
+
+def is_swapped(model: Any) -> bool:
+    """Whether a linen model is one of these."""
+    return getattr(type(model), "norm_swaps", None) is not None
 
 
 @functools.cache
-def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a model's class, whose methods replace norms. It has the name of the class, as its layers have."""
+def _subclass(kind: type[nn.Module], swaps: tuple[Choice, ...]) -> type[nn.Module]:
+    """A subclass of a model's class, whose methods replace norms. It has the name of the class, as its layers have.
+
+    One for equal choices, so that models are equal. They are no field: transforms of Flax hand on fields to the class
+    that they transform.
+    """
     own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
     names = {name for base in own for name, value in vars(base).items() if _is_method(name, value)}
+    names -= {field.name for field in dataclasses.fields(kind)}
     body: dict[str, Any] = {name: _within(kind, name) for name in names}
     body |= {name: _by_own_method(kind, name) for name in ("apply", "init", "init_with_output")}
     body |= {
-        "__annotations__": {"swapped": ClassVar[bool], "swaps": tuple}, "swapped": True,
-        "swaps": dataclasses.field(default=(), kw_only=True), "__doc__": kind.__doc__, "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__, "__reduce__": nn.nowrap(_reduce),
+        "__annotations__": {"norm_swaps": ClassVar[Any]}, "norm_swaps": swaps, "__doc__": kind.__doc__,
+        "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce__": nn.nowrap(_reduce),
     }  # fmt: skip
     return types.new_class(kind.__name__, (kind,), {}, lambda of: of.update(body))
 
@@ -230,8 +246,8 @@ def _fields(model: nn.Module) -> dict[str, Any]:
 
 
 def _reduce(self):
-    return _rebuilt, (type(self).__mro__[1], _fields(self))
+    return _rebuilt, (type(self).__mro__[1], type(self).norm_swaps, _fields(self))
 
 
-def _rebuilt(kind: type[nn.Module], fields: dict[str, Any]) -> nn.Module:
-    return _subclass(kind)(**fields, parent=None)
+def _rebuilt(kind: type[nn.Module], swaps: tuple[Choice, ...], fields: dict[str, Any]) -> nn.Module:
+    return _subclass(kind, swaps)(**fields, parent=None)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from .._core.intercept import traced_anew
 from .._core.messages import shown
 from .._core.paths import path_of
 from .carry import carry, first_of, param_paths
@@ -63,7 +64,8 @@ def traced(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[s
     found: list[Any] = []
     token = seen.set(found)
     try:
-        shapes = jax.eval_shape(init, jax.random.key(0), [a for a, traced in zip(leaves, array, strict=True) if traced])
+        with traced_anew(object()):  # all layers are called
+            shapes = jax.eval_shape(init, jax.random.key(0), [a for a, of in zip(leaves, array, strict=True) if of])
     finally:
         seen.reset(token)
     return shapes, {norm.path: norm for norm in found}

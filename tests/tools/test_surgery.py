@@ -176,6 +176,18 @@ def test_layers_under_scan_remat_and_jit_are_replaced():
     assert with_scale.variables["params"]["ScanCheckpointRow_0"]["BatchNorm_0"]["scale"].tolist() == [[1.0] * 4] * 2
 
 
+def test_a_class_that_flax_transforms_and_parameters_with_metadata():
+    boxed = nn.Partitioned(jnp.arange(4.0), names=("model",))
+    model = nn.remat(Row)(lambda use_running_average: jnn.LayerNorm(name="norm"))
+    variables = {"params": {"norm": {"scale": boxed, "bias": jnp.ones(4)}}}
+    new = models.swap(model, {"norm": jn.RMSNorm(scale_offset=1.0, use_bias=False)}, variables, X, None)
+    scale = new.variables["params"]["norm"]["scale"]
+    assert scale.names == ("model",)
+    close(scale.value, jnp.arange(4.0) - 1.0)
+    want = jn.rms_norm(X, boxed.value)
+    close(new.model.apply(new.variables, X, None)[0], want)
+
+
 class Nnx(nnx.Module):
     def __init__(self, first=nnx.BatchNorm):
         rngs = nnx.Rngs(0)
