@@ -81,21 +81,25 @@ def carry(
 
 def _same(old: Any, new: Any, name: str) -> bool:
     """Whether a statistic of this name means the same in both specs."""
-    if name == "count":  # of elements where statistics are cumulative, else of updates
-        return _running(old) is not None and _running(old) == _running(new)
+    if name == "count":
+        return _counted(old) is not None and _counted(old) == _counted(new)
     if type(old) is not type(new) and not (old.State is RunningStats and new.State is RunningStats):
         return False
-    spread = lambda spec: {"none": "std"}.get(of := getattr(spec, "spread", "std"), of)
+    spread = lambda spec: {"none": "std"}.get(of := getattr(_modulated(spec), "spread", "std"), of)
     return spread(old) == spread(new)
 
 
-def _running(spec: Any) -> str | None:
-    """What a norm's count counts: "elements" or "updates"; None where it keeps none."""
-    if getattr(spec.State, "_fields", ()) != RunningStats._fields:
+def _counted(spec: Any) -> str | None:
+    """What a count is of: "elements" in cumulative statistics, else "updates"; None where a norm has none."""
+    policy = getattr(_modulated(spec), "running", None) or _modulated(spec)
+    if spec.State is not RunningStats or not hasattr(policy, "momentum"):
         return None
-    running = getattr(spec, "running", None)
-    momentum = spec.momentum if running is None else running.momentum
-    return "elements" if momentum is None else "updates"
+    return "elements" if policy.momentum is None else "updates"
+
+
+def _modulated(spec: Any) -> Any:
+    """The norm that a conditional norm or SPADE modulates, whose statistics are theirs; else the spec."""
+    return getattr(spec, "inner", None) or spec
 
 
 def first_of(spec: Any, features: Shape) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,16 +14,15 @@ from .._core.paths import path_of
 
 def mended(swap: Any, opt_state: Any, tx: Any) -> Any:
     """See `Swap.mend`."""
-    if tx is None and not (hasattr(opt_state, "opt_state") and hasattr(opt_state, "wrt")):
+    of_nnx = hasattr(opt_state, "opt_state") and hasattr(opt_state, "wrt")
+    if tx is None and not of_nnx:
         raise TypeError(
             f"Swap.mend: give the state and the transformation, or an nnx.Optimizer; got {shown(opt_state)} alone. "
             "Write new.mend(opt_state, tx)."
         )
-    if tx is None:
-        return _of_nnx(swap, opt_state)
-    if not hasattr(tx, "init"):
+    if tx is not None and not hasattr(tx, "init"):
         raise TypeError(f"Swap.mend: tx must be an optax transformation, got {shown(tx)}. Write optax.adamw(1e-3).")
-    return _mended(opt_state, tx, _params(swap), swap.kept)
+    return _of_nnx(swap, opt_state, tx or opt_state.tx) if of_nnx else _mended(opt_state, tx, _params(swap), swap.kept)
 
 
 def _params(swap: Any) -> Any:
@@ -32,14 +33,26 @@ def _params(swap: Any) -> Any:
     return swap.variables[0] if isinstance(swap.variables, tuple) else swap.variables["params"]
 
 
-def _of_nnx(swap: Any, old: Any) -> Any:
+def _of_nnx(swap: Any, old: Any, tx: Any) -> Any:
     from flax import nnx
 
+    with _explained():
+        new = nnx.Optimizer(swap.model, tx, wrt=old.wrt)
     params = nnx.state(swap.model, old.wrt)
-    new = nnx.Optimizer(swap.model, old.tx, wrt=old.wrt)
     new.step.set_value(old.step[...])
-    new.opt_state = nnx.data(_mended(old.opt_state, old.tx, params, swap.kept, new.opt_state))
+    new.opt_state = nnx.data(_mended(old.opt_state, tx, params, swap.kept, new.opt_state))
     return new
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            "Swap.mend: tx.init does not take the new parameters. Masks and labels in tx must be functions of the "
+            f"parameters, or trees of the new ones: write new.mend(opt_state, tx) with such a tx. ({error})"
+        ) from error
 
 
 def _mended(opt_state: Any, tx: Any, params: Any, kept: frozenset[str], fresh: Any = None) -> Any:
@@ -48,13 +61,8 @@ def _mended(opt_state: Any, tx: Any, params: Any, kept: frozenset[str], fresh: A
     at = {keys: path_of(keys) in kept for keys in paths}
     longest = max(map(len, paths), default=0)
     old = dict(jax.tree_util.tree_flatten_with_path(opt_state)[0])
-    try:
+    with _explained():
         shapes = jax.eval_shape(tx.init, params) if fresh is None else fresh
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"Swap.mend: tx.init does not take the new parameters ({error}). Masks and labels in tx must be functions "
-            "of the parameters, or trees of the new ones."
-        ) from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     made: list[Any] = []
     for keys, like in leaves:

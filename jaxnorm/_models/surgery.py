@@ -37,7 +37,7 @@ class Swap:
 
         Args:
           opt_state: of `tx`, for the old parameters: `variables["params"]` in linen, `nnx.state(model, nnx.Param)`, or
-            the params of specs. Or an `nnx.Optimizer`, and no tx.
+            the params of specs. Or an `nnx.Optimizer`, where tx is needed only if its own does not fit.
           tx: the optax transformation. Masks and labels in it must be functions of the parameters, or fit the new ones.
 
         Returns:
@@ -182,8 +182,16 @@ class _Frozen:
     frozen: bool
 
     def __call__(self, old: Any) -> Any:
-        new = dataclasses.replace(old, frozen=self.frozen) if hasattr(old, "frozen") else None
+        new = _frozen(old, self.frozen)
         return None if new == old else new
+
+
+def _frozen(spec: Any, frozen: bool) -> Any:
+    """The spec, or the one that it modulates, with `frozen`; None where there are no running statistics."""
+    if hasattr(spec, "frozen"):
+        return dataclasses.replace(spec, frozen=frozen)
+    inner = _frozen(spec.inner, frozen) if getattr(spec, "inner", None) is not None else None
+    return None if inner is None else dataclasses.replace(spec, inner=inner)
 
 
 def _freezing(tool: str, where: Any, frozen: bool) -> Rules:
@@ -244,7 +252,7 @@ def Swapped(model: Any, rules: Mapping[Any, Any]) -> Any:
 def row_of(rules: Rules, path: str, old: Any, new: Any, why: str | None, layer: Any = None) -> Row:
     """The row of one norm. `why` is None where it was left alone."""
     if why is None:
-        if rules.tool in ("freeze", "unfreeze") and not hasattr(old, "frozen"):
+        if rules.tool in ("freeze", "unfreeze") and _frozen(old, True) is None:
             return Row(path, type(old).__name__, "it has no running statistics", done=False)
         return Row(path, type(old).__name__, rules.reason(path, old, layer), done=False)
     return Row(path, difference(old, new), why)

@@ -277,6 +277,11 @@ def test_trees_of_specs_have_new_specs_parameters_and_states():
         (jn.BatchNorm(), jn.BatchNorm(momentum=None), "kept scale, bias, mean, var; new count: counts from 0 on"),
         (jn.BatchNorm(momentum=None), jn.BatchRenorm(), "kept scale, bias, mean, var; new count: counts from 0 on"),
         (jn.BatchRenorm(), jn.BatchNorm(zero_debias=True), "kept scale, bias, mean, var, count"),
+        (
+            jn.BatchNorm(momentum=None),
+            jn.ConditionalNorm(num_classes=3, inner=jn.BatchNorm(momentum=None)),
+            "kept scale, bias, mean, var, count",
+        ),
         (jn.BatchNorm(), jn.IterNorm(), "kept scale, bias; new mean, matrix; dropped var"),
         (jn.BatchNorm(), jn.GlobalResponseNorm(), "kept bias; new scale; dropped mean, var"),  # its scale starts at 0
         (jn.DynamicTanh(), jn.SeeDNorm(), "kept scale; new alpha, beta; dropped bias"),  # two kinds of alpha
@@ -312,6 +317,9 @@ def test_frozen_norms_stay_frozen_in_training():
     close(after["batch_stats"], variables["batch_stats"])
     close(y, model.apply(variables, X))
     assert new.outcome["last"].why == "it has no running statistics"
+    inside = models.freeze(jn.ConditionalNorm(num_classes=2, inner=jn.BatchNorm()), "")
+    assert inside.model.inner.frozen
+    assert not models.unfreeze(inside.model, "").model.inner.frozen
 
 
 def test_what_a_new_norm_needs_is_passed_around_the_model():
@@ -381,6 +389,13 @@ def test_an_nnx_optimizer_is_mended():
     assert not np.any(mu["last" if "last" in mu else "shared"]["alpha"][...])
     first = nnx.Optimizer(new.model, optimizer.tx, wrt=nnx.Param)
     assert jax.tree.structure(nnx.state(mended)) == jax.tree.structure(nnx.state(first))
+    grouped = lambda model: optax.multi_transform(
+        {"norm": optax.adam(0.1), "other": optax.sgd(0.1)}, models.label_params(model)
+    )
+    optimizer = nnx.Optimizer(model, grouped(model), wrt=nnx.Param)
+    with pytest.raises(ValueError, match="or trees of the new ones"):
+        new.mend(optimizer)
+    assert new.mend(optimizer, grouped(new.model)).wrt is nnx.Param
 
 
 WRONG = {
