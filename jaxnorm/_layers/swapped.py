@@ -177,7 +177,7 @@ def swapped(model: nn.Module, choice: Choice) -> nn.Module:
         raise ValueError(
             f"swap: {type(model).__name__} is bound to variables. Write swap(model, ...) with the model as it was made."
         )
-    kind = type(model)
+    kind: Any = type(model)
     of, before = (kind.__mro__[1], kind.norm_swaps) if is_swapped(model) else (kind, ())
     swaps = (*before, choice)
     try:
