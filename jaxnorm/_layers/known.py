@@ -50,8 +50,8 @@ def spec_of(layer: Any) -> Any:
     options = {}
     for name, field in form.options.items():
         default = form.fields[field][1]
-        of_layer = getattr(layer, field, default)
-        options[name] = form.aliased(layer, field) if field in form.aliases and hasattr(layer, field) else of_layer
+        two_names = field in form.aliases and hasattr(layer, form.aliases[field])
+        options[name] = form.aliased(layer, field) if two_names else getattr(layer, field, default)
     if options.get("axis_name") is None and "axis_index_groups" in options:
         options["axis_index_groups"] = None
     form.settle(options)

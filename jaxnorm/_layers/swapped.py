@@ -106,7 +106,7 @@ def takes_the_same(old: Any, new: ReplacedInNnx) -> bool:
     named = lambda form: {*form.operands, *form.call, *form.params, *(["use_running_average"] if form.state else [])}
     needed = {*after.operands} - {*before.operands}
     return (
-        new.called == positional_of(new)
+        positional_of(new)[: len(new.called)] == new.called
         and not isinstance(old, ReplacedInNnx)
         and named(before) <= named(after)
         and not needed

@@ -79,7 +79,8 @@ def _converted(tool: str, path: str, layer: Any, old: Any, new: Any) -> tuple[An
     at = lambda to: functools.reduce(lambda node, name: getattr(node, name, None), to, layer)
     variables = {name: at(to) for name, to in {**own, **{name: (name,) for name in states}}.items()}
     given = {name: None if variable is None else variable[...] for name, variable in variables.items()}
-    width = layer.num_features if isinstance(layer.num_features, tuple) else (layer.num_features,)
+    features = layer.num_features if hasattr(layer, "num_features") else layer.num_groups * layer.group_size
+    width = features if isinstance(features, tuple) else (features,)
     carried_from = {name: given[name] for name in own}, {name: given[name] for name in states}
     lead = ()
     for name, like in first_of(old, width).items():
@@ -94,9 +95,9 @@ def _converted(tool: str, path: str, layer: Any, old: Any, new: Any) -> tuple[An
     if hasattr(layer, "promote_dtype"):
         options["promote_dtype"] = layer.promote_dtype
     called = getattr(layer, "called", positional_of(layer))
-    made = ReplacedInNnx(new, layer.num_features, called=called, **options)
+    made = ReplacedInNnx(new, features, called=called, **options)
     if takes_the_same(layer, made):
-        made = Norm(new, layer.num_features, **options)
+        made = Norm(new, features, **options)
     for name, value in {**carried.params, **carried.state}.items():
         to = later.get(name, (name,))
         holder = functools.reduce(getattr, to[:-1], made)

@@ -17,6 +17,7 @@ import jaxnorm as jn
 from jaxnorm import linen as jnn
 from jaxnorm import models
 from jaxnorm import nnx as jnnx
+from jaxnorm._layers import known
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (6, 4)).astype(np.float32)
 KEY = jax.random.key(0)
@@ -155,8 +156,36 @@ def test_layers_of_flax_become_those_of_jaxnorm():
     np.testing.assert_allclose(y.reshape(6, 4), want, rtol=1e-5, atol=1e-5)
     for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(of_flax), strict=True):
         np.testing.assert_allclose(a[1], b, rtol=1e-5)
-    module = models.swap(Nnx(), {nnx.BatchNorm: jn.BatchNorm}).model
-    assert isinstance(module.blocks[1], jnnx.Norm)
+    rngs = nnx.Rngs(0)
+    module = nnx.Sequential(
+        nnx.GroupNorm(4, num_groups=2, rngs=rngs), nnx.BatchNorm(4, rngs=rngs), Double(4, rngs=rngs)
+    )
+    ours = models.swap(module, {nnx.Module: lambda old: old})
+    assert [row.path for row in ours.outcome.changed] == ["layers/0", "layers/1"]  # not one with a call of its own
+    assert all(type(layer) is jnnx.Norm for layer in ours.model.layers[:2])
+    assert ours.model.layers[0].num_features == 4
+
+
+class Double(nnx.LayerNorm):
+    def __call__(self, x, *, mask=None):
+        return 2.0 * super().__call__(x, mask=mask)
+
+
+def test_layers_of_flax_and_of_jaxnorm_have_their_specs():
+    of = known.spec_of
+    for layers in (nn, jnn):
+        assert of(layers.BatchNorm(axis=1, momentum=0.5, axis_name="d")) == jn.BatchNorm(
+            axis=1, momentum=0.5, axis_name="d"
+        )
+        assert of(layers.LayerNorm(reduction_axes=(-2, -1), use_bias=False)) == jn.LayerNorm(
+            axis=(-2, -1), epsilon=1e-6, use_bias=False
+        )
+        assert of(layers.GroupNorm(num_groups=None, group_size=2)) == jn.GroupNorm(num_groups=None, group_size=2)
+        assert of(layers.InstanceNorm(feature_axes=1)) == jn.InstanceNorm(axis=1)
+        assert of(layers.RMSNorm(dtype=jnp.bfloat16)) == jn.RMSNorm(dtype=jnp.bfloat16)
+    assert of(nnx.GroupNorm(4, group_size=2, num_groups=None, rngs=nnx.Rngs(0))) == jn.GroupNorm(num_groups=2)
+    assert of(jnn.Norm(jn.RevIN())) == jn.RevIN()
+    assert of(nn.Dense(3)) is None
 
 
 def test_layers_under_scan_remat_and_jit_are_replaced():
