@@ -3,9 +3,20 @@
 They take linen models with their variables, nnx modules, and trees of specs, parameters and states, by path.
 """
 
+from ._core.passing import passing as passing
 from ._models.adapt import adapt_state as adapt_state
 from ._models.adapt import fedbn_mask as fedbn_mask
 from ._models.adapt import tent_mask as tent_mask
+from ._models.optimizers import decay_mask as decay_mask
+from ._models.optimizers import ema_init as ema_init
+from ._models.optimizers import ema_update as ema_update
+from ._models.optimizers import label_params as label_params
+from ._models.optimizers import norm_mask as norm_mask
 from ._models.outcome import Outcome as Outcome
 from ._models.outcome import Row as Row
 from ._models.recompute import recompute_stats as recompute_stats
+from ._models.surgery import Swap as Swap
+from ._models.surgery import Swapped as Swapped
+from ._models.surgery import freeze as freeze
+from ._models.surgery import swap as swap
+from ._models.surgery import unfreeze as unfreeze

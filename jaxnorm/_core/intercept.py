@@ -46,9 +46,11 @@ Interceptor = Callable[[Call, Callable[[], tuple[Any, Any]]], tuple[Any, Any]]
 
 # Part of the key that every program is cached by, so made before there is one: else all would be compiled once more.
 _USER_CONTEXT: Any = jax.make_user_context(None) if hasattr(jax, "make_user_context") else None  # from JAX 0.8 on
+CONTEXTS = _USER_CONTEXT is not None
 
 watched: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar("interceptor", default=None)
 _layer: contextvars.ContextVar[Any] = contextvars.ContextVar("layer", default=None)
+_keys: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("keys", default=())
 
 
 @contextlib.contextmanager
@@ -59,7 +61,7 @@ def intercept(f: Interceptor) -> Iterator[None]:
     """
     token = watched.set(f)
     try:
-        with _traced_anew(f):
+        with traced_anew(f):
             yield
     finally:
         watched.reset(token)
@@ -103,10 +105,16 @@ def _alone(apply, *args, **options):
 
 
 @contextlib.contextmanager
-def _traced_anew(key: Any) -> Iterator[None]:
+def traced_anew(key: Any) -> Iterator[None]:
+    """Within the context, `jax.jit` uses only what it has compiled in contexts of equal keys."""
     if _USER_CONTEXT is not None:
-        with _USER_CONTEXT(key):
-            yield
+        keys = (*_keys.get(), key)
+        token = _keys.set(keys)
+        try:
+            with _USER_CONTEXT(keys):
+                yield
+        finally:
+            _keys.reset(token)
     else:
         jax.clear_caches()
         try:

@@ -23,7 +23,7 @@ class Outcome:
     A tool makes its rows, `Row(path, what, why)` for what it did and `Row(path, what, why, done=False)` for what it
     left alone, and returns `Outcome(name, rows)` with its result:
 
-        rows = [Row("a/norm", "folded into a/conv"), Row("b/norm", "left alone", "no layer follows it", False)]
+        rows = [Row("a/norm", "folded into a/conv"), Row("head/norm", "LayerNorm", "no layer follows it", done=False)]
         return folded, Outcome("fold", rows)
 
     Args:

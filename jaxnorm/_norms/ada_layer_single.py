@@ -53,6 +53,7 @@ class AdaLayerNormSingle(ModulatedSpec, RowSpec):
 
     Params: ClassVar[Any] = AdaLayerNormSingleParams
     whole: ClassVar[tuple[str, ...]] = ("table", "condition_kernel", "condition_bias")
+    decays: ClassVar[tuple[str, ...]] = ("condition_kernel",)
 
     if TYPE_CHECKING:
 

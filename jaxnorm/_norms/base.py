@@ -92,6 +92,7 @@ class Spec:
     own_state_shape: ClassVar[bool] = False  # whether the state is not of the feature shape; the function checks it
     whole: ClassVar[tuple[str, ...]] = ()  # the parameters that have a shape of their own, not that of the features
     scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
+    decays: ClassVar[tuple[str, ...]] = ()  # the parameters that weight decay is for; for most norms none
     paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name
     _spare_axes: ClassVar[int] = 0  # that features may have beyond those of `axis`
     peers: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})  # other libraries' defaults; ... is none
@@ -276,3 +277,22 @@ class QuantizableSpec(RowSpec):
     ) -> tuple[Array, S]:  # fmt: skip
         """The normalized x, and the state `()` as it came. `train` makes no difference to this norm."""
         return self._applied(params, state, x, mask=mask, quantize_scale=quantize_scale), state
+
+
+def same_param(old: Any, new: Any, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of this name means the same in two specs, so that one may keep the other's.
+
+    In specs of one kind it does. In others `scale` and `bias` do, where both start at the same value.
+    """
+    if type(old) is type(new):
+        return name in old.Params._fields
+    if name not in ("scale", "bias") or not {name} <= {*old.Params._fields} & {*new.Params._fields}:
+        return False
+    return _first_value(old, name, shape) == _first_value(new, name, shape)
+
+
+def _first_value(spec: Any, name: str, shape: tuple[int, ...]) -> float:
+    """What a parameter starts at, with its offset."""
+    with jax.ensure_compile_time_eval():
+        first = spec.init_param(name, shape).ravel()
+        return float(first[0] + (spec.scale_offset if name in spec.scales else 0.0)) if first.size else 0.0

@@ -55,6 +55,7 @@ class DishTS(Spec):
 
     Params: ClassVar[Any] = DishTSParams
     whole: ClassVar[tuple[str, ...]] = ("weight",)
+    decays: ClassVar[tuple[str, ...]] = ("weight",)
 
     use_bias: bool = True
     init_length: int | None = None

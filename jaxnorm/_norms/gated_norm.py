@@ -53,6 +53,7 @@ class GatedNorm(Spec):
 
     Params: ClassVar[Any] = GatedNormParams
     whole: ClassVar[tuple[str, ...]] = ("down", "up")
+    decays: ClassVar[tuple[str, ...]] = ("down", "up")
 
     init_rank: int = 16
     gate_scale: float = 1.0

@@ -56,6 +56,7 @@ class ModulatedSpec(Spec):
 
     Params: ClassVar[Any] = ModulatedParams
     whole: ClassVar[tuple[str, ...]] = ("condition_kernel", "condition_bias")
+    decays: ClassVar[tuple[str, ...]] = ("condition_kernel",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

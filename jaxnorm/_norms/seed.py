@@ -45,6 +45,7 @@ class SeeDNorm(Spec):
     """
 
     Params: ClassVar[Any] = SeeDNormParams
+    decays: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     axis: int = -1
     num_heads: int = 1

@@ -44,6 +44,7 @@ class Reparametrization:
 
     defaults: ClassVar[Mapping[str | None, Mapping[str, Any]]] = MappingProxyType({None: NOTHING})
     Params: ClassVar[Any] = None  # the NamedTuple of the parameters; None where the only one is the weight itself
+    labels: ClassVar[Mapping[str, str]] = NOTHING  # of parameters, for optimizers: "decayed", "undecayed", "fixed"
 
     like: str | None = None
 

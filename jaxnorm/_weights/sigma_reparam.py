@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -57,6 +58,7 @@ class SigmaReparam(Reparametrization):
 
     defaults: ClassVar[Mapping[str | None, Mapping[str, Any]]] = {None: {"axis": -1}, "torch": {"axis": 0}}
     Params: ClassVar[Any] = SigmaReparamParams
+    labels: ClassVar[Mapping[str, str]] = MappingProxyType({"w": "undecayed"})
 
     axis: int | Sequence[int] = BY_LIKE
     n_steps: int = 1

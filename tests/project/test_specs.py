@@ -280,6 +280,11 @@ MAY_IMPORT = {
 PEERS = ("flax", "optax", "torch", "haiku", "equinox", "keras", "safetensors")
 
 
+def of_function(folder: str, node: ast.AST, tree: ast.Module) -> bool:
+    """Whether an import of these folders is within a function, so that it happens when that is called."""
+    return folder in ("_convert", "_models") and node not in tree.body
+
+
 def test_arrows_point_down():
     """Every file imports from the folders below its own, a norm from no other norm, and Flax is for layers alone."""
     for path in PACKAGE.rglob("*.py"):
@@ -299,12 +304,13 @@ def test_arrows_point_down():
                     name = ".".join(target[:-1]) or target[0]
                     own = target[0] == folder and (folder not in ("", "_norms") or path.name == "__init__.py")
                     own = own or (name in SHARED_BY_NORMS and folder == "_norms")
-                    assert own or (name.startswith(MAY_IMPORT[folder]) and MAY_IMPORT[folder]), (str(path), name)
+                    may = MAY_IMPORT[folder] + (("_layers", "_weights") if of_function(folder, node, tree) else ())
+                    assert own or (name.startswith(may) and may), (str(path), name)
                 continue
             else:
                 continue
             for name in outside:
-                inside = folder in ("_convert", "_models") and node not in tree.body  # of a function, when it is called
+                inside = of_function(folder, node, tree)
                 flax_may = folder == "_layers" or path.stem in ("linen", "nnx", "demo") or inside
                 assert flax_may or name.split(".")[0] not in PEERS, (str(path), name)
 
