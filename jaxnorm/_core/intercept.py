@@ -56,7 +56,7 @@ def intercept(f: Interceptor) -> Iterator[None]:
     """
     token = watched.set(f)
     try:
-        with _traced_anew(f):
+        with traced_anew(f):
             yield
     finally:
         watched.reset(token)
@@ -100,7 +100,8 @@ def _alone(apply, *args, **options):
 
 
 @contextlib.contextmanager
-def _traced_anew(key: Any) -> Iterator[None]:
+def traced_anew(key: Any) -> Iterator[None]:
+    """Within the context, what `jax.jit` has compiled outside of it is traced anew, once for each key."""
     if hasattr(jax, "make_user_context"):  # from JAX 0.8 on
         with _user_context()(key):
             yield

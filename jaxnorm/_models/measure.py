@@ -1,0 +1,274 @@
+"""What is measured of one call of a norm, inside of a compiled program: one pass over its input, one over its output.
+
+Legend: a unit is what the norm takes one statistic of: a channel of batch norm, a row of layer norm, a group of an
+example. C is the number of channels. All results are small, and no gradient flows through them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .._core.arrays import align_boolean_mask, align_weights, as_float_array, canonicalize_axes
+from .._core.collectives import max_over_devices
+from .._core.dtypes import accumulator
+from .._core.formulas import first_along
+from .._core.intercept import Call
+from .._core.masks import valid_mask
+from .._core.over import Axes
+from .._core.types import Moments, Plan
+from .._norms.residual import AddLayerNorm, AddRMSNorm
+from .._ops.moments import merge_across
+from .._ops.plan import plans_made
+from .._ops.policy import sharing_policy
+
+Array = jax.Array
+_LARGEST = 1e15  # of a deviation: the squares of 1e8 such still have a sum in float32
+
+
+class Measured(NamedTuple):
+    """The numbers of one call, in float32. NaN stands for what this norm does not have."""
+
+    train: Array  # (), 1 or 0: whether it normalized by the statistics of the batch
+    count: Array  # (), the least number of elements of a unit
+    empty: Array  # (), the share of units without an element
+    tiny: Array  # (), the share of units whose variance is less than epsilon, but not 0
+    constant: Array  # (), the share of units of variance 0
+    log_var: Array  # (), the mean logarithm of the variance of a unit
+    nonfinite: Array  # (), the share of the elements of x that are NaN or infinite
+    square: Array  # (), the mean square of x
+    batch_mean: Array  # (C,) if the norm has running statistics, else (0,)
+    batch_var: Array  # the same
+    running_mean: Array  # the same: before the call
+    running_var: Array  # the same
+    apart: Array  # (), how far running means differ over devices, in standard deviations; the largest of all channels
+    scale: Array  # (C,), the effective scale; (0,) if the norm has none, or one for each example
+    out_var: Array  # (C,), the variance of the output
+    saturated: Array  # (C,), the share of outputs where the activation is flat
+    gradient: Array  # (), the norm of the gradient of scale; NaN until `Seen.with_gradients`
+    gradient_rms: Array  # (), the same over the root of the number of its elements
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of the call without its values."""
+
+    kind: str
+    shape: tuple[int, ...]  # of x, on this device
+    dtype: str
+    reduces: tuple[int, ...] | None  # the axes of x that a unit extends over; None: unknown, as for segments
+    running: bool  # whether the norm has running statistics of channels
+    momentum: float | None
+    epsilon: float | None
+    activation: str | None  # of the spec, or the one that is said to follow
+    frozen: bool
+    axis_name: tuple[str, ...]  # over which the measurements are merged
+
+
+FLAT = {  # what of an output is flat: after the activation, and before one that follows
+    "tanh": (lambda y: jnp.abs(y) > 0.99, lambda y: jnp.abs(y) > math.atanh(0.99)),
+    "sigmoid": (lambda y: jnp.abs(y - 0.5) > 0.49, lambda y: jnp.abs(y) > math.log(99)),
+}
+
+
+def plan_of(call: Call, run: Any, known: dict[Any, Any]) -> tuple[tuple[int, ...], Plan] | None:
+    """The plan of a call, with the shape of what it reduces, by tracing it once more. Calls that are alike share it."""
+    kind = lambda a: (a.shape, str(a.dtype)) if hasattr(a, "shape") else repr(a)
+    leaves, tree = jax.tree.flatten((call.params, call.state, call.x, call.operands, call.options))
+    key = (type(call.spec), repr(call.spec), tuple(map(kind, leaves)), tree)
+    if key not in known:
+        with plans_made() as made, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            jax.eval_shape(run)
+        known[key] = made[0] if made else None
+    return known[key]
+
+
+def reduced_axes(shape: tuple[int, ...], plan: tuple[tuple[int, ...], Plan] | None) -> tuple[int, ...] | None:
+    """The axes of x that a statistic is taken over, from those of the view that has an axis of channels as two."""
+    if plan is None or not isinstance(plan[1].reduction.over, Axes) or math.prod(plan[0]) != math.prod(shape):
+        return None
+    viewed, axes = plan[0], plan[1].reduction.over.axes
+    if len(viewed) == len(shape):
+        return axes
+    split = next((a for a, n in enumerate(shape) if viewed[a] != n), len(shape) - 1)
+    return tuple(sorted({a if a <= split else a - 1 for a in axes}))
+
+
+def momentum_of(spec: Any) -> float | None:
+    """The weight of the old statistics in an update; None if there is no one number, as of a schedule."""
+    policy = spec._running() if hasattr(spec, "_running") else spec
+    value = getattr(policy, "momentum", None)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def about(call: Call, x: Any, plan: Any, activation: str | None, axis_name: tuple[str, ...]) -> About:
+    spec, epsilon = call.spec, getattr(call.spec, "epsilon", None)
+    size = math.prod(spec.features(x.shape))
+    stats = getattr(call.state, "mean", None), getattr(call.state, "var", None)
+    if isinstance(call.state, dict):
+        stats = call.state.get("mean"), call.state.get("var")
+    running = all(s is not None and s.size == size for s in stats) and size > 0
+    own = spec.activation if isinstance(spec.activation, str) else getattr(spec.activation, "__name__", None)
+    return About(
+        type(spec).__name__, x.shape, str(x.dtype), reduced_axes(x.shape, plan), running,
+        momentum_of(spec) if running else None, float(epsilon) if isinstance(epsilon, (int, float)) else None,
+        own or activation, bool(getattr(spec, "frozen", False)), axis_name,
+    )  # fmt: skip
+
+
+def measured(call: Call, out: Any, plan: Any, activation: str | None, axis_name: tuple[str, ...]):
+    """(About, Measured) of a call that returned `out`."""
+    spec, name = call.spec, type(call.spec).__name__
+    stream = isinstance(spec, (AddRMSNorm, AddLayerNorm))
+    y = out[0] if isinstance(out, tuple) else out
+    x, y = lax.stop_gradient((as_float_array(name, out[1] if stream else call.x), y))
+    what = about(call, x, plan, activation, axis_name)
+    x, mask = align_boolean_mask(name, x, call.options.get("mask"))
+    keep = valid_mask(mask, align_weights(name, x, call.options.get("weights")))
+    channels = canonicalize_axes(name, x.ndim, spec.feature_axes())
+    others = tuple(a for a in range(x.ndim) if a not in channels)
+
+    # The units of the norm: all but the channels if it has running statistics, else as its plan says.
+    unit, axes, seen = x, others, keep
+    centered, names = True, ()
+    if not what.running and what.reduces is not None:
+        unit, axes = x.reshape(plan[0]), plan[1].reduction.over.axes
+        seen = None if keep is None else jnp.broadcast_to(keep, x.shape).reshape(plan[0])
+        centered, names = plan[1].reduction.centered, plan[1].reduction.axis_name or ()
+    count, mean, var, bad, _ = totals(unit, seen, axes)
+    if names:
+        count, mean, m2 = merge_across(Moments(count, mean, count * var), names)
+        var = m2 / jnp.maximum(count, 1.0)
+    used = count_used(call, count, x.shape, others, axis_name) if what.running else count
+    spread = var if centered else var + jnp.square(mean)
+    live = (count > 0).astype(jnp.float32)
+    epsilon = what.epsilon or 0.0
+    share = lambda where: jnp.where(where, live, 0.0).sum() / jnp.maximum(live.sum(), 1.0)
+    elements = count.sum()
+    of_units = {
+        "empty": (jnp.full((), live.size, jnp.float32), jnp.where(count > 0, 0.0, 1.0).mean()),
+        "tiny": (live.sum(), share((spread > 0) & (spread < epsilon))),
+        "constant": (live.sum(), share(spread == 0)),
+        "nonfinite": (elements + bad.sum(), bad.sum() / jnp.maximum(elements + bad.sum(), 1.0)),
+        "square": (elements, (count * (var + jnp.square(mean))).sum() / jnp.maximum(elements, 1.0)),
+    }
+    positive = jnp.where(spread > 0, live, 0.0)
+    logs = positive * jnp.log(jnp.where(spread > 0, spread, 1.0))
+    of_units["log_var"] = (positive.sum(), logs.sum() / jnp.maximum(positive.sum(), 1.0))
+
+    # The output, by channel.
+    is_array = hasattr(y, "shape") and y.shape == x.shape and jnp.issubdtype(y.dtype, jnp.floating)
+    flat = FLAT.get(what.activation or "")
+    if is_array:
+        flat = None if flat is None else flat[0 if spec.activation is not None else 1]
+        n, y_mean, y_var, _, saturated = totals(y, keep, others, flat)
+        of_y = {"out_var": (n, y_var, y_mean), "saturated": (n, saturated, None)}
+    else:
+        of_y = {}
+    none, absent = jnp.zeros((0,), jnp.float32), jnp.full((), jnp.nan, jnp.float32)
+    parts: dict[str, Moments] = {key: Moments(n, v, jnp.zeros_like(v)) for key, (n, v) in of_units.items()}
+    for key, (n, value, about_mean) in of_y.items():
+        second = about_mean is not None
+        parts[key] = Moments(n, about_mean, n * value) if second else Moments(n, value, jnp.zeros_like(value))
+    old = None
+    if what.running:
+        state = call.state if isinstance(call.state, dict) else call.state._asdict()
+        old = [lax.stop_gradient(state[key]).reshape(-1).astype(jnp.float32) for key in ("mean", "var")]
+        one = jnp.ones_like(old[0])
+        deviation = jnp.sqrt(jnp.maximum(old[1], epsilon) + 1e-30)
+        parts["batch"] = Moments(count, mean, count * var)
+        parts["running_mean"], parts["running_var"] = (Moments(one, a, jnp.zeros_like(a)) for a in old)
+        parts["apart"] = Moments(one, old[0] / deviation, jnp.zeros_like(one))
+    parts = {key: Moments(*(a.reshape(-1) for a in jnp.broadcast_arrays(*m))) for key, m in parts.items()}
+    parts = merged(parts, axis_name)
+    value = lambda key: parts[key].mean if key in parts else none
+    least = -max_over_devices(-used.min(), axis_name or None, None) if used.size else absent
+    size = math.prod(x.shape[a] for a in channels)
+    return what, Measured(
+        train=_train(call, what), count=least, **{key: value(key).reshape(()) for key in of_units},
+        batch_mean=parts["batch"].mean if old else none, batch_var=parts["batch"].var if old else none,
+        running_mean=value("running_mean"), running_var=value("running_var"),
+        apart=jnp.sqrt(parts["apart"].var).max() if old else absent, scale=_scale(call, size),
+        out_var=parts["out_var"].var if is_array else none, saturated=value("saturated") if flat else none,
+        gradient=absent, gradient_rms=absent,
+    )  # fmt: skip
+
+
+def totals(a: Array, keep: Array | None, axes: tuple[int, ...], flat: Any = None) -> tuple[Array, ...]:
+    """Count, mean and variance of what is finite, how many are not, and the share that is `flat`: a pass over a.
+
+    The sums are those of one reduction with several operands, because XLA for CPU makes a pass for each that stands by
+    itself. They are taken about the first element, so that a constant has the variance 0.
+    """
+    wide = a.astype(accumulator(a))
+    finite = jnp.isfinite(wide)
+    valid = finite if keep is None else finite & keep
+    pilot = first_along(jnp.where(valid, wide, 0.0), axes)
+    d = jnp.where(valid, jnp.clip(wide - pilot, -_LARGEST, _LARGEST), 0.0)
+    one = lambda where: jnp.broadcast_to(where, a.shape).astype(d.dtype)
+    bad = one(~finite if keep is None else keep & ~finite)
+    parts = [d, d * d, one(valid), bad, *([] if flat is None else [one(valid & flat(wide))])]
+    zeros = [np.zeros((), d.dtype)] * len(parts)
+    add = lambda p, q: tuple(i + j for i, j in zip(p, q, strict=True))
+    first, second, n, bad, *more = lax.reduce(tuple(parts), tuple(zeros), add, axes) if axes else parts
+    at_least_1 = jnp.maximum(n, 1.0)
+    offset = first / at_least_1
+    var = jnp.maximum(second / at_least_1 - offset * offset, 0.0)
+    numbers = n, lax.squeeze(pilot, axes) + offset, var, bad, more[0] / at_least_1 if more else jnp.zeros_like(n)
+    return tuple(b.astype(jnp.float32) for b in numbers)
+
+
+def count_used(call: Call, count: Array, shape: tuple[int, ...], others: tuple[int, ...], axis_name) -> Array:
+    """The number of elements that a norm of the batch has for each channel, however its devices share statistics."""
+    spec = call.spec
+    share = [getattr(spec, name, None) for name in ("share", "axis_name", "axis_index_groups")]
+    ghosts = getattr(spec, "virtual_batch_size", None)
+    names, sync = sharing_policy(type(spec).__name__, *share, getattr(spec, "sync", "global"), ghosts)
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    if ghosts is not None:
+        return count * min(1.0, ghosts / max(shape[others[0]], 1))
+    together = count
+    if bound := tuple(name for name in names if name in axis_name):
+        together = merge_across(Moments(count, count, jnp.zeros_like(count)), bound).count
+        devices = math.prod([lax.axis_size(name) for name in bound])
+    else:  # those that jit partitions, where arrays are global
+        mesh = jax.sharding.get_abstract_mesh()
+        devices = math.prod([mesh.shape[name] for name in names if not mesh.empty and name in mesh.shape])
+    if sync == "global":
+        return together
+    several = 1 if sync == "local" else sync if isinstance(sync, int) else min(len(group) for group in sync)
+    return count * several if bound else together * several / max(devices, 1)
+
+
+def merged(parts: dict[str, Moments], axis_name: tuple[str, ...]) -> dict[str, Moments]:
+    """All of them over devices, by one all-reduce."""
+    if not axis_name:
+        return parts
+    joined = Moments(*(jnp.concatenate(part) for part in zip(*parts.values(), strict=True)))
+    together, start, found = merge_across(joined, axis_name), 0, {}
+    for key, part in parts.items():
+        found[key] = Moments(*(a[start : start + part.count.size] for a in together))
+        start += part.count.size
+    return found
+
+
+def _train(call: Call, what: About) -> Array:
+    train = call.options.get("train")
+    train = False if what.frozen and train is None else train
+    return jnp.full((), jnp.nan, jnp.float32) if train is None or not what.running else jnp.asarray(train, jnp.float32)
+
+
+def _scale(call: Call, size: int) -> Array:
+    params = call.params
+    scale = params.get("scale") if isinstance(params, dict) else getattr(params, "scale", None)
+    if scale is None or scale.size != size:
+        return jnp.zeros((0,), jnp.float32)
+    return lax.stop_gradient(scale).reshape(-1).astype(jnp.float32) + getattr(call.spec, "scale_offset", 0.0)
