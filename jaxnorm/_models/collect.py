@@ -65,8 +65,8 @@ class Seen:
         found = [_of_norm(path, what.kind, leaves) for path, what in self.abouts]
         if self.paths and not any(of_norm for of_norm in found):
             raise ValueError(
-                f"Seen.with_gradients: no parameters of {shown(list(self.paths))} are in the gradients, whose paths are "
-                f"{shown(list(leaves))}. Write seen.with_gradients(grads), with the gradients of the norms' parameters."
+                f"Seen.with_gradients: no parameters of {shown(list(self.paths))} are in the gradients, whose paths "
+                f"are {shown(list(leaves))}. Write seen.with_gradients(grads) with the norms' own."
             )
         new = []
         for m, of_norm in zip(self.measurements, found, strict=True):
@@ -74,6 +74,7 @@ class Seen:
                 wide = [jnp.asarray(leaf).astype(jnp.float32) for leaf in of_norm]
                 top = jnp.maximum(jnp.stack([jnp.abs(a).max(initial=0.0) for a in wide]).max(), 1e-30)
                 norm = top * jnp.sqrt(sum(jnp.square(a / top).sum() for a in wide))
+                norm = jnp.where(jnp.isnan(norm), jnp.inf, norm)  # NaN is that of a norm that was given none
                 m = m._replace(gradient=norm, gradient_rms=norm / max(sum(a.size for a in wide), 1) ** 0.5)
             new.append(m)
         return Seen(self.abouts, tuple(new), self.left_out)
@@ -126,7 +127,7 @@ def collect(
     >>> apply = lambda params, state, x: norm.apply(params, state, x, train=True)
     >>> (y, state), seen = jax.jit(models.collect(apply))(*norm.init(3), jnp.ones((8, 3)))
     >>> jn.report(seen).findings[0].fault
-    'dead channels'
+    'small batch'
     """
     _check(f)
     names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
@@ -173,9 +174,7 @@ def collect(
 
 def _check(f: Any) -> None:
     if isinstance(f, Spec):
-        raise TypeError(
-            f"collect: f must be a function, got a spec. Write collect(norm.apply) for a {type(f).__name__}."
-        )
+        raise TypeError(f"collect: f must be a function, got the spec {type(f).__name__}. Write collect(norm.apply).")
     if hasattr(f, "init_with_output") and hasattr(f, "scope"):
         raise TypeError(
             f"collect: f must be a function of the variables, got the linen module {type(f).__name__}. Write "
@@ -189,9 +188,9 @@ def _check_mapped(axis_name: Any) -> None:
     mesh = jax.sharding.get_abstract_mesh()
     if axis_name is None and not mesh.empty and mesh.manual_axes:
         raise ValueError(
-            f"collect: this is inside of jax.shard_map over {tuple(mesh.manual_axes)}, where each device would measure its "
-            f"own part. Write collect(f, axis_name={mesh.manual_axes[0]!r}) with the axes that divide the batch, or "
-            "axis_name=() if none does."
+            f"collect: this is inside of jax.shard_map over {tuple(mesh.manual_axes)}, where each device would measure "
+            f"its own part. Write collect(f, axis_name={mesh.manual_axes[0]!r}) with the axes that divide the batch, "
+            "or axis_name=() if none does."
         )
 
 

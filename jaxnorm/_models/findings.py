@@ -136,7 +136,7 @@ def momentum(layer: Layer, train: bool | None) -> Iterator[Finding]:
     if value is not None and value < 0.5 and not layer.what.frozen:
         yield Finding(
             layer.path, "momentum of torch",
-            f"momentum={value:g} is here the weight of the old statistics, so the last batch has {1 - value:.0%} of them.",
+            f"momentum={value:g} is here the weight of the old statistics: the last batch is {1 - value:.0%} of them.",
             f"Write {layer.what.kind}(momentum={1 - value:g}).",
         )  # fmt: skip
 
@@ -177,26 +177,26 @@ def saturated(layer: Layer, train: bool | None) -> Iterator[Finding]:
     if layer.m.saturated.size and layer.m.saturated.mean() > 0.5:
         yield Finding(
             layer.path, "saturated activation",
-            f"{_percent(layer.m.saturated.mean())} of the outputs are where {layer.what.activation} is flat, so hardly any "
-            "gradient passes.",
-            "Write scale_init=nn.initializers.ones and bias_init=nn.initializers.zeros, or a lower rate for scale and bias"
+            f"{_percent(layer.m.saturated.mean())} of the outputs are where {layer.what.activation} is flat and passes "
+            "hardly any gradient.",
+            "Write scale_init=nn.initializers.ones, bias_init=nn.initializers.zeros, or a lower rate for scale and bias"
             + (f": the mean |scale| is {np.abs(layer.m.scale).mean():.2g}." if layer.m.scale.size else "."),
         )  # fmt: skip
 
 
 def dead(layer: Layer, train: bool | None) -> Iterator[Finding]:
     where = layer.dead
-    if not where.size or where.mean() < SHARE:
+    if not where.size or where.mean() - layer.m.empty < SHARE:  # those without elements are another fault
         return
     off = np.abs(layer.m.scale) <= 1e-4 * max(np.abs(layer.m.scale).max(initial=0.0), 1e-30)
-    if off.all() and off.size and not layer.m.gradient == 0:
+    if off.all() and off.size and layer.m.gradient != 0:
         return  # a branch that starts at 0, as ResNets and adaLN have it
     by_scale = off.size == where.size and off[where].mean() > 0.5
     constant = layer.what.running and (layer.m.batch_var[where] == 0).mean() > 0.5
     if by_scale:
         why, write = (
             "its scale is 0",
-            "set these scales to 1, leave scale out of weight decay (models.decay_mask), or prune",
+            "set these scales to 1, and leave scale out of the weight decay (models.decay_mask)",
         )
     elif constant or layer.m.constant > SHARE:
         why, write = "its input is constant there", "look at the layer before, such as ReLUs that are never active"
@@ -244,7 +244,8 @@ def drift(layers: list[Layer]) -> Iterator[Finding]:
             yield Finding(
                 layer.path, "statistics lag",
                 f"{start:.0%} of the running statistics are still those of the start; {off}.",
-                f"Write {layer.what.kind}(momentum=0.9) for short runs, or models.recompute_stats(apply, variables, batches).",
+                f"Write {layer.what.kind}(momentum=0.9) for short runs, or models.recompute_stats(apply, variables, "
+                "batches).",
             )  # fmt: skip
         elif place == 0:
             yield Finding(
@@ -270,60 +271,63 @@ def share_of_start(layer: Layer) -> float | None:
         return None
     w = (m.running_var[of_var] - m.batch_var[of_var]) / (1 - m.batch_var[of_var])
     start, low, high = np.percentile(w, [50, 25, 75])
-    fits = 0.05 < start < 1 and high - low < 0.15
+    fits = 0.05 < start < 0.98 and high - low < 0.5 * (1 - start)
     if fits and of_mean.sum() >= 2:
-        fits = abs(np.median(1 - m.running_mean[of_mean] / m.batch_mean[of_mean]) - start) < 0.15
+        of_batch = np.median(m.running_mean[of_mean] / m.batch_mean[of_mean])
+        fits = abs(of_batch - (1 - start)) < 0.5 * (1 - start)
     return float(start) if fits else None
 
 
 def growth(layers: list[Layer]) -> Iterator[Finding]:
     """A mean square that grows as a power of depth, as it does in a stream that nothing normalizes: in its second half
     8 times, where sums of branches that do not grow themselves make it 2 to 4."""
-    alike: dict[tuple[str, int], list[Layer]] = {}
-    for layer in layers:
-        alike.setdefault((layer.what.kind, layer.what.shape[-1]), []).append(layer)
-    for series in alike.values():
+    for series in alike(layers):
         square = np.array([layer.m.square for layer in series])
         half = square[len(series) // 2 :]
         rises = len(series) >= 4 and square.min() > 0 and bool((half[1:] > 0.9 * half[:-1]).all())
         if rises and square[-1] > 100 * square[0] and half[-1] > 8 * half[0]:
             yield Finding(
                 series[-1].path, "variance grows with depth",
-                f"The mean square of the input grows from {square[0]:.2g} to {square[-1]:.2g} over {len(series)} norms.",
+                f"The mean square of the input grows from {square[0]:.2g} to {square[-1]:.2g} in {len(series)} norms.",
                 "Write h = jn.rms_norm_add(branch, h, scale), which normalizes what is added, or "
                 "branch / sqrt(2 * layers), and a norm after the last block.",
             )  # fmt: skip
 
 
 def gradients(layers: list[Layer]) -> Iterator[Finding]:
-    """The norm whose gradient of scale is farthest from the median. One of 0 is that of a branch that starts at 0."""
+    """A gradient of scale that changes as a power of depth. One of 0 is that of a branch that starts at 0."""
     for layer in layers:
-        if np.isinf(layer.m.gradient) or (np.isnan(layer.m.gradient) and not np.isnan(layer.m.gradient_rms)):
+        if np.isinf(layer.m.gradient_rms):
             yield Finding(
                 layer.path, "gradient explodes", "The gradient of its scale is not finite.",
                 "Write optax.clip_by_global_norm(1.0) before the optimizer, or scale the loss.",
             )  # fmt: skip
             return
-    known = [layer for layer in layers if layer.m.gradient_rms > 0]
-    if len(known) < 2:
-        return
-    logs = np.log10([layer.m.gradient_rms for layer in known])
-    off = logs - np.median(logs)
-    far = int(np.abs(off).argmax())
-    if abs(off[far]) <= 3:
-        return
-    times = f"{10.0 ** abs(off[far]):.1g}"
-    if off[far] > 0:
-        yield Finding(
-            known[far].path, "gradient explodes", f"The gradient of its scale is {times} times that of the median norm.",
-            "Write optax.clip_by_global_norm(1.0) before the optimizer, and warm the rate up.",
-        )  # fmt: skip
-    else:
-        yield Finding(
-            known[far].path, "gradient vanishes",
-            f"The gradient of its scale is {times} times smaller than that of the median norm.",
-            "Write h = h + f(norm(h)), a norm before each branch and none on the stream, or lower the rate.",
-        )  # fmt: skip
+    for series in alike([layer for layer in layers if 0 < layer.m.gradient_rms < np.inf]):
+        logs = np.log10([layer.m.gradient_rms for layer in series])
+        if len(series) < 4 or np.ptp(logs) < 3 or abs(np.corrcoef(logs, np.arange(len(logs)))[0, 1]) < 0.9:
+            continue
+        times, many = f"{10.0 ** abs(logs[-1] - logs[0]):.1g}", len(series)
+        if logs[0] > logs[-1]:
+            yield Finding(
+                series[0].path, "gradient explodes",
+                f"On its way back through {many} norms the gradient of scale grows {times} times.",
+                "Write optax.clip_by_global_norm(1.0) before the optimizer, and branch / sqrt(2 * layers) in the sums.",
+            )  # fmt: skip
+        else:
+            yield Finding(
+                series[0].path, "gradient vanishes",
+                f"On its way back through {many} norms the gradient of scale shrinks {times} times.",
+                "Write h = h + f(norm(h)), a norm before each branch and none on the stream, or lower the rate.",
+            )  # fmt: skip
+
+
+def alike(layers: list[Layer]) -> list[list[Layer]]:
+    """The norms of one kind and width, in the order of the calls."""
+    found: dict[tuple[str, int], list[Layer]] = {}
+    for layer in layers:
+        found.setdefault((layer.what.kind, layer.what.shape[-1]), []).append(layer)
+    return list(found.values())
 
 
 def _percent(share: float) -> str:

@@ -149,6 +149,9 @@ def measured(call: Call, out: Any, plan: Any, activation: str | None, axis_name:
         var = m2 / jnp.maximum(count, 1.0)
     used = count_used(call, count, x.shape, others, axis_name) if what.running else count
     spread = var if centered else var + jnp.square(mean)
+    old, train = _running(call) if what.running else None, _train(call, what)
+    if old is not None:  # what it divides by
+        spread = jnp.where(train == 0, old[1].reshape(spread.shape), spread)
     live = (count > 0).astype(jnp.float32)
     epsilon = what.epsilon or 0.0
     share = lambda where: jnp.where(where, live, 0.0).sum() / jnp.maximum(live.sum(), 1.0)
@@ -178,10 +181,7 @@ def measured(call: Call, out: Any, plan: Any, activation: str | None, axis_name:
     for key, (n, value, about_mean) in of_y.items():
         second = about_mean is not None
         parts[key] = Moments(n, about_mean, n * value) if second else Moments(n, value, jnp.zeros_like(value))
-    old = None
-    if what.running:
-        state = call.state if isinstance(call.state, dict) else call.state._asdict()
-        old = [lax.stop_gradient(state[key]).reshape(-1).astype(jnp.float32) for key in ("mean", "var")]
+    if old is not None:
         one = jnp.ones_like(old[0])
         deviation = jnp.sqrt(jnp.maximum(old[1], epsilon) + 1e-30)
         parts["batch"] = Moments(count, mean, count * var)
@@ -193,7 +193,7 @@ def measured(call: Call, out: Any, plan: Any, activation: str | None, axis_name:
     least = -max_over_devices(-used.min(), axis_name or None, None) if used.size else absent
     size = math.prod(x.shape[a] for a in channels)
     return what, Measured(
-        train=_train(call, what), count=least, **{key: value(key).reshape(()) for key in of_units},
+        train=train, count=least, **{key: value(key).reshape(()) for key in of_units},
         batch_mean=parts["batch"].mean if old else none, batch_var=parts["batch"].var if old else none,
         running_mean=value("running_mean"), running_var=value("running_var"),
         apart=jnp.sqrt(parts["apart"].var).max() if old else absent, scale=_scale(call, size),
@@ -264,6 +264,12 @@ def _train(call: Call, what: About) -> Array:
     train = call.options.get("train")
     train = False if what.frozen and train is None else train
     return jnp.full((), jnp.nan, jnp.float32) if train is None or not what.running else jnp.asarray(train, jnp.float32)
+
+
+def _running(call: Call) -> list[Array]:
+    """The running mean and variance before the call."""
+    state = call.state if isinstance(call.state, dict) else call.state._asdict()
+    return [lax.stop_gradient(state[key]).reshape(-1).astype(jnp.float32) for key in ("mean", "var")]
 
 
 def _scale(call: Call, size: int) -> Array:

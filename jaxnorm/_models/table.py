@@ -17,7 +17,10 @@ def as_text(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell == "" or cell[0] in "-0123456789" or cell in ("nan", "inf", "nan%", "inf%")
+    try:
+        return cell == "" or float(cell.rstrip("%")) is not None
+    except ValueError:
+        return False
 
 
 def rich_table(columns: list[str], rows: list[list[str]], notes: list[str]) -> Any:

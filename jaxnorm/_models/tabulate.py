@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from .._core.intercept import Call
 from .._core.messages import shown
@@ -82,8 +81,8 @@ def tabulate(model: Any, *args: Any, **options: Any) -> Table:
     >>> import jaxnorm as jn, jax.numpy as jnp
     >>> norm = jn.GroupNorm(num_groups=2, implementation="xla")
     >>> print(jn.tabulate(lambda x: norm.apply(norm.init(6)[0], (), x)[0], jnp.ones((4, 5, 6))))
-    path         norm       input           reduces  groups  statistics  parameters      backend
-    -----------  ---------  --------------  -------  ------  ----------  --------------  -------
+    path         norm       input           reduces  groups  statistics  parameters       backend
+    -----------  ---------  --------------  -------  ------  ----------  ---------------  -------
     GroupNorm_0  GroupNorm  float32[4,5,6]  1,2           2              scale 6, bias 6  xla
     """
     if isinstance(model, Spec) or not callable(model):
@@ -93,10 +92,10 @@ def tabulate(model: Any, *args: Any, **options: Any) -> Table:
         )
     f, module, given = _function(model, args, options)
     arrays, rebuilt = _split((given, options))
-    rows: list[NormRow] = []
+    rows: list[tuple[NormRow, Callable[[], str]]] = []
 
     def watch(path: str, call: Call, run: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        rows.append(_row(path or type(call.spec).__name__, call, run))
+        rows.append((_row(path or type(call.spec).__name__, call, run), _lowering(call)))
         return run()
 
     def traced(arrays: Any) -> Any:
@@ -109,7 +108,7 @@ def tabulate(model: Any, *args: Any, **options: Any) -> Table:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         jax.eval_shape(traced, arrays)
-    return Table(rows)
+        return Table([row._replace(backend=backend()) for row, backend in rows])
 
 
 def _function(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -134,18 +133,16 @@ def _function(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tup
     return model, None, args
 
 
-def _split(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def _split(tree: Any) -> tuple[list[Any], Callable[[Any], Any]]:
     """The arrays of a tree, and what puts others in their place. What is no array, such as train=True, stays."""
     leaves, structure = jax.tree.flatten(tree)
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+    here = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
 
-    def rebuilt(arrays: list[Any]) -> Any:
+    def rebuilt(arrays: Any) -> Any:
         others = iter(arrays)
-        return structure.unflatten(
-            [next(others) if here else leaf for here, leaf in zip(is_array, leaves, strict=True)]
-        )
+        return structure.unflatten([next(others) if a else leaf for a, leaf in zip(here, leaves, strict=True)])
 
-    return [leaf for here, leaf in zip(is_array, leaves, strict=True) if here], rebuilt
+    return [leaf for a, leaf in zip(here, leaves, strict=True) if a], rebuilt
 
 
 def _row(path: str, call: Call, run: Callable[[], tuple[Any, Any]]) -> NormRow:
@@ -159,10 +156,9 @@ def _row(path: str, call: Call, run: Callable[[], tuple[Any, Any]]) -> NormRow:
         groups = spec.features(x.shape)[-1] // size
     if (ghosts := getattr(spec, "virtual_batch_size", None)) is not None:
         groups = -(-x.shape[0] // ghosts)
-    return NormRow(
-        path, type(spec).__name__, tuple(x.shape), str(x.dtype), reduced_axes(x.shape, made[0] if made else None), groups,
-        shapes(call.state), shapes(call.params), _backend(call),
-    )  # fmt: skip
+    reduces = reduced_axes(x.shape, made[0] if made else None)
+    of_x = tuple(x.shape), str(x.dtype), reduces, groups
+    return NormRow(path, type(spec).__name__, *of_x, shapes(call.state), shapes(call.params), "")
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -170,21 +166,22 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1) or shape[-1:]
 
 
-def _backend(call: Call) -> str:
-    """By lowering the call alone: whether kernels win is decided there."""
-    like = lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype)
-    given = (call.params, call.state, call.x, *call.operands)
-    arrays, rebuilt = _split((given, call.options))
+def _lowering(call: Call) -> Callable[[], str]:
+    """What lowers the call alone, once no one watches, and says whose kernels it has: there it is decided."""
+    arrays, rebuilt = _split(((call.params, call.state, call.x, *call.operands), call.options))
+    shapes, spec = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays], call.spec
 
     def alone(arrays: Any) -> Any:
         given, options = rebuilt(arrays)
-        return call.spec.apply(*given, **options)
+        return spec.apply(*given, **options)
 
-    try:
-        with plans_made():
-            return backend_in(jax.jit(alone).lower(list(map(like, arrays))).as_text())
-    except NameError:  # an axis name that is bound outside: statistics over it are merged by XLA
-        return "xla"
+    def backend() -> str:
+        try:
+            return backend_in(jax.jit(alone).lower(shapes).as_text())
+        except NameError:  # an axis name that is bound outside: statistics over it are merged by XLA
+            return "xla"
+
+    return backend
 
 
 def _sizes(shape: tuple[int, ...]) -> str:
