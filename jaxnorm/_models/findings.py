@@ -168,7 +168,8 @@ def small(layer: Layer, train: bool | None) -> Iterator[Finding]:
         other = "or GroupNorm(group_size=8) or BatchRenorm" if names else "GroupNorm(group_size=8), or BatchRenorm"
         yield Finding(
             layer.path, "small batch",
-            f"A channel has {layer.m.count:g} elements, whose variance is off by {math.sqrt(2 / layer.m.count):.0%}.",
+            f"A channel has {layer.m.count:g} elements, whose variance is off by "
+            f"{math.sqrt(2 / max(layer.m.count, 1)):.0%}.",
             f"Write {share}{other}, or use larger batches.",
         )  # fmt: skip
 

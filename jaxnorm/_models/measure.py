@@ -6,6 +6,7 @@ example. C is the number of channels. All results are small, and no gradient flo
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -129,77 +130,98 @@ def measured(call: Call, out: Any, plan: Any, activation: str | None, axis_name:
     spec, name = call.spec, type(call.spec).__name__
     stream = isinstance(spec, (AddRMSNorm, AddLayerNorm))
     y = out[0] if isinstance(out, tuple) else out
-    x, y = lax.stop_gradient((as_float_array(name, out[1] if stream else call.x), y))
+    x = as_float_array(name, out[1] if stream else call.x)
     what = about(call, x, plan, activation, axis_name)
     x, mask = align_boolean_mask(name, x, call.options.get("mask"))
     keep = valid_mask(mask, align_weights(name, x, call.options.get("weights")))
-    channels = canonicalize_axes(name, x.ndim, spec.feature_axes())
-    others = tuple(a for a in range(x.ndim) if a not in channels)
-
-    # The units of the norm: all but the channels if it has running statistics, else as its plan says.
-    unit, axes, seen = x, others, keep
-    centered, names = True, ()
-    if not what.running and what.reduces is not None:
-        unit, axes = x.reshape(plan[0]), plan[1].reduction.over.axes
-        seen = None if keep is None else jnp.broadcast_to(keep, x.shape).reshape(plan[0])
-        centered, names = plan[1].reduction.centered, plan[1].reduction.axis_name or ()
-    count, mean, var, bad, _ = totals(unit, seen, axes)
-    if names:
-        count, mean, m2 = merge_across(Moments(count, mean, count * var), names)
-        var = m2 / jnp.maximum(count, 1.0)
-    used = count_used(call, count, x.shape, others, axis_name) if what.running else count
-    spread = var if centered else var + jnp.square(mean)
-    old, train = _running(call) if what.running else None, _train(call, what)
-    if old is not None:  # what it divides by
-        spread = jnp.where(train == 0, old[1].reshape(spread.shape), spread)
-    live = (count > 0).astype(jnp.float32)
-    epsilon = what.epsilon or 0.0
-    share = lambda where: jnp.where(where, live, 0.0).sum() / jnp.maximum(live.sum(), 1.0)
-    elements = count.sum()
-    of_units = {
-        "empty": (jnp.full((), live.size, jnp.float32), jnp.where(count > 0, 0.0, 1.0).mean()),
-        "tiny": (live.sum(), share((spread > 0) & (spread < epsilon))),
-        "constant": (live.sum(), share(spread == 0)),
-        "nonfinite": (elements + bad.sum(), bad.sum() / jnp.maximum(elements + bad.sum(), 1.0)),
-        "square": (elements, (count * (var + jnp.square(mean))).sum() / jnp.maximum(elements, 1.0)),
-    }
-    positive = jnp.where(spread > 0, live, 0.0)
-    logs = positive * jnp.log(jnp.where(spread > 0, spread, 1.0))
-    of_units["log_var"] = (positive.sum(), logs.sum() / jnp.maximum(positive.sum(), 1.0))
-
-    # The output, by channel.
     is_array = hasattr(y, "shape") and y.shape == x.shape and jnp.issubdtype(y.dtype, jnp.floating)
+    arrays = x, y if is_array else None, keep, _running(call) if what.running else None
+    run: Any = functools.partial(_numbers, call, what, plan)
+    if any(jax.typeof(x).sharding.spec):  # an Explicit mesh, whose types would have to follow every step
+        run = jax.sharding.auto_axes(run, out_sharding=jax.sharding.PartitionSpec())
+    return what, run(*lax.stop_gradient(arrays))
+
+
+def _numbers(call: Call, what: About, plan: Any, x: Array, y: Array | None, keep: Array | None, old: Any) -> Measured:
+    spec, axis_name = call.spec, what.axis_name
+    channels = canonicalize_axes(what.kind, x.ndim, spec.feature_axes())
+    others = tuple(a for a in range(x.ndim) if a not in channels)
     flat = FLAT.get(what.activation or "")
-    if is_array:
-        flat = None if flat is None else flat[0 if spec.activation is not None else 1]
-        n, y_mean, y_var, _, saturated = totals(y, keep, others, flat)
-        of_y = {"out_var": (n, y_var, y_mean), "saturated": (n, saturated, None)}
+    parts: dict[str, Moments] = {}
+    plain = lambda weight, value: Moments(weight, value, jnp.zeros_like(value))
+    if y is not None:
+        at = None if flat is None else flat[0 if spec.activation is not None else 1]
+        n, mean, var, _, saturated = totals(y, keep, others, at)
+        parts |= {"out": Moments(n, mean, n * var), "saturated": plain(n, saturated)}
+    train, epsilon = _train(call, what), what.epsilon or 0.0
+    if old is None:
+        count, of_units = _of_units(plan if what.reduces is not None else None, x, keep, others, epsilon)
+        parts |= {key: plain(*pair) for key, pair in of_units.items()}
+        apart = jnp.full((), jnp.nan, jnp.float32)
     else:
-        of_y = {}
-    none, absent = jnp.zeros((0,), jnp.float32), jnp.full((), jnp.nan, jnp.float32)
-    parts: dict[str, Moments] = {key: Moments(n, v, jnp.zeros_like(v)) for key, (n, v) in of_units.items()}
-    for key, (n, value, about_mean) in of_y.items():
-        second = about_mean is not None
-        parts[key] = Moments(n, about_mean, n * value) if second else Moments(n, value, jnp.zeros_like(value))
-    if old is not None:
-        one = jnp.ones_like(old[0])
-        deviation = jnp.sqrt(jnp.maximum(old[1], epsilon) + 1e-30)
-        parts["batch"] = Moments(count, mean, count * var)
-        parts["running_mean"], parts["running_var"] = (Moments(one, a, jnp.zeros_like(a)) for a in old)
-        parts["apart"] = Moments(one, old[0] / deviation, jnp.zeros_like(one))
-    parts = {key: Moments(*(a.reshape(-1) for a in jnp.broadcast_arrays(*m))) for key, m in parts.items()}
+        count, mean, var, bad, _ = totals(x, keep, others)
+        one, deviation = jnp.ones_like(old[0]), jnp.sqrt(jnp.maximum(old[1], epsilon) + 1e-30)
+        parts |= {
+            "batch": Moments(count, mean, count * var), "bad": plain(count + bad, bad / jnp.maximum(count + bad, 1.0)),
+            "running_mean": plain(one, old[0]), "running_var": plain(one, old[1]),
+            "apart": plain(one, old[0] / deviation),
+        }  # fmt: skip
+        count = count_used(call, count, x.shape, others, axis_name)
     parts = merged(parts, axis_name)
-    value = lambda key: parts[key].mean if key in parts else none
-    least = -max_over_devices(-used.min(), axis_name or None, None) if used.size else absent
-    size = math.prod(x.shape[a] for a in channels)
-    return what, Measured(
-        train=train, count=least, **{key: value(key).reshape(()) for key in of_units},
-        batch_mean=parts["batch"].mean if old else none, batch_var=parts["batch"].var if old else none,
-        running_mean=value("running_mean"), running_var=value("running_var"),
-        apart=jnp.sqrt(parts["apart"].var).max() if old else absent, scale=_scale(call, size),
-        out_var=parts["out_var"].var if is_array else none, saturated=value("saturated") if flat else none,
-        gradient=absent, gradient_rms=absent,
+    value: Any = lambda key: parts[key].mean if key in parts else jnp.zeros((0,), jnp.float32)
+    numbers = {key: value(key).reshape(()) for key in UNITS if key in parts}
+    if old is not None:
+        batch, apart = parts["batch"], jnp.sqrt(parts["apart"].var).max(initial=0.0)
+        divisor = jnp.where(train == 0, value("running_var"), batch.var)  # what it divides by
+        pairs = _summed(batch.count, batch.mean, batch.var, divisor, epsilon)
+        numbers = {key: pair[1] for key, pair in pairs.items()}
+        bad = parts["bad"]
+        numbers["nonfinite"] = (bad.mean * bad.count).sum() / jnp.maximum(bad.count.sum(), 1.0)
+    several = math.prod(x.shape[a] for a in others) > 1  # of one element no channel can vary
+    nan = jnp.full((), jnp.nan, jnp.float32)
+    return Measured(
+        train=train, count=-max_over_devices(-count.min(), axis_name or None, None), **numbers,
+        batch_mean=value("batch"), batch_var=parts["batch"].var if old is not None else value("batch"),
+        running_mean=value("running_mean"), running_var=value("running_var"), apart=apart,
+        scale=_scale(call, math.prod(x.shape[a] for a in channels)),
+        out_var=parts["out"].var if y is not None and several else value(""),
+        saturated=value("saturated") if flat else value(""), gradient=nan, gradient_rms=nan,
     )  # fmt: skip
+
+
+UNITS = ("empty", "tiny", "constant", "log_var", "square", "nonfinite")
+
+
+def _of_units(plan: Any, x: Array, keep: Array | None, others: tuple[int, ...], epsilon: float):
+    """(counts, {name: (weight, value)}) of the units of a plan; of channels if there is none."""
+    if plan is None:
+        count, mean, var, bad, _ = totals(x, keep, others)
+        divisor = var
+    else:
+        shape, reduction = plan[0], plan[1].reduction
+        seen = None if keep is None else jnp.broadcast_to(keep, x.shape).reshape(shape)
+        count, mean, var, bad, _ = totals(x.reshape(shape), seen, reduction.over.axes)
+        if reduction.axis_name:
+            count, mean, m2 = merge_across(Moments(count, mean, count * var), reduction.axis_name)
+            var = m2 / jnp.maximum(count, 1.0)
+        divisor = var if reduction.centered else var + jnp.square(mean)
+    pairs = _summed(count, mean, var, divisor, epsilon)
+    elements = count.sum() + bad.sum()
+    return count, pairs | {"nonfinite": (elements, bad.sum() / jnp.maximum(elements, 1.0))}
+
+
+def _summed(count: Array, mean: Array, var: Array, divisor: Array, epsilon: float) -> dict[str, tuple[Array, Array]]:
+    """What is said of all units together: its weight beside that of other devices, and its value."""
+    live, positive = (count > 0).astype(jnp.float32), jnp.where((count > 0) & (divisor > 0), 1.0, 0.0)
+    average = lambda weight, value: (weight.sum(), (weight * value).sum() / jnp.maximum(weight.sum(), 1.0))
+    one = lambda where: where.astype(jnp.float32)
+    return {
+        "empty": average(jnp.ones_like(live), 1.0 - live),
+        "tiny": average(live, one((divisor > 0) & (divisor < epsilon))),
+        "constant": average(live, one(divisor == 0)),
+        "log_var": average(positive, jnp.log(jnp.where(positive > 0, divisor, 1.0))),
+        "square": average(count, var + jnp.square(mean)),
+    }  # fmt: skip
 
 
 def totals(a: Array, keep: Array | None, axes: tuple[int, ...], flat: Any = None) -> tuple[Array, ...]:
