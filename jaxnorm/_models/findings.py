@@ -272,7 +272,7 @@ def share_of_start(layer: Layer) -> float | None:
         return None
     w = (m.running_var[of_var] - m.batch_var[of_var]) / (1 - m.batch_var[of_var])
     start, low, high = np.percentile(w, [50, 25, 75])
-    fits = 0.05 < start < 0.98 and high - low < 0.5 * (1 - start)
+    fits = 0.05 < start < 0.98 and high - low < 0.15
     if fits and of_mean.sum() >= 2:
         of_batch = np.median(m.running_mean[of_mean] / m.batch_mean[of_mean])
         fits = abs(of_batch - (1 - start)) < 0.5 * (1 - start)

@@ -135,14 +135,15 @@ def measured(call: Call, out: Any, plan: Any, activation: str | None, axis_name:
     x, mask = align_boolean_mask(name, x, call.options.get("mask"))
     keep = valid_mask(mask, align_weights(name, x, call.options.get("weights")))
     is_array = hasattr(y, "shape") and y.shape == x.shape and jnp.issubdtype(y.dtype, jnp.floating)
-    arrays = x, y if is_array else None, keep, _running(call) if what.running else None
+    scale = _scale(call, math.prod(spec.features(x.shape)))
+    arrays = x, y if is_array else None, keep, _running(call) if what.running else None, scale, _train(call, what)
     run: Any = functools.partial(_numbers, call, what, plan)
     if any(jax.typeof(x).sharding.spec):  # an Explicit mesh, whose types would have to follow every step
         run = jax.sharding.auto_axes(run, out_sharding=jax.sharding.PartitionSpec())
     return what, run(*lax.stop_gradient(arrays))
 
 
-def _numbers(call: Call, what: About, plan: Any, x: Array, y: Array | None, keep: Array | None, old: Any) -> Measured:
+def _numbers(call: Call, what: About, plan: Any, x: Array, y: Any, keep: Any, old: Any, scale: Any, train: Any):
     spec, axis_name = call.spec, what.axis_name
     channels = canonicalize_axes(what.kind, x.ndim, spec.feature_axes())
     others = tuple(a for a in range(x.ndim) if a not in channels)
@@ -153,7 +154,7 @@ def _numbers(call: Call, what: About, plan: Any, x: Array, y: Array | None, keep
         at = None if flat is None else flat[0 if spec.activation is not None else 1]
         n, mean, var, _, saturated = totals(y, keep, others, at)
         parts |= {"out": Moments(n, mean, n * var), "saturated": plain(n, saturated)}
-    train, epsilon = _train(call, what), what.epsilon or 0.0
+    epsilon = what.epsilon or 0.0
     if old is None:
         count, of_units = _of_units(plan if what.reduces is not None else None, x, keep, others, epsilon)
         parts |= {key: plain(*pair) for key, pair in of_units.items()}
@@ -183,7 +184,7 @@ def _numbers(call: Call, what: About, plan: Any, x: Array, y: Array | None, keep
         train=train, count=-max_over_devices(-count.min(), axis_name or None, None), **numbers,
         batch_mean=value("batch"), batch_var=parts["batch"].var if old is not None else value("batch"),
         running_mean=value("running_mean"), running_var=value("running_var"), apart=apart,
-        scale=_scale(call, math.prod(x.shape[a] for a in channels)),
+        scale=scale,
         out_var=parts["out"].var if y is not None and several else value(""),
         saturated=value("saturated") if flat else value(""), gradient=nan, gradient_rms=nan,
     )  # fmt: skip

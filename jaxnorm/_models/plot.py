@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -15,7 +16,7 @@ def figure(report: Any) -> Figure:
     """One line for each norm, from the first call at the top: bars of sizes, and shares as a heat map."""
     rows, names = report.rows, [row.path for row in report.rows]
     sick = {finding.path for finding in report.findings}
-    found = Figure(figsize=(11.0, 1.5 + 0.3 * max(len(rows), 1)), layout="constrained")
+    found = plt.figure(figsize=(11.0, 1.5 + 0.3 * max(len(rows), 1)), layout="constrained")
     panels: Any = [
         ("rms", "RMS of the input", True), ("drift_mean", "Drift of the mean", False),
         ("gradient", "Gradient of scale", True),

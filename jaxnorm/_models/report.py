@@ -89,7 +89,9 @@ class Report:
         print_table(self)
 
     def plot(self) -> Figure:
-        """A picture: the size of each norm's input, its drift and gradient, and the shares that should be 0.
+        """A figure of pyplot: the size of each norm's input, its drift and gradient, and the shares that should be 0.
+
+        Norms with a finding are red.
 
         Raises:
           ImportError: matplotlib is not installed.
