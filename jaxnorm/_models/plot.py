@@ -29,7 +29,8 @@ def figure(report: Any) -> Figure:
         finite = [value if np.isfinite(value) else 0.0 for value in values]
         colours = [_RED if path in sick else _BLUE for path in names]
         ax.barh(at, finite, color=colours, height=0.65)
-        if log and any(value > 0 for value in finite):
+        positive = [value for value in finite if value > 0]
+        if log and positive and max(positive) > 30 * min(positive):
             ax.set_xscale("log")
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
