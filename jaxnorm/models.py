@@ -5,7 +5,7 @@ They take linen models with their variables, nnx modules, and trees of specs, pa
 
 from ._models.collect import Seen as Seen
 from ._models.collect import collect as collect
-from ._models.findings import Finding as Finding
+from ._models.layer import Finding as Finding
 from ._models.report import Report as Report
 from ._models.report import report as report
 from ._models.tabulate import tabulate as tabulate

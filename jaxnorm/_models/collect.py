@@ -213,9 +213,10 @@ def _trace() -> Any:
 def on_host(seen: Seen) -> list[tuple[str, About, Measured]]:
     """The calls, in NumPy. A call in a scan is one for each step: "path/0", "path/1"."""
     found = []
+    host: Any = np.asarray
     for (path, what), m in zip(seen.abouts, jax.device_get(seen.measurements), strict=True):
         lead = np.shape(m.train)
         for at in np.ndindex(*lead):
             name = "/".join([path, *map(str, at)])
-            found.append((name, what, Measured(*(np.asarray(a)[at] if lead else np.asarray(a) for a in m))))
+            found.append((name, what, Measured(*(host(a)[at] if lead else host(a) for a in m))))
     return found

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from .._core.install import extra
 from .._core.messages import shown
 from .collect import Seen, on_host
-from .findings import Finding, Layer, findings
+from .findings import findings
+from .layer import Finding, Layer
 from .table import as_text, print_table, rich_table
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ def report(seen: Seen, *, train: bool | None = None) -> Report:
             f"report: seen must be what collect measured, got {shown(seen)}. Write out, seen = "
             "models.collect(apply)(...), and report(seen)."
         )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(seen)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(seen)):
         raise TypeError(
             "report: seen is traced. Return it from the compiled step, and write report(seen) outside of it."
         )
