@@ -204,9 +204,10 @@ def _module(f: Any, args: tuple[Any, ...]) -> Any:
 
 def _trace() -> Any:
     """What JAX traces at the moment: a value that is measured in another trace could not leave it."""
+    from jax import core as older
     from jax.extend import core
 
-    state: Any = getattr(core, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state
+    state: Any = getattr(core, "get_opaque_trace_state", None) or older.get_opaque_trace_state
     return state(**({"convention": "flax"} if "convention" in inspect.signature(state).parameters else {}))
 
 

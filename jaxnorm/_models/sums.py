@@ -40,7 +40,8 @@ def totals(a: Array, keep: Array | None, axes: tuple[int, ...], flat: Any = None
     parts = [d, d * d, one(valid), bad, *([] if flat is None else [one(valid & flat(wide))])]
     zeros = [np.zeros((), d.dtype)] * len(parts)
     add = lambda p, q: tuple(i + j for i, j in zip(p, q, strict=True))
-    sums: Any = lax.reduce(tuple(parts), tuple(zeros), add, axes) if axes else parts
+    reduce: Any = lax.reduce
+    sums: Any = reduce(tuple(parts), tuple(zeros), add, axes) if axes else parts
     first, second, n, bad, *more = sums
     at_least_1 = jnp.maximum(n, 1.0)
     offset = first / at_least_1
