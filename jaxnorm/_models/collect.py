@@ -94,13 +94,13 @@ def _of_norm(path: str, kind: str, leaves: dict[str, Any]) -> list[Any]:
 
 def collect(
     f: Callable[..., Any], *, axis_name: str | tuple[str, ...] | None = None,
-    activations: Mapping[str, str] | None = None,
+    activations: Mapping[str, str] | None = None, on: bool = True,
 ) -> Callable[..., tuple[Any, Seen]]:  # fmt: skip
     """f, which also returns measurements of every norm that it calls: `out, seen = collect(f)(*args)`.
 
     Pure: it may stand inside of `jax.jit`, `jax.grad`, `jax.vmap`, `jax.shard_map` and a scan. It reads the input and
-    the output of each norm once. Where it is not called, it costs nothing: compile the step twice, with it and without,
-    and run the one with it every n steps.
+    the output of each norm once. Compile the step twice, with it and without (`on=False`), and run the one with it every
+    n steps: the others cost nothing.
 
     Norms that f calls inside of a transformation of its own (`jax.checkpoint`, `nn.scan`, `nnx.jit`) cannot hand out
     what was measured. They are left out, and the report says so. `collect` may stand inside of the transformation
@@ -113,6 +113,7 @@ def collect(
         are merged over them, with one small all-reduce for each norm. Under plain `jit` leave it None.
       activations: for patterns of paths, the activation that follows the norm: "tanh" or "sigmoid". The `activation=`
         of a norm is known.
+      on: False measures nothing: the program is that of f, and `Seen` is empty.
 
     Returns:
       A function of f's arguments that returns (f's output, `Seen`).
@@ -137,6 +138,9 @@ def collect(
                 f"collect: the activation of {pattern!r} must be one of {list(FLAT)}, got {shown(name)}. Write "
                 f'activations={{"{pattern}": "tanh"}}, or leave it out.'
             )
+
+    if not on:
+        return lambda *args, **options: (f(*args, **options), Seen())
 
     def observed(*args: Any, **options: Any) -> tuple[Any, Seen]:
         _check_mapped(axis_name)
