@@ -99,8 +99,8 @@ def collect(
     """f, which also returns measurements of every norm that it calls: `out, seen = collect(f)(*args)`.
 
     Pure: it may stand inside of `jax.jit`, `jax.grad`, `jax.vmap`, `jax.shard_map` and a scan. It reads the input and
-    the output of each norm once. Compile the step twice, with it and without (`on=False`), and run the one with it every
-    n steps: the others cost nothing.
+    the output of each norm once. Compile the step twice, with it and without (`on=False`), and run the first every n
+    steps: the others cost nothing.
 
     Norms that f calls inside of a transformation of its own (`jax.checkpoint`, `nn.scan`, `nnx.jit`) cannot hand out
     what was measured. They are left out, and the report says so. `collect` may stand inside of the transformation

@@ -52,10 +52,10 @@ def totals(a: Array, keep: Array | None, axes: tuple[int, ...], flat: Any = None
 
 def count_used(call: Call, count: Array, shape: tuple[int, ...], others: tuple[int, ...], axis_name) -> Array:
     """The number of elements that a norm of the batch has for each channel, however its devices share statistics."""
-    spec = call.spec
-    share = [getattr(spec, name, None) for name in ("share", "axis_name", "axis_index_groups")]
-    ghosts = getattr(spec, "virtual_batch_size", None)
-    names, sync = sharing_policy(type(spec).__name__, *share, getattr(spec, "sync", "global"), ghosts)
+    own: Any = lambda name, default=None: getattr(call.spec, name, default)
+    ghosts, sync = own("virtual_batch_size"), own("sync", "global")
+    kind, groups = type(call.spec).__name__, own("axis_index_groups")
+    names, sync = sharing_policy(kind, own("share"), own("axis_name"), groups, sync, ghosts)
     names = (names,) if isinstance(names, str) else tuple(names or ())
     if ghosts is not None:
         return count * min(1.0, ghosts / max(shape[others[0]], 1))
