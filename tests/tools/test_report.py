@@ -284,6 +284,18 @@ def test_devices_that_do_not_share_statistics_are_found():
         )(x)  # fmt: skip
 
 
+def test_the_count_is_that_of_the_devices_that_share_statistics():
+    """Not of all or of one, which other tests see, but of some."""
+    shares = {"pairs": (dict(axis_name="d", sync=2), 16), "ghosts": (dict(virtual_batch_size=4), 4),
+              "halves": (dict(share=jn.Devices("d", groups=[[0, 1, 2, 3], [4, 5, 6, 7]])), 32)}  # fmt: skip
+    norms = {name: jn.BatchNorm(**options) for name, (options, _) in shares.items()}
+    params, state = NORM.init(WIDTH)
+    apply = lambda x: [norm.apply(params, state, x, train=True)[0] for norm in norms.values()]
+    step = jax.vmap(models.collect(apply, axis_name="d"), out_axes=(0, None), axis_name="d")
+    report = jn.report(jit_unoptimized(step)(batch(0).reshape(8, 8, WIDTH))[1])
+    assert [row.quantities["count"] for row in report.rows] == [count for _, count in shares.values()]
+
+
 # --- linen, nnx, scans, and what is left out --------------------------------------------------------------------------
 
 
