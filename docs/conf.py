@@ -37,7 +37,7 @@ CONTENTS = {
     "Notebooks": [f"notebooks/{path.stem}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))],
     "Norms": ["norms", "running-statistics", "masks", "devices", "precision", "speed", "batch-invariance", "quantized",
               "weights", "export"],
-    "Models": ["convert", "models", "inputs"],
+    "Models": ["models", "convert", "recompute", "folding", "surgery", "diagnostics", "inputs"],
     "Moving": ["flax", "from-haiku", "from-equinox", "from-keras", "from-torch", "frameworks"],
     "Facts": ["performance", "accuracy", "guarantees", "backends"],
     "Reference": ["api/index"],

@@ -27,7 +27,7 @@ PAGES = {
         "as_affine",
     ],
     "Quantized outputs": ["Quantized", "Fp8", "Int8", "MxFp8", "NvFp4"],
-    "Backends and reports": ["Backend", "backends"],
+    "Backends and reports": ["Backend", "backends", "report", "tabulate"],
 }  # fmt: skip
 INDEX = """# API reference
 

@@ -14,6 +14,8 @@ from ._core.types import Affine as Affine
 from ._core.types import Moments as Moments
 from ._core.types import RunningStats as RunningStats
 from ._core.types import WindowStats as WindowStats
+from ._models.report import report as report
+from ._models.tabulate import tabulate as tabulate
 from ._norms import *
 from ._norms.base import Norm as Norm
 from ._norms.make import as_dict as as_dict

@@ -19,6 +19,8 @@ from ._core.types import Moments as Moments
 from ._core.types import Params
 from ._core.types import RunningStats as RunningStats
 from ._core.types import WindowStats as WindowStats
+from ._models.report import report as report
+from ._models.tabulate import tabulate as tabulate
 from ._norms.act_norm import ActNorm as ActNorm
 from ._norms.ada_group import AdaGroupNorm as AdaGroupNorm
 from ._norms.ada_instance import AdaIN as AdaIN

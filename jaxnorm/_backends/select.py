@@ -61,3 +61,11 @@ def check_implementation(norm: str, implementation: str | None) -> None:
         f"{norm}: implementation={shown} is not a backend of this build, which has {sorted(names)}. "
         "Write implementation=None for the best one, and see jaxnorm.backends() for the reasons."
     )
+
+
+_CALLS = {"native": "@jaxnorm_", "mosaic_gpu": "mosaic_gpu", "mosaic_tpu": "@tpu_custom_call"}  # in StableHLO
+
+
+def backend_in(lowered: str) -> str:
+    """The backend whose kernels a lowered program calls, from its text: "xla" if it calls none."""
+    return next((name for name, call in _CALLS.items() if call in lowered), "xla")
