@@ -13,9 +13,9 @@ from flax.linen import dtypes
 
 from .._core.messages import shown
 from .._core.paths import path_of
-from .._weights.base import Reparametrization, length, split_axes
+from .._weights.base import Reparametrization, divided, length, split_axes
 from .._weights.operator import Matrix
-from .._weights.spectral_norm import SpectralNormState, divided, iterate
+from .._weights.spectral_norm import SpectralNormState, bounded, iterate
 from .._weights.weight_norm import weight_norm
 
 Array = jax.Array
@@ -113,7 +113,7 @@ class SpectralNorm(nn.SpectralNorm):
         if update_stats:
             u.value = new.u[None].astype(self.param_dtype)
             sigma.value = jax.lax.stop_gradient(found).astype(self.param_dtype)
-        return divided(value, found, self.bound, dtype)
+        return divided(value, bounded(found, self.bound), dtype)
 
 
 class Reparametrized(nn.Module):

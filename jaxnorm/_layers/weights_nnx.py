@@ -13,9 +13,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from .._core.messages import shown
-from .._weights.base import Reparametrization, length, split_axes
+from .._weights.base import Reparametrization, divided, length, split_axes
 from .._weights.operator import Matrix
-from .._weights.spectral_norm import SpectralNormState, divided, iterate
+from .._weights.spectral_norm import SpectralNormState, bounded, iterate
 from .._weights.weight_norm import weight_norm
 
 Array = jax.Array
@@ -185,7 +185,7 @@ class SpectralNorm(_SPECTRAL_NORM):
         if update:
             u[...] = new.u[None].astype(u.dtype)
             sigma[...] = jax.lax.stop_gradient(found).astype(sigma.dtype)
-        return divided(value, found, self.bound, dtype)
+        return divided(value, bounded(found, self.bound), dtype)
 
 
 class Reparametrized(nnx.Module):

@@ -16,7 +16,7 @@ from .._core.checks import canonicalize_number
 from .._core.dtypes import accumulator
 from .._core.messages import shown
 from .._core.types import AxisName
-from .base import BY_LIKE, Reparametrization
+from .base import BY_LIKE, Reparametrization, divided
 from .operator import Convolution, Matrix, Operator, dot, unit
 
 Array = jax.Array
@@ -62,16 +62,9 @@ def _(of, primals, tangents):
     return _sigma(of, w, u, v, value), dot(u, of.forward(tangents[0], v), of.out_axis_name).astype(value.dtype)
 
 
-def over(w: Array, by: Array) -> tuple[Array, Array]:
-    """w / by in float32 or wider, as (w / c, by / c) for the constant c = by: no derivative squares a small number."""
-    c = lax.stop_gradient(jnp.where(by == 0, 1.0, by))
-    return w.astype(accumulator(w)) / c, jnp.where(by == 0, 1.0, by / c)
-
-
-def divided(w: Array, sigma: Array, bound: float | None, dtype: Any) -> Array:
-    """w / sigma, or w / max(1, sigma / bound), rounded once. A weight of zeros stays so."""
-    unit_w, ratio = over(w, sigma if bound is None else jnp.maximum(1.0, sigma / bound))
-    return (unit_w / ratio).astype(w.dtype if dtype is None else dtype)
+def bounded(sigma: Array, bound: float | None) -> Array:
+    """What w is divided by: sigma, or max(1, sigma / bound)."""
+    return sigma if bound is None else jnp.maximum(1.0, sigma / bound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +185,7 @@ class SpectralNorm(Reparametrization):
         steps = self.n_steps if train else self.eval_steps
         new, sigma = iterate(self.of(w), w, old, steps, self.first, self.epsilon, self.epsilon_mode)
         kept = type(state)(new._asdict()) if isinstance(state, dict) else new
-        return divided(w, sigma, self.bound, self.dtype), kept if train else state
+        return divided(w, bounded(sigma, self.bound), self.dtype), kept if train else state
 
 
 def spectral_norm(
