@@ -104,18 +104,19 @@ class Convolution:
         return jax.linear_transpose(lambda v: self.forward(w, v), of_input)(u.astype(accumulator(w)))[0]
 
 
-def unit(a: Array, axis_name: AxisName | None, epsilon: float, mode: str) -> Array:
-    """a over its length, with epsilon "inside" of the root, or as the least length ("max"). Zeros stay so."""
-    axes = tuple(range(a.ndim))
-    whole = length(a, axes, axis_name)
+def unit(a: Array, axis_name: AxisName | None, epsilon: float, mode: str) -> tuple[Array, Array]:
+    """a over its length, and the inner product of both, which is the length but for epsilon.
+
+    epsilon is "inside" of the root, or the least length ("max"). Zeros stay so.
+    """
+    whole = length(a, tuple(range(a.ndim)), axis_name)
+    least = jnp.maximum(whole, epsilon**0.5 if mode == "inside" else epsilon)
+    least = jnp.where(least == 0, 1.0, least)
+    scaled = whole / least
     if mode == "inside":
-        larger = jnp.maximum(whole, epsilon**0.5)
-        larger = jnp.where(larger == 0, 1.0, larger)
-        return (
-            a / larger * lax.rsqrt(jnp.where(whole == 0, 1.0, jnp.square(whole / larger) + (epsilon / larger) / larger))
-        )
-    least = jnp.maximum(whole, epsilon)
-    return a / jnp.where(least == 0, 1.0, least)
+        r = lax.rsqrt(jnp.where(whole == 0, 1.0, jnp.square(scaled) + (epsilon / least) / least))
+        return a / least * r, (whole * (scaled * r)).reshape(())
+    return a / least, (whole * scaled).reshape(())
 
 
 def dot(a: Array, b: Array, axis_name: AxisName | None) -> Array:

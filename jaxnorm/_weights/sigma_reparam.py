@@ -77,8 +77,8 @@ class SigmaReparam(Reparametrization):
         of, wide = self.of(w), accumulator(w)
         if active_axis_names(self.axis_name) or active_axis_names(self.out_axis_name):
             raise ValueError(
-                f"{self.name}: an SVD needs the whole weight, got a shard. Write params, state = spec.init(w) outside of "
-                "shard_map."
+                f"{self.name}: the SVD of init needs the whole weight, got a shard. Write params, state = spec.init(w) "
+                "outside of shard_map."
             )
         sizes = [sizes_along(w.shape, axes) for axes in (of.kept, of.rest)]
         matrix = w.astype(wide).transpose(of.kept + of.rest).reshape(math.prod(sizes[0]), -1)

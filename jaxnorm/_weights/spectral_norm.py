@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._core.checks import canonicalize_number
 from .._core.dtypes import accumulator
+from .._core.mesh import active_axis_names
 from .._core.messages import shown
 from .._core.types import AxisName
 from .base import BY_LIKE, Reparametrization, divided
@@ -35,20 +36,14 @@ def iterate(of: Operator, w: Array, state: SpectralNormState, steps: int, first:
     value = None
     for _ in range(steps):
         if first == "u":
-            u, value = _refreshed(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
-            v, value = _refreshed(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
+            u, value = unit(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
+            v, value = unit(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
         else:
-            v, value = _refreshed(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
-            u, value = _refreshed(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
+            v, value = unit(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
+            u, value = unit(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
     if value is None:
         value = dot(u, of.forward(frozen, v), of.out_axis_name)
     return SpectralNormState(u, v), _sigma(of, w, u, v, value)
-
-
-def _refreshed(product: Array, axis_name, epsilon: float, mode: str) -> tuple[Array, Array]:
-    """A product as a unit vector, and the inner product of both: sigma, without another pass over the weight."""
-    vector = unit(product, axis_name, epsilon, mode)
-    return vector, dot(vector, product, axis_name)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -171,8 +166,10 @@ class SpectralNorm(Reparametrization):
         w = self.as_weight(w)
         of, wide = self.of(w), accumulator(w)
         key = jax.random.key(0) if key is None else key
+        for name in active_axis_names(self.out_axis_name):  # each device draws its own part
+            key = jax.random.fold_in(key, lax.axis_index(name))
         u = jax.random.normal(key, of.out_shape(w), wide)
-        v = unit(of.adjoint(w, u), of.axis_name, self.epsilon, self.epsilon_mode)
+        v, _ = unit(of.adjoint(w, u), of.axis_name, self.epsilon, self.epsilon_mode)
         state = SpectralNormState(u, v)
         if self.init_steps:
             step = lambda _, s: iterate(of, w, s, 1, self.first, self.epsilon, self.epsilon_mode)[0]
