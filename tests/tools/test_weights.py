@@ -1,5 +1,8 @@
 """Reparametrized weights: against torch, against float64 NumPy with other libraries' defaults, on devices, in Flax."""
 
+import dataclasses
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,26 +38,64 @@ def w(rng) -> np.ndarray:
     return rng.normal(size=(5, 4)).astype("f")
 
 
-@pytest.mark.parametrize("spec", STARTS_AS_THE_WEIGHT, ids=name)
-def test_wrapping_changes_nothing_and_every_parameter_is_trained(spec, w):
-    params, state = spec.init(w)
-    close(spec.bake(params, state), w)
-    grads = jax.grad(lambda p: (spec.apply(p, state, train=True)[0] ** 3).sum())(params)
-    frozen = {"w", "a"} if isinstance(spec, weights.DoRA) else set()  # b is 0, so a has no gradient yet
-    for field, grad in grads._asdict().items():
-        assert (np.abs(grad).max() == 0) == (field in frozen), field
+def test_wrapping_changes_nothing_and_every_parameter_is_trained(w):
+    @jit_unoptimized
+    def run(w):
+        made = [spec.init(w) for spec in STARTS_AS_THE_WEIGHT]
+        loss = lambda spec, state: lambda p: (spec.apply(p, state, train=True)[0] ** 3).sum()
+        grads = [jax.grad(loss(spec, s))(p) for spec, (p, s) in zip(STARTS_AS_THE_WEIGHT, made, strict=True)]
+        return [spec.bake(*m) for spec, m in zip(STARTS_AS_THE_WEIGHT, made, strict=True)], grads
+
+    for spec, baked, grads in zip(STARTS_AS_THE_WEIGHT, *run(w), strict=True):
+        close(baked, w)
+        frozen = {"w", "a"} if isinstance(spec, weights.DoRA) else set()  # b is 0, so a has no gradient yet
+        for field, grad in grads._asdict().items():
+            assert (np.abs(grad).max() == 0) == (field in frozen), (name(spec), field)
 
 
-@pytest.mark.parametrize("spec", [*STARTS_AS_THE_WEIGHT, *MORE], ids=name)
-def test_zeros_extremes_and_bfloat16(spec, w):
+def test_zeros_extremes_and_16_bits(w):
     """Finite, in value and gradient; of one dtype; and equal under any scale of a weight that starts as it is."""
+    specs = [*STARTS_AS_THE_WEIGHT, *MORE]
+
+    @jit_unoptimized
+    def run(a):
+        found = []
+        for spec in specs:
+            params, state = spec.init(a)
+            out, back = jax.vjp(lambda p, spec=spec, state=state: spec.apply(p, state, train=True)[0], params)
+            found.append((out, back(jnp.ones_like(out))))
+        return found
+
     for a in (np.zeros((5, 4), "f"), w * np.float32(1e20), w * np.float32(1e-20), w.astype(jnp.bfloat16)):
-        params, state = spec.init(a)
-        out, back = jax.vjp(lambda p, s=state: spec.apply(p, s, train=True)[0], params)
-        assert out.dtype == a.dtype
-        assert all(np.isfinite(np.asarray(g, "f")).all() for g in jax.tree.leaves((out, back(jnp.ones_like(out)))))
-        if spec in STARTS_AS_THE_WEIGHT:
-            np.testing.assert_allclose(out.astype("f"), np.asarray(a, "f"), rtol=2e-2 if a.dtype != w.dtype else 4e-6)
+        for spec, (out, grads) in zip(specs, run(a), strict=True):
+            assert out.dtype == a.dtype, name(spec)
+            assert all(np.isfinite(np.asarray(g, "f")).all() for g in jax.tree.leaves((out, grads))), name(spec)
+            if spec in STARTS_AS_THE_WEIGHT:
+                tol = 2e-2 if a.dtype != w.dtype else 4e-6
+                np.testing.assert_allclose(out.astype("f"), np.asarray(a, "f"), rtol=tol, err_msg=name(spec))
+
+
+def test_mixed_precision(w):
+    """A weight of 16 bits with float32 parameters beside it: float32 arithmetic, one rounding at the end."""
+    small = w.astype(jnp.bfloat16)
+    specs = [weights.WeightNorm(), weights.ScaledStandardize(), weights.SigmaReparam(), weights.DoRA(rank=2)]
+    wide = lambda p: jax.tree.map(lambda a: a.astype("f"), p)
+
+    @jit_unoptimized
+    def run(small):
+        found = []
+        for spec in specs:
+            params, state = spec.init(wide(small))
+            (y, _), back = jax.vjp(lambda p, spec=spec, state=state: spec.apply(p, state, train=True),
+                                   type(params)(small, *params[1:]))  # fmt: skip
+            exact, _ = dataclasses.replace(spec, dtype="float32").apply(params, state, train=True)
+            found.append((y, exact, back((jnp.ones_like(y), state))[0]))
+        return found
+
+    for spec, (y, exact, grads) in zip(specs, run(small), strict=True):
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16), err_msg=name(spec))
+        assert [g.dtype for g in grads] == [jnp.bfloat16] + [jnp.float32] * (len(grads) - 1)
 
 
 def test_torch_weight_norm(rng):
@@ -94,23 +135,61 @@ def test_torch_spectral_norm(rng, train):
     close(grad, conv.parametrizations.weight.original.grad, 1e-4)
 
 
-@pytest.mark.parametrize(("like", "of_unit"), [
-    ("flax", lambda a: a / np.sqrt((a * a).sum() + 1e-12)),
-    ("haiku", lambda a: a / np.sqrt((a * a).sum() + 1e-4)),
-    ("keras", lambda a: a * min(1 / np.sqrt((a * a).sum()), 1e7)),
-])  # fmt: skip
-def test_spectral_norm_has_the_defaults_of_others(w, like, of_unit):
-    """Their code as formulas: v from u, u from v, sigma = v W u. A small weight shows the epsilon."""
-    w = w * np.float32(1e-2)
+def haikus(w, u):
+    import haiku as hk
+
+    f = hk.transform_with_state(lambda w, train: hk.SpectralNorm()(w, update_stats=train))
+    start = {"spectral_norm": {"u0": u[None], "sigma": jnp.ones(())}}
+    run = lambda w, train: f.apply({}, start, None, w, train)
+    train, new = run(w, True)
+    grad = jax.grad(lambda w: (run(w, True)[0] ** 3).sum())(w)
+    return train, new["spectral_norm"]["u0"][0], run(w, False)[0], grad
+
+
+def flaxes(w, u):
+    norm, of_layer = linen.SpectralNorm(linen.DenseGeneral(w.shape[1:], use_bias=False)), "layer_instance/kernel"
+    stats = {f"{of_layer}/u": u[None], f"{of_layer}/sigma": jnp.ones(())}
+    given = lambda w: {"params": {"layer_instance": {"kernel": w}}, "batch_stats": stats}
+    run = lambda w, train: norm.apply(given(w), np.eye(w.shape[0], dtype="f"), update_stats=train, mutable=["batch_stats"])
+    train, new = run(w, True)
+    grad = jax.grad(lambda w: (run(w, True)[0] ** 3).sum())(w)
+    return train, new["batch_stats"][f"{of_layer}/u"][0], run(w, False)[0], grad
+
+
+def kerases(w, u):
+    """It stores the effective weight in the place of the weight, so it is equal in its first call."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    layer = keras.layers.SpectralNormalization(keras.layers.Conv1D(w.shape[-1], w.shape[0], use_bias=False))
+    layer.build((None, 5, w.shape[1]))
+    layer.set_weights([w, u[None]])
+    layer(np.ones((1, 5, w.shape[1]), "f"), training=True)
+    return layer.kernel.value, layer.vector_u.value[0], None, None
+
+
+@pytest.mark.parametrize(
+    ("like", "theirs", "size"), [("haiku", haikus, 3e-3), ("flax", flaxes, 1e-6), ("keras", kerases, 3e-8)]
+)
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_spectral_norm_is_that_of_others(rng, like, theirs, size):
+    """Their real objects, at a weight so small that it shows the epsilon."""
+    w = rng.normal(size=(2, 3, 4)).astype("f") * np.float32(size)
     spec = weights.SpectralNorm(like=like)
-    _, state = spec.init(w)
-    matrix = w.astype("d")
-    v = of_unit(matrix @ np.asarray(state.u, "d"))
-    u = of_unit(v @ matrix)
-    effective, new = spec.apply(w, state, train=True)
-    close(effective, matrix / (v @ matrix @ u), 1e-5)
-    close(new.u, u, 1e-5)
-    assert spec.apply(w, state, train=False)[1] is state
+    _, state = spec.init(w, jax.random.key(1))
+    assert (like == "keras") == (spec.eval_steps == 0)
+    train, u, inference, grad = theirs(w, np.asarray(state.u))
+
+    @jit_unoptimized
+    def ours(w):
+        found, new = spec.apply(w, state, train=True)
+        grad = jax.grad(lambda w: (spec.apply(w, state, train=True)[0] ** 3).sum())(w)
+        return found, new.u, spec.apply(w, state, train=False)[0], grad
+
+    for mine, other in zip(ours(w), (train, u, inference, grad), strict=True):
+        if other is not None:
+            np.testing.assert_allclose(mine, other, rtol=2e-5, atol=2e-5 * np.abs(other).max())
 
 
 def test_spectral_norm_finds_sigma_and_bounds(w):
