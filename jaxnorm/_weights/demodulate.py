@@ -56,9 +56,9 @@ def demodulation_scales(
     wide = accumulator(w)
     style = style.astype(widest(wide, style.dtype))
     largest = lax.stop_gradient(jnp.abs(style).max(1, keepdims=True, initial=0.0))
-    most = lax.stop_gradient(jnp.abs(w).max(initial=0.0)).astype(wide)
+    most = lax.stop_gradient(jnp.abs(w).max(initial=0.0)).astype(wide).reshape(1, 1)
     unit, whole = nonzero_divisor(largest), nonzero_divisor(most)
-    squares = jnp.square(w.astype(wide) / whole).sum(rest)  # the order of the two axes is kept
+    squares = jnp.square(w.astype(wide) / whole.reshape(())).sum(rest)  # the order of the two axes is kept
     squares = squares if inner < kept else squares.T
     total = jnp.matmul(jnp.square(style / unit), squares, precision=lax.Precision.HIGHEST)
     if names := active_axis_names(axis_name):
@@ -69,16 +69,17 @@ def demodulation_scales(
 
 def _merged(total: Array, largest: Array, most: Array, names: tuple[str, ...]) -> tuple[Array, Array, Array]:
     """The sum of squares of all devices, each in units of its own two largest, in those of all: one all-reduce."""
-    share = lambda largest, most, unit, whole: jnp.square(
-        largest / nonzero_divisor(unit) * (most / nonzero_divisor(whole))
-    )
+
+    def share(largest, most, unit, whole) -> Array:
+        return jnp.square(largest / nonzero_divisor(unit) * (most / nonzero_divisor(whole)))
+
     slots = slots_over_devices([total, largest, most], names)
     if slots is None:  # too large for a slot each: two all-reduces
         unit, whole = (max_over_devices(a, names, None) for a in (largest, most))
         return psum_grouped([total * share(largest, most, unit, whole)], names, None)[0], unit, whole
-    of_each, each, every = slots
-    unit, whole = each.max(0), every.max(0)
-    return (of_each * share(each, every[:, None, None], unit, whole)).sum(0), unit, whole
+    of_each, *own = slots
+    unit, whole = (lax.stop_gradient(a).max(0, keepdims=True) for a in own)
+    return (of_each * share(*lax.stop_gradient(own), unit, whole)).sum(0), unit[0], whole[0]
 
 
 def demodulate(

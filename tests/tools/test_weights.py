@@ -1,6 +1,7 @@
-"""Reparametrized weights: against torch, against float64 NumPy with other libraries' defaults, on devices, in Flax."""
+"""Reparametrized weights: against torch, against float64 NumPy with other libraries' defaults, on devices."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -8,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import linen, nnx
+from flax import linen
 from helpers.compiled.hlo import cost
 from helpers.jit import jit_unoptimized
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm import linen as jnn
-from jaxnorm import nnx as jnnx
 from jaxnorm import weights
 
 STARTS_AS_THE_WEIGHT = [
@@ -150,7 +149,8 @@ def flaxes(w, u):
     norm, of_layer = linen.SpectralNorm(linen.DenseGeneral(w.shape[1:], use_bias=False)), "layer_instance/kernel"
     stats = {f"{of_layer}/u": u[None], f"{of_layer}/sigma": jnp.ones(())}
     given = lambda w: {"params": {"layer_instance": {"kernel": w}}, "batch_stats": stats}
-    run = lambda w, train: norm.apply(given(w), np.eye(w.shape[0], dtype="f"), update_stats=train, mutable=["batch_stats"])
+    x, changes = np.eye(w.shape[0], dtype="f"), ["batch_stats"]
+    run = lambda w, train: norm.apply(given(w), x, update_stats=train, mutable=changes)
     train, new = run(w, True)
     grad = jax.grad(lambda w: (run(w, True)[0] ** 3).sum())(w)
     return train, new["batch_stats"][f"{of_layer}/u"][0], run(w, False)[0], grad
@@ -293,47 +293,99 @@ def test_trees_by_path(w):
 
 
 def test_a_scan_over_layers(rng):
-    stack = rng.normal(size=(3, 4, 4)).astype("f")
-    spec = weights.SpectralNorm()
-    params, states = jax.vmap(lambda w: spec.init(w))(stack)
+    """Of 16 bits, with their state carried along: each layer's is that of its weight alone."""
+    stack, specs = (
+        jnp.asarray(rng.normal(size=(3, 4, 4)), "bfloat16"),
+        [weights.SpectralNorm(), *STARTS_AS_THE_WEIGHT[:3]],
+    )
 
-    def layer(x, of):
-        w, state = spec.apply(*of, train=True)
-        return x @ w, state
+    @jit_unoptimized
+    def run(x, train=True):
+        found = []
+        for spec in specs:
+            made = jax.vmap(spec.init)(stack)
 
-    y, new = jax.jit(lambda x: jax.lax.scan(layer, x, (params, states)))(np.eye(4, dtype="f"))
-    expected = np.eye(4)
-    for w, u, v in zip(stack, *states, strict=True):
-        expected = expected @ spec.apply(w, weights.SpectralNormState(u, v), train=True)[0]
-    close(y, expected, 1e-5)
-    assert new.u.shape == (3, 4)
+            def layer(x, of, spec=spec):
+                w, state = spec.apply(*of, train=train)
+                return jnp.matmul(x, w, preferred_element_type="float32").astype("bfloat16"), (w, state)
+
+            _, (effective, new) = jax.lax.scan(layer, x, made)
+            alone = [spec.apply(*jax.tree.map(lambda a, i=i: a[i], made), train=train) for i in range(3)]
+            found.append((effective, new, *jax.tree.map(lambda *a: jnp.stack(a), *alone)))
+        return found
+
+    for spec, (effective, new, alone, alones) in zip(specs, run(jnp.eye(4, dtype="bfloat16")), strict=True):
+        np.testing.assert_allclose(effective.astype("f"), alone.astype("f"), rtol=1e-2, err_msg=name(spec))
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), new, alones)
+
+
+UV = weights.SpectralNormState(P("b"), P("a"))
+SHARDED = [  # a spec of w (in over "a", out over "b"), how its parameters and its state lie, and its all-reduces
+    (weights.WeightNorm(axis_name="a"), weights.WeightNormParams(P("a", "b"), P("b")), (), 1),
+    (weights.Standardize(axis_name="a"), P("a", "b"), (), 1),
+    (weights.ScaledStandardize(axis_name="a"), weights.ScaledStandardizeParams(P("a", "b"), P("b")), (), 1),
+    (weights.DoRA(rank=2, axis_name="a"), weights.DoRAParams(P("a", "b"), P("b"), P("a"), P(None, "b")), (), 1),
+    (weights.Demodulate(axis_name="a"), P("a", "b"), (), 1),
+    (weights.SpectralNorm(axis_name="a", out_axis_name="b"), P("a", "b"), UV, 4),
+    (weights.SigmaReparam(axis_name="a", out_axis_name="b"), weights.SigmaReparamParams(P("a", "b"), P()), UV, 4),
+]
 
 
 @pytest.mark.parametrize(
-    "kind", [weights.WeightNorm, weights.Standardize, weights.ScaledStandardize, weights.SpectralNorm]
+    ("spec", "of_params", "of_state", "all_reduces"), SHARDED, ids=lambda a: getattr(a, "name", "")
 )
-def test_sharded_weights_merge(rng, kind):
-    """Under jit, and inside shard_map by axis names: the whole weight's numbers and gradients."""
+def test_sharded_weights_merge(rng, spec, of_params, of_state, all_reduces):
+    """Under jit, and in shard_map by axis names: the whole weight's numbers and gradients, by so many all-reduces."""
+    w, style = rng.normal(size=(8, 4)).astype("f"), rng.normal(size=(3, 8)).astype("f")
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    whole = dataclasses.replace(spec, axis_name=None, **{"out_axis_name": None} if of_state else {})
+    params, state = whole.init(w)
+    styled = isinstance(spec, weights.Demodulate)
+    if isinstance(spec, weights.DoRA):
+        params = params._replace(b=rng.normal(size=(2, 4)).astype("f"))
+
+    def effective(spec, params, state, style):
+        more = {"style": style} if styled else {"train": True}
+        return spec.apply(params, state, **more)[0]
+
+    def step(f):
+        def run(params, style):
+            y, back = jax.vjp(lambda *args: f(args[0], state, args[1]), params, style)
+            return y, back(y**2)
+
+        return jit_unoptimized(run)
+
+    of_y = P(None, "a", "b") if styled else P("a", "b")
+    split = jax.shard_map(functools.partial(effective, spec), mesh=mesh, out_specs=of_y,
+                          in_specs=(of_params, of_state, P(None, "a")))  # fmt: skip
+    one = step(functools.partial(effective, whole))
+    expected = one(params, style)
+    put = lambda tree, places: jax.tree.map(lambda a, p: jax.device_put(a, NamedSharding(mesh, p)), tree, places)
+    for found in (one(put(params, of_params), put(style, P(None, "a"))), step(split)(params, style)):
+        jax.tree.map(lambda a, b: close(a, b, 3e-5), found, expected)
+    text = jit_unoptimized(lambda params: split(params, state, style)).lower(params).compile().as_text()
+    assert cost(text).collectives == {"all-reduce": all_reduces}
+    if isinstance(spec, weights.SigmaReparam):
+        with pytest.raises(ValueError, match="outside of shard_map"):
+            jax.eval_shape(jax.shard_map(spec.init, mesh=mesh, in_specs=P("a", "b"), out_specs=P()), w)
+
+
+def test_what_starts_on_each_device(rng):
+    """DoRA's a and spectral norm's u are drawn apart for each device, and the lengths are those of the whole."""
     w = rng.normal(size=(8, 4)).astype("f")
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
-    whole = kind()
-    _, state = whole.init(w)
-    of = lambda spec: lambda w: spec.apply(spec.init(w)[0] if state == () else w, state, train=True)[0]
-    expected, back = jax.vjp(of(whole), w)
-    (grad,) = back(expected**2)
-    close(jax.jit(of(whole))(jax.device_put(w, NamedSharding(mesh, P("a", "b")))), expected)
-    more = {} if state == () else {"out_axis_name": "b"}
-    spec = kind(axis_name="a", **more)
-    if state == ():
-        split = jax.shard_map(of(spec), mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b"))
-    else:
-        step = lambda w, state: spec.apply(w, state, train=True)[0]
-        places = (P("a", "b"), weights.SpectralNormState(P("b"), P("a")))
-        inside = jax.shard_map(step, mesh=mesh, in_specs=places, out_specs=P("a", "b"))
-        split = lambda w: inside(w, state)
-    found, back = jax.jit(lambda w: (lambda y, back: (y, back(y**2)))(*jax.vjp(split, w)))(w)
-    close(found, expected)
-    close(back[0], grad, 2e-5)
+
+    def init(w):
+        dora, _ = weights.DoRA(rank=2, axis_name="a").init(w)
+        _, state = weights.SpectralNorm(axis_name="a", out_axis_name="b", init_steps=0).init(w)
+        return dora.magnitude, dora.a, state.u
+
+    lies = (P("b"), P("a"), P("b"))
+    magnitude, a, u = jit_unoptimized(jax.shard_map(init, mesh=mesh, in_specs=P("a", "b"), out_specs=lies))(w)
+    close(magnitude, np.linalg.norm(w, axis=0))
+    assert np.abs(a).max() <= 8**-0.5
+    assert len(np.unique(a)) == a.size
+    assert len(np.unique(u)) == u.size
 
 
 @pytest.mark.parametrize("shape", [(256, 512), (3, 3, 64, 96)])
@@ -359,97 +411,3 @@ def test_messages_have_the_line_to_write(w):
     ):
         with pytest.raises(ValueError, match=match):
             call()
-
-
-# --- Flax: the claims of its own tests, and its own layers side by side -----------------------------------------------
-
-
-class Model(linen.Module):
-    of: object  # a module with both wrappers
-    more: object = None
-
-    @linen.compact
-    def __call__(self, x, train: bool):
-        x = self.of.SpectralNorm(linen.DenseGeneral((3, 2)))(x, update_stats=train)
-        return self.of.WeightNorm(linen.Dense(5), variable_filter=None, **(self.more or {}))(x.reshape(2, -1))
-
-
-def test_linen_wrappers_are_those_of_flax(rng):
-    x = rng.normal(size=(2, 4)).astype("f")
-    ours, theirs = Model(jnn, {"scale_init": linen.initializers.ones}), Model(linen)
-    start = lambda model: jit_unoptimized(lambda key: model.init(key, x, train=False))(jax.random.key(0))
-    mine, variables = start(ours), start(theirs)
-    jax.tree.map(close, mine, variables)  # the same names, collections, shapes, and values
-    run = lambda model: (
-        lambda p, train: model.apply({**variables, "params": p}, x, train=train, mutable=["batch_stats"])
-    )
-    for train in (True, False):
-        found = [jit_unoptimized(lambda p, m=m, t=train: run(m)(p, t))(variables["params"]) for m in (ours, theirs)]
-        jax.tree.map(close, *found)
-    loss = lambda m: lambda p: (run(m)(p, True)[0] ** 2).sum()
-    grads = [jit_unoptimized(jax.grad(loss(m)))(variables["params"]) for m in (ours, theirs)]
-    jax.tree.map(lambda a, b: close(a, b, 2e-5), *grads)
-
-
-def test_flax_tests_of_spectral_norm():
-    class Foo(linen.Module):
-        strict: bool = False
-
-        @linen.compact
-        def __call__(self, x, train):
-            return jnn.SpectralNorm(linen.DenseGeneral((2, 4), use_bias=False), error_on_non_matrix=self.strict)(
-                x, update_stats=train
-            )
-
-    with pytest.raises(ValueError, match="Input is 3D but error_on_non_matrix is True"):
-        Foo(strict=True).init(jax.random.key(0), np.ones((1, 8), "f"), train=False)
-    variables = Foo().init(jax.random.key(0), np.ones((1, 8), "f"), train=False)
-    kernel = 4 * np.eye(8, dtype="f").reshape(8, 2, 4)
-    for train, sigma in ((True, 4.0 * 2**0.5), (False, 1.0)):  # of the (16, 4) matrix of leading axes by the last
-        given = {**variables, "params": {"DenseGeneral_0": {"kernel": kernel}}}
-        _, new = Foo().apply(given, np.ones((1, 8), "f"), train=train, mutable=["batch_stats"])
-        close(new["batch_stats"]["SpectralNorm_0"]["DenseGeneral_0/kernel/sigma"], sigma, 1e-3)
-
-
-@pytest.mark.parametrize(("axes", "reduced"), [(-1, 0), (0, 1), ((0, 1), ()), ((), (0, 1)), (None, (0, 1))])
-def test_flax_tests_of_weight_norm(rng, axes, reduced):
-    x = rng.normal(size=(1, 3)).astype("f")
-    layer = jnn.WeightNorm(linen.Dense(2, bias_init=linen.initializers.normal()), feature_axes=axes)
-    variables = jax.tree.map(lambda a: a + 0.5, layer.init(jax.random.key(2), x))
-    kernel = np.asarray(variables["params"]["layer_instance"]["kernel"], "d")
-    scale = np.expand_dims(np.asarray(variables["params"]["layer_instance/kernel/scale"]), reduced)
-    kernel = kernel / np.sqrt((kernel**2).sum(reduced, keepdims=True)) * scale
-    close(layer.apply(variables, x), x @ kernel + np.asarray(variables["params"]["layer_instance"]["bias"]), 1e-5)
-
-
-@pytest.mark.parametrize("spec", [None, weights.SpectralNorm(), weights.ScaledStandardize()], ids=str)
-def test_nnx_wrappers_keep_the_kernel(rng, spec):
-    x, make = rng.normal(size=(2, 4)).astype("f"), lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    linear = make()
-    if spec is None:
-        layer, theirs = jnnx.SpectralNorm(linear, rngs=nnx.Rngs(1)), nnx.SpectralNorm(make(), rngs=nnx.Rngs(1))
-        ours_at, theirs_at = ([path for path, _ in nnx.to_flat_state(nnx.state(a))] for a in (layer, theirs))
-        assert ours_at == theirs_at
-        expected = theirs(x)
-    else:
-        layer = jnnx.Reparametrized(linear, spec, rngs=nnx.Rngs(1))
-        params, state = spec.init(linear.kernel[...], nnx.Rngs(1).params())
-        expected = x @ spec.apply(params, state, train=True)[0]
-    before = np.asarray(linear.kernel[...])
-    close(layer(x), expected, 1e-5)
-    assert (np.asarray(linear.kernel[...]) == before).all()
-    state = lambda: jax.tree.leaves(nnx.state(layer, nnx.BatchStat))
-    layer.eval()
-    old = state()
-    nnx.jit(lambda layer, x: layer(x))(layer, x)
-    jax.tree.map(np.testing.assert_array_equal, state(), old)
-
-
-def test_nnx_weight_norm_trains_its_scales(rng):
-    x, make = rng.normal(size=(2, 4)).astype("f"), lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    layer = jnnx.WeightNorm(make(), rngs=nnx.Rngs(1))
-    close(layer(x), make()(x))
-    constant = {"scale_init": nnx.initializers.constant(2.0), "rngs": nnx.Rngs(1)}
-    close(jnnx.WeightNorm(make(), **constant)(x), nnx.WeightNorm(make(), **constant)(x), 1e-5)
-    grads = nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum()))(layer, x)
-    assert np.abs(grads["scales"][("kernel",)][...]).min() > 0
