@@ -32,6 +32,17 @@ name = lambda spec: f"{type(spec).__name__}-{spec.like}-{getattr(spec, 'bound', 
 close = lambda a, b, tol=2e-6: np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
 
 
+def run(spec, params, state=(), train=False):
+    """The effective weight, the next state, and the gradient of the sum of its cubes."""
+
+    def cubes(params):
+        found = spec.apply(params, state, train=train)
+        return (found[0] ** 3).sum(), found
+
+    grad, found = jit_unoptimized(jax.grad(cubes, has_aux=True))(params)
+    return *found, grad
+
+
 @pytest.fixture
 def w(rng) -> np.ndarray:
     return rng.normal(size=(5, 4)).astype("f")
@@ -106,9 +117,9 @@ def test_torch_weight_norm(rng):
     params, _ = spec.init(v)
     params = params._replace(g=params.g * 2)
     conv.parametrizations.weight.original0.data *= 2
-    close(spec.bake(params), conv.weight.detach())
+    effective, _, grads = run(spec, params)
+    close(effective, conv.weight.detach())
     (conv.weight**3).sum().backward()
-    grads = jax.grad(lambda p: (spec.apply(p)[0] ** 3).sum())(params)
     of_torch = conv.parametrizations.weight
     close(grads.v, of_torch.original1.grad, 1e-4)
     close(grads.g, of_torch.original0.grad.ravel(), 1e-4)
@@ -126,11 +137,10 @@ def test_torch_spectral_norm(rng, train):
     conv.train(train)
     spec = weights.SpectralNorm(like="torch")
     effective = conv.weight
-    ours, new = spec.apply(w, state, train=train)
+    ours, new, grad = run(spec, w, state, train)
     close(ours, effective.detach(), 1e-5)
     close(new.u, inside._u, 1e-5)
     (effective**3).sum().backward()
-    grad = jax.grad(lambda w: (spec.apply(w, state, train=train)[0] ** 3).sum())(jnp.asarray(w))
     close(grad, conv.parametrizations.weight.original.grad, 1e-4)
 
 
@@ -139,10 +149,18 @@ def haikus(w, u):
 
     f = hk.transform_with_state(lambda w, train: hk.SpectralNorm()(w, update_stats=train))
     start = {"spectral_norm": {"u0": u[None], "sigma": jnp.ones(())}}
-    run = lambda w, train: f.apply({}, start, None, w, train)
-    train, new = run(w, True)
-    grad = jax.grad(lambda w: (run(w, True)[0] ** 3).sum())(w)
-    return train, new["spectral_norm"]["u0"][0], run(w, False)[0], grad
+    return both(lambda w, train: f.apply({}, start, None, w, train), lambda new: new["spectral_norm"]["u0"][0], w)
+
+
+def both(apply, u_of, w):
+    """In training: the effective weight, u and the gradient of the sum of cubes; and the weight at inference."""
+
+    def cubes(w):
+        found, new = apply(w, True)
+        return (found**3).sum(), (found, u_of(new), apply(w, False)[0])
+
+    grad, found = jit_unoptimized(jax.grad(cubes, has_aux=True))(w)
+    return *found, grad
 
 
 def flaxes(w, u):
@@ -150,10 +168,8 @@ def flaxes(w, u):
     stats = {f"{of_layer}/u": u[None], f"{of_layer}/sigma": jnp.ones(())}
     given = lambda w: {"params": {"layer_instance": {"kernel": w}}, "batch_stats": stats}
     x, changes = np.eye(w.shape[0], dtype="f"), ["batch_stats"]
-    run = lambda w, train: norm.apply(given(w), x, update_stats=train, mutable=changes)
-    train, new = run(w, True)
-    grad = jax.grad(lambda w: (run(w, True)[0] ** 3).sum())(w)
-    return train, new["batch_stats"][f"{of_layer}/u"][0], run(w, False)[0], grad
+    apply = lambda w, train: norm.apply(given(w), x, update_stats=train, mutable=changes)
+    return both(apply, lambda new: new["batch_stats"][f"{of_layer}/u"][0], w)
 
 
 def kerases(w, u):
@@ -180,16 +196,11 @@ def test_spectral_norm_is_that_of_others(rng, like, theirs, size):
     _, state = spec.init(w, jax.random.key(1))
     assert (like == "keras") == (spec.eval_steps == 0)
     train, u, inference, grad = theirs(w, np.asarray(state.u))
-
-    @jit_unoptimized
-    def ours(w):
-        found, new = spec.apply(w, state, train=True)
-        grad = jax.grad(lambda w: (spec.apply(w, state, train=True)[0] ** 3).sum())(w)
-        return found, new.u, spec.apply(w, state, train=False)[0], grad
-
-    for mine, other in zip(ours(w), (train, u, inference, grad), strict=True):
+    found, new, mine = run(spec, w, state, train=True)
+    still = spec.apply(w, state, train=False)[0]
+    for ours, other in ((found, train), (new.u, u), (still, inference), (mine, grad)):
         if other is not None:
-            np.testing.assert_allclose(mine, other, rtol=2e-5, atol=2e-5 * np.abs(other).max())
+            np.testing.assert_allclose(ours, other, rtol=2e-5, atol=2e-5 * np.abs(other).max())
 
 
 def test_spectral_norm_finds_sigma_and_bounds(w):
@@ -206,8 +217,9 @@ def test_spectral_norm_of_a_convolution(rng):
     spec = weights.SpectralNorm(operator="conv", input_size=(4, 4), strides=2, init_steps=800)
     layout = ("NHWC", "HWIO", "NHWC")
     conv = lambda v: jax.lax.conv_general_dilated(v[None], kernel, (2, 2), "SAME", dimension_numbers=layout).ravel()
-    matrix = jax.jacobian(conv)(np.zeros((4, 4, 2), "f")).reshape(-1, 32)
-    close(spec.bake(*spec.init(kernel)), kernel / np.linalg.norm(matrix, 2), 1e-4)
+    matrix = jit_unoptimized(jax.jacobian(conv))(np.zeros((4, 4, 2), "f")).reshape(-1, 32)
+    effective = jit_unoptimized(lambda kernel: spec.bake(*spec.init(kernel)))(kernel)
+    close(effective, kernel / np.linalg.norm(matrix, 2), 1e-4)
 
 
 @pytest.mark.parametrize("spec", [
@@ -244,10 +256,15 @@ def test_both_forms_of_demodulation(rng):
     each = w[None] * style[:, None, None, :, None]
     expected = each / np.sqrt((each**2).sum((1, 2, 3), keepdims=True) + 1e-8)
     w, style = w.astype("f"), style.astype("f")
-    close(weights.demodulate(w, style), expected, 1e-5)
-    turned = weights.Demodulate(like="torch").apply(w.transpose(3, 2, 0, 1), style=style)[0]
+
+    @jit_unoptimized
+    def forms(w, style):
+        turned = weights.Demodulate(like="torch").apply(w.transpose(3, 2, 0, 1), style=style)[0]
+        return weights.demodulate(w, style), turned, weights.demodulation_scales(w, style * np.float32(1e20))
+
+    ours, turned, (in_scale, out_scale) = jax.tree.map(np.asarray, forms(w, style))
+    close(ours, expected, 1e-5)
     close(turned.transpose(0, 3, 4, 2, 1), expected, 1e-5)
-    in_scale, out_scale = weights.demodulation_scales(w, style * np.float32(1e20))
     assert np.abs(in_scale).max() <= 1
     close(w[None] * in_scale[:, None, None, :, None] * out_scale[:, None, None, None], expected, 1e-5)
 
@@ -264,16 +281,22 @@ def test_forced_and_unit_norm_project(w):
     close(found["down"], x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
-def test_dora_is_its_formula(rng, w):
-    spec = weights.DoRA(rank=2, alpha=6.0)
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_dora_is_its_formula(rng, axis):
+    spec, w = weights.DoRA(rank=2, alpha=6.0, axis=axis), rng.normal(size=(3, 4, 2)).astype("f")
+    outs = w.shape[axis]
     params, _ = spec.init(w)
-    params = params._replace(b=rng.normal(size=(2, 4)).astype("f"))
-    params = jax.tree.map(np.asarray, params)
-    v = w + 3.0 * params.a.astype("d") @ params.b
-    close(spec.bake(params), params.magnitude * v / np.linalg.norm(v, axis=0), 1e-5)
-    grad = jax.grad(lambda p: (spec.apply(p)[0] ** 2).sum())(params).b  # the norm is a constant
-    factor = params.magnitude / np.linalg.norm(v, axis=0)
-    close(grad, 3.0 * params.a.T @ (2 * v * factor**2), 1e-4)
+    params = params._replace(b=rng.normal(size=(2, outs)).astype("f"))
+    a, b = np.asarray(params.a, "d"), params.b.astype("d")
+    matrix = lambda t: np.moveaxis(t, axis, -1).reshape(-1, outs)  # (rest, out)
+    v = matrix(w) + 3.0 * a @ b
+    factor = np.asarray(params.magnitude) / np.linalg.norm(v, axis=0)
+    effective, _, grads = run(spec, params)
+    close(matrix(effective), v * factor, 1e-5)
+    back = 3 * (v * factor) ** 2 * factor  # the norm is a constant
+    close(grads.b, 3.0 * a.T @ back, 1e-4)
+    close(grads.a, 3.0 * back @ b.T, 1e-4)
+    assert not grads.w.any()
 
 
 def test_trees_by_path(w):
