@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -133,6 +134,18 @@ def options_of_rows(axis_name: AxisName | None, dtype: Any, implementation: str 
         scale_offset=0.0, mask=None, axis_name=axis_name, axis_index_groups=None, dtype=dtype,
         implementation=implementation, activation=None,
     )  # fmt: skip
+
+
+def count_of(w: Array, axes: tuple[int, ...], axis_name: AxisName | None) -> int:
+    """How many elements these axes have, on all devices."""
+    return math.prod(sizes_along(w.shape, axes)) * math.prod([lax.axis_size(n) for n in active_axis_names(axis_name)])
+
+
+def of_device(key: Array, axis_name: AxisName | None) -> Array:
+    """A key for each device, which draws its own part."""
+    for name in active_axis_names(axis_name):
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    return key
 
 
 def summed(a: Array, axis_name: AxisName | None) -> Array:

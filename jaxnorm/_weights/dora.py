@@ -14,10 +14,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._core.arrays import sizes_along, spread_along
 from .._core.dtypes import accumulator
-from .._core.mesh import active_axis_names
 from .._core.platforms import recompute
 from .._core.types import AxisName
-from .base import BY_LIKE, Reparametrization, divided, length, split_axes, spread_over
+from .base import BY_LIKE, Reparametrization, count_of, divided, length, of_device, split_axes, spread_over
 
 Array = jax.Array
 
@@ -74,9 +73,8 @@ class DoRA(Reparametrization):
         kept, rest = split_axes(self.name, w, self.axis)
         outs, ins = sizes_along(w.shape, kept), sizes_along(w.shape, rest)
         key = jax.random.key(0) if key is None else key
-        bound = max(math.prod(ins), 1) ** -0.5
-        for name in active_axis_names(self.axis_name):
-            bound, key = bound * lax.axis_size(name) ** -0.5, jax.random.fold_in(key, lax.axis_index(name))
+        bound = max(count_of(w, rest, self.axis_name), 1) ** -0.5
+        key = of_device(key, self.axis_name)
         a = jax.random.uniform(key, (math.prod(ins), self.rank), w.dtype, -bound, bound)
         magnitude = length(w, rest, self.axis_name).reshape(outs).astype(w.dtype)
         return DoRAParams(w, magnitude, a, jnp.zeros((self.rank, math.prod(outs)), w.dtype)), ()

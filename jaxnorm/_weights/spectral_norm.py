@@ -14,10 +14,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._core.checks import canonicalize_number
 from .._core.dtypes import accumulator
-from .._core.mesh import active_axis_names
 from .._core.messages import shown
 from .._core.types import AxisName
-from .base import BY_LIKE, Reparametrization, divided
+from .base import BY_LIKE, Reparametrization, divided, of_device
 from .operator import Convolution, Matrix, Operator, dot, unit
 
 Array = jax.Array
@@ -166,9 +165,7 @@ class SpectralNorm(Reparametrization):
         w = self.as_weight(w)
         of, wide = self.of(w), accumulator(w)
         key = jax.random.key(0) if key is None else key
-        for name in active_axis_names(self.out_axis_name):  # each device draws its own part
-            key = jax.random.fold_in(key, lax.axis_index(name))
-        u = jax.random.normal(key, of.out_shape(w), wide)
+        u = jax.random.normal(of_device(key, self.out_axis_name), of.out_shape(w), wide)
         v, _ = unit(of.adjoint(w, u), of.axis_name, self.epsilon, self.epsilon_mode)
         state = SpectralNormState(u, v)
         if self.init_steps:
