@@ -18,7 +18,7 @@ from .._core.arithmetic import pick_in_range
 from .._core.arrays import as_float_array, canonicalize_axes, sizes_along, spread_along
 from .._core.collectives import psum_grouped
 from .._core.dtypes import accumulator
-from .._core.mesh import active_axis_names
+from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown, to_python
 from .._core.over import Axes
 from .._core.platforms import recompute
@@ -136,21 +136,29 @@ def options_of_rows(axis_name: AxisName | None, dtype: Any, implementation: str 
     )  # fmt: skip
 
 
+def bound_names(axis_name: AxisName | None) -> tuple[str, ...]:
+    """The names to merge over; none where jit partitions."""
+    names = active_axis_names(axis_name)
+    with explain_unbound_axis("jaxnorm.weights", axis_name):
+        [lax.axis_size(name) for name in names]
+    return names
+
+
 def count_of(w: Array, axes: tuple[int, ...], axis_name: AxisName | None) -> int:
     """How many elements these axes have, on all devices."""
-    return math.prod(sizes_along(w.shape, axes)) * math.prod([lax.axis_size(n) for n in active_axis_names(axis_name)])
+    return math.prod(sizes_along(w.shape, axes)) * math.prod([lax.axis_size(n) for n in bound_names(axis_name)])
 
 
 def of_device(key: Array, axis_name: AxisName | None) -> Array:
     """A key for each device, which draws its own part."""
-    for name in active_axis_names(axis_name):
+    for name in bound_names(axis_name):
         key = jax.random.fold_in(key, lax.axis_index(name))
     return key
 
 
 def summed(a: Array, axis_name: AxisName | None) -> Array:
     """The sum over devices."""
-    names = active_axis_names(axis_name)
+    names = bound_names(axis_name)
     return psum_grouped([a], names, None)[0] if names else a
 
 
@@ -160,7 +168,7 @@ def length(w: Array, axes: tuple[int, ...], axis_name: AxisName | None = None) -
 
     No square overflows or underflows.
     """
-    names = active_axis_names(axis_name)
+    names = bound_names(axis_name)
     plan = make_plan(w, names, 0.0, 0.0, w.dtype, Reduction(Axes(axes), centered=False), None)
     reduction = plan.reduction
     if not names:

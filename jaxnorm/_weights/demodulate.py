@@ -15,9 +15,8 @@ from .._core.arithmetic import nonzero_divisor
 from .._core.arrays import as_float_array, canonicalize_axes
 from .._core.collectives import max_over_devices, psum_grouped, slots_over_devices
 from .._core.dtypes import accumulator, widest
-from .._core.mesh import active_axis_names
 from .._core.types import AxisName
-from .base import BY_LIKE, Reparametrization
+from .base import BY_LIKE, Reparametrization, bound_names
 
 Array = jax.Array
 
@@ -61,7 +60,7 @@ def demodulation_scales(
     squares = jnp.square(w.astype(wide) / whole.reshape(())).sum(rest)  # the order of the two axes is kept
     squares = squares if inner < kept else squares.T
     total = jnp.matmul(jnp.square(style / unit), squares, precision=lax.Precision.HIGHEST)
-    if names := active_axis_names(axis_name):
+    if names := bound_names(axis_name):
         total, largest, most = _merged(total, largest, most, names)
         unit, whole = nonzero_divisor(largest), nonzero_divisor(most)
     return style / unit, lax.rsqrt(total + epsilon / whole / whole / unit / unit) / whole

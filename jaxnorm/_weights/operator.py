@@ -61,8 +61,11 @@ class Matrix:
 
 def _contracted(w: Array, vector: Array, axes: tuple[int, ...]) -> Array:
     wide = accumulator(w)
-    pairs = ((axes, tuple(range(len(axes)))), ((), ()))
-    return lax.dot_general(w.astype(wide), vector.astype(wide), pairs, precision=lax.Precision.HIGHEST)
+    left, right = w.astype(wide), vector.astype(wide)
+    pair = axes, tuple(range(len(axes)))
+    if 0 in axes:  # XLA for CPU copies the left one, transposed, unless its last axes are contracted
+        left, right, pair = right, left, pair[::-1]
+    return lax.dot_general(left, right, (pair, ((), ())), precision=lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._core.arrays import sizes_along
 from .._core.dtypes import accumulator
-from .._core.mesh import active_axis_names
 from .._core.types import AxisName
-from .base import BY_LIKE, Reparametrization, divided
+from .base import BY_LIKE, Reparametrization, bound_names, divided
 from .operator import Matrix
 from .spectral_norm import SpectralNormState, iterate
 
@@ -75,7 +74,7 @@ class SigmaReparam(Reparametrization):
     def init(self, w: ArrayLike, key: Array | None = None) -> tuple[SigmaReparamParams, SpectralNormState]:
         w = self.as_weight(w)
         of, wide = self.of(w), accumulator(w)
-        if active_axis_names(self.axis_name) or active_axis_names(self.out_axis_name):
+        if bound_names(self.axis_name) or bound_names(self.out_axis_name):
             raise ValueError(
                 f"{self.name}: the SVD of init needs the whole weight, got a shard. Write params, state = spec.init(w) "
                 "outside of shard_map."
