@@ -76,9 +76,9 @@ def _merged(total: Array, largest: Array, most: Array, names: tuple[str, ...]) -
     if slots is None:  # too large for a slot each: two all-reduces
         unit, whole = (max_over_devices(a, names, None) for a in (largest, most))
         return psum_grouped([total * share(largest, most, unit, whole)], names, None)[0], unit, whole
-    of_each, *own = slots
-    unit, whole = (lax.stop_gradient(a).max(0, keepdims=True) for a in own)
-    return (of_each * share(*lax.stop_gradient(own), unit, whole)).sum(0), unit[0], whole[0]
+    total, largest, most = slots[0], *map(lax.stop_gradient, slots[1:])
+    unit, whole = largest.max(0, keepdims=True), most.max(0, keepdims=True)
+    return (total * share(largest, most, unit, whole)).sum(0), unit[0], whole[0]
 
 
 def demodulate(

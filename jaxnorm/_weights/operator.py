@@ -62,10 +62,10 @@ class Matrix:
 def _contracted(w: Array, vector: Array, axes: tuple[int, ...]) -> Array:
     wide = accumulator(w)
     left, right = w.astype(wide), vector.astype(wide)
-    pair = axes, tuple(range(len(axes)))
+    of_left, of_right = axes, tuple(range(len(axes)))
     if 0 in axes:  # XLA for CPU copies the left one, transposed, unless its last axes are contracted
-        left, right, pair = right, left, pair[::-1]
-    return lax.dot_general(left, right, (pair, ((), ())), precision=lax.Precision.HIGHEST)
+        left, right, of_left, of_right = right, left, of_right, of_left
+    return lax.dot_general(left, right, ((of_left, of_right), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)

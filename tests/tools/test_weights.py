@@ -441,5 +441,5 @@ def test_messages_have_the_line_to_write(w):
         with pytest.raises(ValueError, match=match):
             call()
     params, _ = weights.DoRA(rank=2).init(w)
-    with pytest.raises(NameError, match="jaxnorm.weights: axis_name='a' is not bound here: call it inside"):
+    with pytest.raises(NameError, match=r"jaxnorm\.weights: axis_name='a' is not bound here: call it inside"):
         weights.DoRA(rank=2, axis_name="a").bake(params)
