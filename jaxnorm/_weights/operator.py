@@ -41,7 +41,9 @@ class Matrix:
     out_axis_name: AxisName | None
 
     @classmethod
-    def of(cls, name: str, w: Array, axis, axis_name, out_axis_name) -> Matrix:
+    def of(
+        cls, name: str, w: Array, axis: int | Sequence[int], axis_name: AxisName | None, out_axis_name: AxisName | None
+    ) -> Matrix:
         kept, rest = split_axes(name, w, axis)
         if not kept or not rest:
             raise ValueError(
