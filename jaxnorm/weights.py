@@ -17,6 +17,7 @@ from ._weights.forced_norm import ForcedNorm as ForcedNorm
 from ._weights.forced_norm import forced_norm as forced_norm
 from ._weights.forced_norm import mp_silu as mp_silu
 from ._weights.forced_norm import mp_sum as mp_sum
+from ._weights.gain import variance_gain as variance_gain
 from ._weights.sigma_reparam import SigmaReparam as SigmaReparam
 from ._weights.sigma_reparam import SigmaReparamParams as SigmaReparamParams
 from ._weights.spectral_norm import SpectralNorm as SpectralNorm
@@ -27,7 +28,6 @@ from ._weights.standardize import ScaledStandardizeParams as ScaledStandardizePa
 from ._weights.standardize import Standardize as Standardize
 from ._weights.standardize import scaled_standardize as scaled_standardize
 from ._weights.standardize import standardize as standardize
-from ._weights.standardize import variance_gain as variance_gain
 from ._weights.tree import Tree as Tree
 from ._weights.unit_norm import UnitNorm as UnitNorm
 from ._weights.unit_norm import unit_norm as unit_norm

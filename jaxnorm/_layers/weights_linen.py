@@ -9,14 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import dtypes
 
-from .._core.messages import shown
 from .._core.paths import path_of
-from .._weights.base import Reparametrization, length, split_axes
-from .._weights.operator import Matrix
-from .._weights.spectral_norm import SpectralNormState, divided, iterate
-from .._weights.weight_norm import weight_norm
+from .weights_flax import check_spec, own_names, params_of, scale_of, with_spectral_norm, with_weight_norm
 
 Array = jax.Array
 
@@ -61,15 +56,11 @@ class WeightNorm(nn.WeightNorm):
         value, name = jnp.asarray(vs), _path(self.layer_instance, path)
         if not _chosen(name, self.variable_filter):
             return value
-        axes = self.feature_axes
-        kept, reduced = split_axes("WeightNorm", value, axes)
-        shape = tuple(value.shape[a] for a in kept)
         scale = None
         if self.use_scale:
-            start = lambda key, shape, dtype: length(value, reduced).reshape(shape).astype(dtype)
-            scale = self.param(f"{name}/scale", self.scale_init or start, shape, self.param_dtype)
-        dtype = dtypes.canonicalize_dtype(*[a for a in (value, scale) if a is not None], dtype=self.dtype)
-        return weight_norm(value, scale, axis=kept, epsilon=self.epsilon, dtype=dtype)
+            start = lambda key: scale_of(value, self.feature_axes, self.scale_init, lambda: key, self.param_dtype)
+            scale = self.param(f"{name}/scale", start)
+        return with_weight_norm(value, scale, self.feature_axes, self.epsilon, self.dtype)
 
 
 class SpectralNorm(nn.SpectralNorm):
@@ -102,18 +93,14 @@ class SpectralNorm(nn.SpectralNorm):
             return value
         if value.ndim > 2 and self.error_on_non_matrix:
             raise ValueError(f"Input is {value.ndim}D but error_on_non_matrix is True")
-        of = Matrix.of("SpectralNorm", value, -1, None, None)
         kind, full = self.collection_name, f"{name}/u"
         key = None if self.has_variable(kind, full) else self.make_rng("params")
         u = self.variable(kind, full, jax.random.normal, key, (1, value.shape[-1]), self.param_dtype)
         sigma = self.variable(kind, f"{name}/sigma", jnp.ones, (), self.param_dtype)
-        old = SpectralNormState(u.value[0], jnp.zeros(value.shape[:-1], u.value.dtype))
-        new, found = iterate(of, value, old, self.n_steps, "v", self.epsilon, "inside")
-        dtype = dtypes.canonicalize_dtype(value, u.value, dtype=self.dtype)
+        effective, *new = with_spectral_norm(value, u.value, self.n_steps, self.epsilon, self.bound, self.dtype)
         if update_stats:
-            u.value = new.u[None].astype(self.param_dtype)
-            sigma.value = jax.lax.stop_gradient(found).astype(self.param_dtype)
-        return divided(value, found, self.bound, dtype)
+            u.value, sigma.value = (a.astype(self.param_dtype) for a in new)
+        return effective
 
 
 class Reparametrized(nn.Module):
@@ -150,10 +137,7 @@ class Reparametrized(nn.Module):
           update_stats: whether this is training: the state is updated.
           **kwargs: of the layer.
         """
-        if not isinstance(self.spec, Reparametrization):
-            raise TypeError(
-                f"Reparametrized: spec must be of jaxnorm.weights, got {shown(self.spec)}. Write weights.Standardize()."
-            )
+        check_spec(self.spec)
         effective = lambda path, vs: self._effective(path, vs, update_stats)
         return nn.map_variables(
             lambda layer: layer(*args, **kwargs),
@@ -168,14 +152,12 @@ class Reparametrized(nn.Module):
             return value
         key = self.make_rng("params") if self.is_initializing() else None
         first, state = jax.eval_shape(self.spec.init, value, key)
-        own = first._fields[1:] if self.spec.Params else ()
         kept = state._fields if hasattr(state, "_fields") else ()
         made = self.spec.init(value, key) if self.is_initializing() else (first, state)
-        params = {n: self.param(f"{name}/{n}", lambda _, n=n: getattr(made[0], n)) for n in own}
+        params = {n: self.param(f"{name}/{n}", lambda _, n=n: getattr(made[0], n)) for n in own_names(self.spec)}
         stored = {n: self.variable(self.collection_name, f"{name}/{n}", lambda n=n: getattr(made[1], n)) for n in kept}
-        params = self.spec.Params(value, **params) if self.spec.Params else value
         old = type(state)(**{n: v.value for n, v in stored.items()}) if kept else ()
-        effective, new = self.spec.apply(params, old, train=train)
+        effective, new = self.spec.apply(params_of(self.spec, value, params), old, train=train)
         if train and not self.is_initializing():
             for n, variable in stored.items():
                 variable.value = getattr(new, n)

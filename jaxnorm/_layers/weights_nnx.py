@@ -12,11 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from .._core.messages import shown
-from .._weights.base import Reparametrization, length, split_axes
-from .._weights.operator import Matrix
-from .._weights.spectral_norm import SpectralNormState, divided, iterate
-from .._weights.weight_norm import weight_norm
+from .weights_flax import check_spec, own_names, params_of, scale_of, with_spectral_norm, with_weight_norm
 
 Array = jax.Array
 _KERNELS = nnx.PathContains("kernel")
@@ -79,23 +75,18 @@ class WeightNorm(_WEIGHT_NORM):
         rngs: nnx.Rngs | None = None,
     ):  # fmt: skip
         self.layer_instance = layer_instance
-        self.feature_axes = () if feature_axes is None else feature_axes
+        self.feature_axes = feature_axes
         self.use_scale, self.scale_init, self.epsilon = use_scale, scale_init, epsilon
         self.dtype, self.param_dtype, self.promote_dtype = dtype, param_dtype, promote_dtype
         self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
         self.scales: Any = nnx.data(None)
         if use_scale:
-            self.scales = nnx.data({path: self._start(param[...], rngs) for path, param in self._chosen().items()})
+            key = lambda: rngs["params"]()  # type: ignore[index]
+            start = lambda value: nnx.Param(scale_of(value, feature_axes, scale_init, key, param_dtype))
+            self.scales = nnx.data({path: start(param[...]) for path, param in self._chosen().items()})
 
     def _chosen(self) -> dict[tuple, Any]:
         return _params(self.layer_instance, self.variable_filter)
-
-    def _start(self, value: Array, rngs: Any) -> nnx.Param:
-        kept, reduced = split_axes("WeightNorm", value, self.feature_axes)
-        shape = tuple(value.shape[a] for a in kept)
-        if self.scale_init is None:
-            return nnx.Param(length(value, reduced).reshape(shape).astype(self.param_dtype))
-        return nnx.Param(self.scale_init(rngs["params"](), shape, self.param_dtype))
 
     def _effective(self, path: tuple, param: Any) -> Array:
         value, scale = param[...], None
@@ -103,8 +94,7 @@ class WeightNorm(_WEIGHT_NORM):
             if path not in self.scales:
                 raise RuntimeError(f"WeightNorm: the layer has a parameter {path} that it had not when it was wrapped.")
             scale = self.scales[path][...]
-        dtype = dtypes.canonicalize_dtype(*[a for a in (value, scale) if a is not None], dtype=self.dtype)
-        return weight_norm(value, scale, axis=self.feature_axes, epsilon=self.epsilon, dtype=dtype)
+        return with_weight_norm(value, scale, self.feature_axes, self.epsilon, self.dtype)
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the layer with its effective weights."""
@@ -178,14 +168,10 @@ class SpectralNorm(_SPECTRAL_NORM):
         if (*path, "u") not in self.batch_stats:
             raise RuntimeError(f"SpectralNorm: the layer has a parameter {path} that it had not when it was wrapped.")
         value, u, sigma = param[...], self.batch_stats[(*path, "u")], self.batch_stats[(*path, "sigma")]
-        of = Matrix.of("SpectralNorm", value, -1, None, None)
-        old = SpectralNormState(u[...][0], jnp.zeros(value.shape[:-1], u.dtype))
-        new, found = iterate(of, value, old, self.n_steps, "v", self.epsilon, "inside")
-        dtype = dtypes.canonicalize_dtype(value, u[...], dtype=self.dtype)
+        effective, *new = with_spectral_norm(value, u[...], self.n_steps, self.epsilon, self.bound, self.dtype)
         if update:
-            u[...] = new.u[None].astype(u.dtype)
-            sigma[...] = jax.lax.stop_gradient(found).astype(sigma.dtype)
-        return divided(value, found, self.bound, dtype)
+            u[...], sigma[...] = new
+        return effective
 
 
 class Reparametrized(nnx.Module):
@@ -213,10 +199,7 @@ class Reparametrized(nnx.Module):
         self, layer_instance: nnx.Module, spec: Any, *, variable_filter: Any = _KERNELS, update_stats: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        if not isinstance(spec, Reparametrization):
-            raise TypeError(
-                f"Reparametrized: spec must be of jaxnorm.weights, got {shown(spec)}. Write weights.Standardize()."
-            )
+        check_spec(spec)
         self.layer_instance, self.spec = layer_instance, spec
         self.variable_filter = nnx.filterlib.to_predicate(variable_filter)
         self.use_running_average = not update_stats
@@ -224,7 +207,7 @@ class Reparametrized(nnx.Module):
         self._state: Any = tuple
         for path, param in _params(layer_instance, self.variable_filter).items():
             params, state = spec.init(param[...], rngs.params())
-            for name in params._fields[1:] if spec.Params else ():
+            for name in own_names(spec):
                 added[(*path, name)] = nnx.Param(getattr(params, name))
             if state != ():
                 self._state = type(state)
@@ -248,9 +231,7 @@ class Reparametrized(nnx.Module):
 
     def _effective(self, path: tuple, value: Array, train: bool) -> Array:
         spec = self.spec
-        params: Any = value
-        if spec.Params:
-            params = spec.Params(value, *(self.added[(*path, n)][...] for n in spec.Params._fields[1:]))
+        params = params_of(spec, value, {n: self.added[(*path, n)][...] for n in own_names(spec)})
         kept = getattr(self._state, "_fields", ())
         state = self._state(*(self.stats[(*path, n)][...] for n in kept)) if kept else ()
         w, new = spec.apply(params, state, train=train)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -12,11 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from .._core.arithmetic import pick_in_range
 from .._core.arrays import as_float_array, canonicalize_axes, sizes_along, spread_along
-from .._core.collectives import max_over_devices, psum_grouped
+from .._core.collectives import psum_grouped
 from .._core.dtypes import accumulator
+from .._core.mesh import active_axis_names, explain_unbound_axis
 from .._core.messages import shown, to_python
-from .._core.types import AxisName
+from .._core.over import Axes
+from .._core.platforms import recompute
+from .._core.reduce import local_statistics
+from .._core.types import AxisName, Reduction
+from .._ops.plan import make_plan
 
 Array = jax.Array
 
@@ -129,14 +137,66 @@ def options_of_rows(axis_name: AxisName | None, dtype: Any, implementation: str 
     )  # fmt: skip
 
 
+def bound_names(axis_name: AxisName | None) -> tuple[str, ...]:
+    """The names to merge over; none where jit partitions."""
+    names = active_axis_names(axis_name)
+    with explain_unbound_axis("jaxnorm.weights", axis_name):
+        [lax.axis_size(name) for name in names]
+    return names
+
+
+def count_of(w: Array, axes: tuple[int, ...], axis_name: AxisName | None) -> int:
+    """How many elements these axes have, on all devices."""
+    return math.prod(sizes_along(w.shape, axes)) * math.prod([lax.axis_size(n) for n in bound_names(axis_name)])
+
+
+def of_device(key: Array, axis_name: AxisName | None) -> Array:
+    """A key for each device, which draws its own part."""
+    for name in bound_names(axis_name):
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    return key
+
+
 def summed(a: Array, axis_name: AxisName | None) -> Array:
     """The sum over devices."""
-    return a if axis_name is None else psum_grouped([a], axis_name, None)[0]
+    names = bound_names(axis_name)
+    return psum_grouped([a], names, None)[0] if names else a
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def length(w: Array, axes: tuple[int, ...], axis_name: AxisName | None = None) -> Array:
-    """The Euclidean length along axes, kept with size 1, in float32 or wider. No square overflows or underflows."""
-    w = w.astype(accumulator(w))
-    largest = max_over_devices(lax.stop_gradient(jnp.abs(w)).max(axes, keepdims=True, initial=0.0), axis_name, None)
-    unit = jnp.where(largest == 0, 1.0, largest)
-    return unit * jnp.sqrt(summed(jnp.square(w / unit).sum(axes, keepdims=True), axis_name))
+    """The Euclidean length along axes, kept with size 1, in float32 or wider: one read of w, and one all-reduce.
+
+    No square overflows or underflows.
+    """
+    names = bound_names(axis_name)
+    plan = make_plan(w, names, 0.0, 0.0, w.dtype, Reduction(Axes(axes), centered=False), None)
+    reduction = plan.reduction
+    if not names:
+        m2, prescale = local_statistics(w, None, None, reduction).m2, reduction.prescale
+        return m2 if reduction.large_prescale is not None else jnp.sqrt(m2) / prescale
+    wide = w.astype(accumulator(w))
+    squares = [jnp.square(wide * prescale).sum(axes, keepdims=True) for prescale in reduction.prescales]
+    m2, prescale = psum_grouped(squares, names, None), reduction.prescale
+    m2, prescale = (m2[0], prescale) if reduction.large_prescale is None else pick_in_range(reduction, *m2)
+    return jnp.sqrt(m2) / prescale
+
+
+@length.defjvp
+def _(axes, axis_name, primals, tangents):
+    (w,), (dw,) = primals, tangents
+    whole = length(w, axes, axis_name)
+    unit = w.astype(whole.dtype) / jnp.where(whole == 0, 1.0, whole)
+    return whole, summed((unit * dw.astype(whole.dtype)).sum(axes, keepdims=True), axis_name)
+
+
+def divided(w: Array, by: Array, dtype: Any, factor: Array | None = None) -> Array:
+    """factor w / by, rounded once; 0 where `by` is. For the backward pass w, in its own dtype, is kept."""
+    return recompute(functools.partial(_divided, dtype), False)(w, by, factor)
+
+
+def _divided(dtype: Any, w: Array, by: Array, factor: Array | None) -> Array:
+    # As (w / c) / (by / c) for the constant c = by, of which no derivative squares a small number.
+    c = lax.stop_gradient(jnp.where(by == 0, 1.0, by))
+    times = 1.0 if factor is None else factor.astype(by.dtype)
+    return (w.astype(accumulator(w)) / c * (times / jnp.where(by == 0, 1.0, by / c))).astype(dtype or w.dtype)

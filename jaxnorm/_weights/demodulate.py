@@ -11,16 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from .._core.arithmetic import nonzero_divisor
 from .._core.arrays import as_float_array, canonicalize_axes
+from .._core.collectives import max_over_devices, psum_grouped, slots_over_devices
 from .._core.dtypes import accumulator, widest
-from .base import BY_LIKE, Reparametrization
+from .._core.types import AxisName
+from .base import BY_LIKE, Reparametrization, bound_names
 
 Array = jax.Array
 
 
 def demodulation_scales(
-    w: ArrayLike, style: ArrayLike, *, axis: int = -1, in_axis: int = -2, epsilon: float = 1e-8
-) -> tuple[Array, Array]:
+    w: ArrayLike, style: ArrayLike, *, axis: int = -1, in_axis: int = -2, epsilon: float = 1e-8,
+    axis_name: AxisName | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """The form of `demodulate` on activations: two factors around one convolution for the whole batch.
 
         conv(x * in_scale, w) * out_scale  ==  conv of each example by its own weight
@@ -33,6 +37,7 @@ def demodulation_scales(
       axis: the output axis.
       in_axis: the input axis.
       epsilon: inside of the root.
+      axis_name: inside `shard_map`, the mesh axes over which inputs or space are split. Under jit, leave it out.
 
     Returns:
       in_scale (N, in) and out_scale (N, out), in float32 or wider. Put axes of size 1 between for space.
@@ -50,19 +55,35 @@ def demodulation_scales(
     wide = accumulator(w)
     style = style.astype(widest(wide, style.dtype))
     largest = lax.stop_gradient(jnp.abs(style).max(1, keepdims=True, initial=0.0))
-    unit = jnp.where(largest == 0, 1.0, largest)
-    in_scale = style / unit
-    most = lax.stop_gradient(jnp.abs(w).max(initial=0.0)).astype(wide)
-    most = jnp.where(most == 0, 1.0, most)
-    squares = jnp.square(w.astype(wide) / most).sum(rest)  # the order of the two axes is kept
+    most = lax.stop_gradient(jnp.abs(w).max(initial=0.0)).astype(wide).reshape(1, 1)
+    unit, whole = nonzero_divisor(largest), nonzero_divisor(most)
+    squares = jnp.square(w.astype(wide) / whole.reshape(())).sum(rest)  # the order of the two axes is kept
     squares = squares if inner < kept else squares.T
-    total = jnp.matmul(jnp.square(in_scale), squares, precision=lax.Precision.HIGHEST)
-    return in_scale, lax.rsqrt(total + epsilon / most / most / unit / unit) / most
+    total = jnp.matmul(jnp.square(style / unit), squares, precision=lax.Precision.HIGHEST)
+    if names := bound_names(axis_name):
+        total, largest, most = _merged(total, largest, most, names)
+        unit, whole = nonzero_divisor(largest), nonzero_divisor(most)
+    return style / unit, lax.rsqrt(total + epsilon / whole / whole / unit / unit) / whole
+
+
+def _merged(total: Array, largest: Array, most: Array, names: tuple[str, ...]) -> tuple[Array, Array, Array]:
+    """The sum of squares of all devices, each in units of its own two largest, in those of all: one all-reduce."""
+
+    def share(largest, most, unit, whole) -> Array:
+        return jnp.square(largest / nonzero_divisor(unit) * (most / nonzero_divisor(whole)))
+
+    slots = slots_over_devices([total, largest, most], names)
+    if slots is None:  # too large for a slot each: two all-reduces
+        unit, whole = (max_over_devices(a, names, None) for a in (largest, most))
+        return psum_grouped([total * share(largest, most, unit, whole)], names, None)[0], unit, whole
+    total, largest, most = slots[0], *map(lax.stop_gradient, slots[1:])
+    unit, whole = largest.max(0, keepdims=True), most.max(0, keepdims=True)
+    return (total * share(largest, most, unit, whole)).sum(0), unit[0], whole[0]
 
 
 def demodulate(
     w: ArrayLike, style: ArrayLike, *, axis: int = -1, in_axis: int = -2, epsilon: float = 1e-8,
-    dtype: DTypeLike | None = None,
+    axis_name: AxisName | None = None, dtype: DTypeLike | None = None,
 ) -> Array:  # fmt: skip
     """A demodulated weight for each example.
 
@@ -76,6 +97,7 @@ def demodulate(
       axis: the output axis.
       in_axis: the input axis.
       epsilon: inside of the root.
+      axis_name: inside `shard_map`, the mesh axes over which inputs or space are split. Under jit, leave it out.
       dtype: of the result; None is w's.
 
     Returns:
@@ -94,7 +116,7 @@ def demodulate(
     [[[0.6000000238418579], [0.800000011920929]]]
     """
     w, style, kept, inner, _ = _checked(w, style, axis, in_axis)
-    in_scale, out_scale = demodulation_scales(w, style, axis=kept, in_axis=inner, epsilon=epsilon)
+    in_scale, out_scale = demodulation_scales(w, style, axis=kept, in_axis=inner, epsilon=epsilon, axis_name=axis_name)
     spread = lambda a, at: a.reshape(a.shape[0], *(a.shape[1] if i == at else 1 for i in range(w.ndim)))
     y = w.astype(in_scale.dtype)[None] * spread(in_scale, inner) * spread(out_scale, kept)
     return y.astype(dtype or w.dtype)
@@ -118,7 +140,7 @@ class Demodulate(Reparametrization):
     """The hyperparameters of `demodulate`. The parameter is w itself, and `apply` takes the style.
 
     Args:
-      axis, in_axis, epsilon, dtype: of `demodulate`.
+      axis, in_axis, epsilon, axis_name, dtype: of `demodulate`.
       like: "torch" is axis=0, in_axis=1.
 
     >>> import numpy as np
@@ -136,12 +158,14 @@ class Demodulate(Reparametrization):
     axis: int = BY_LIKE
     in_axis: int = BY_LIKE
     epsilon: float = 1e-8
+    axis_name: AxisName | None = None
     dtype: DTypeLike | None = None
 
     def apply(self, params: Any, state: Any = (), style: Any = None, *, train: bool = False) -> tuple[Array, Any]:
         if style is None:
             raise TypeError("Demodulate: apply needs a style of shape (N, in). Write spec.apply(w, style=style).")
         w = demodulate(
-            params, style, axis=self.axis, in_axis=self.in_axis, epsilon=self.epsilon, dtype=self.dtype
+            params, style, axis=self.axis, in_axis=self.in_axis, epsilon=self.epsilon, axis_name=self.axis_name,
+            dtype=self.dtype,
         )  # fmt: skip
         return w, state

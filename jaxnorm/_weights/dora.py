@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from .._core.arrays import sizes_along
+from .._core.arrays import sizes_along, spread_along
 from .._core.dtypes import accumulator
-from .base import BY_LIKE, Reparametrization, length, split_axes, spread_over
+from .._core.platforms import recompute
+from .._core.types import AxisName
+from .base import BY_LIKE, Reparametrization, count_of, divided, length, of_device, split_axes, spread_over
 
 Array = jax.Array
 
@@ -42,6 +44,8 @@ class DoRA(Reparametrization):
       rank: of the update.
       alpha: the factor of the update is alpha / rank; None is rank.
       axis: the output axis or axes: -1 in a kernel of Flax, 0 in a weight of torch.
+      axis_name: inside `shard_map`, the mesh axes over which the other axes of w, and the rows of a, are split. Columns
+        of b are split as the outputs of w. Under jit, leave it out.
       dtype: of the result; None is w's.
       like: "torch" is axis=0, as PEFT.
 
@@ -63,6 +67,7 @@ class DoRA(Reparametrization):
     rank: int = 8
     alpha: float | None = None
     axis: int | Sequence[int] = BY_LIKE
+    axis_name: AxisName | None = None
     dtype: DTypeLike | None = None
 
     def init(self, w: ArrayLike, key: Array | None = None) -> tuple[DoRAParams, tuple[()]]:
@@ -70,21 +75,31 @@ class DoRA(Reparametrization):
         kept, rest = split_axes(self.name, w, self.axis)
         outs, ins = sizes_along(w.shape, kept), sizes_along(w.shape, rest)
         key = jax.random.key(0) if key is None else key
-        bound = max(math.prod(ins), 1) ** -0.5
+        bound = max(count_of(w, rest, self.axis_name), 1) ** -0.5
+        key = of_device(key, self.axis_name)
         a = jax.random.uniform(key, (math.prod(ins), self.rank), w.dtype, -bound, bound)
-        magnitude = length(w, rest).reshape(outs).astype(w.dtype)
+        magnitude = length(w, rest, self.axis_name).reshape(outs).astype(w.dtype)
         return DoRAParams(w, magnitude, a, jnp.zeros((self.rank, math.prod(outs)), w.dtype)), ()
 
     def apply(self, params: Any, state: Any = (), *, train: bool = False) -> tuple[Array, Any]:
-        w, magnitude, a, b = self.read(params)
-        w = lax.stop_gradient(jnp.asarray(w))
+        w, magnitude, a, b = map(jnp.asarray, self.read(params))
         kept, rest = split_axes(self.name, w, self.axis)
-        wide, outs, ins = accumulator(w), sizes_along(w.shape, kept), sizes_along(w.shape, rest)
         factor = 1.0 if self.alpha is None else self.alpha / self.rank
-        update = jnp.matmul(jnp.asarray(a).astype(wide), jnp.asarray(b).astype(wide), precision=lax.Precision.HIGHEST)
-        order = rest + kept
-        update = update.reshape(ins + outs).transpose([order.index(axis) for axis in range(w.ndim)])
-        v = w.astype(wide) + factor * update
-        norm = lax.stop_gradient(length(v, rest))
         scale: Any = spread_over(self.name, "magnitude", magnitude, w, kept)
-        return (v * (scale.astype(wide) / jnp.where(norm == 0, 1.0, norm))).astype(self.dtype or w.dtype), state
+        # Of w as the matrix that the product is, nothing is transposed: outputs are first or last in most weights.
+        first = kept == tuple(range(len(kept)))
+        order = kept + rest if first else rest + kept
+        shape = tuple(math.prod(sizes_along(w.shape, axes)) for axes in ((kept, rest) if first else (rest, kept)))
+        scale = jnp.broadcast_to(scale, spread_along(w.shape, kept)).transpose(order)
+        scale = scale.reshape((-1, 1) if first else (1, -1))
+
+        def updated(w, a, b) -> Array:
+            w = lax.stop_gradient(w.transpose(order).reshape(shape))
+            a, b = (t.astype(accumulator(w)) for t in ((b.T, a.T) if first else (a, b)))
+            return w.astype(a.dtype) + factor * jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+        norm = length(updated(w, *lax.stop_gradient((a, b))), (1 if first else 0,), self.axis_name)
+        y = recompute(lambda w, a, b, scale: divided(updated(w, a, b), norm, self.dtype or w.dtype, scale), False)(
+            w, a, b, scale
+        )
+        return y.reshape([w.shape[a] for a in order]).transpose([order.index(a) for a in range(w.ndim)]), state

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from .._core.arrays import as_float_array, sizes_along
+from .._core.arrays import as_float_array
 from .._core.dtypes import widest
 from .._core.types import AxisName
 from .._ops.length import normalize_rms
-from .base import BY_LIKE, Reparametrization, options_of_rows, split_axes
+from .base import BY_LIKE, Reparametrization, count_of, options_of_rows, split_axes
 
 Array = jax.Array
 
@@ -34,14 +34,15 @@ def forced_norm(
       gain: one number, for use; None projects.
       axis: the output axis or axes, -1 in a kernel of Flax and 0 in a weight of torch.
       epsilon: outside of the root.
-      axis_name: inside `shard_map`, the mesh axes over which the reduced axes of w are split; only to project.
+      axis_name: inside `shard_map`, the mesh axes over which the reduced axes of w are split. Under
+        jit, leave it out.
       dtype: of the result; None is w's.
 
     Returns:
       An array of w's shape.
 
     Raises:
-      ValueError: a bad axis or epsilon; a gain together with axis_name.
+      ValueError: a bad axis or epsilon.
 
     Used by EDM2 and other magnitude-preserving networks.
 
@@ -58,9 +59,7 @@ def forced_norm(
     _, reduced = split_axes(norm, w, axis)
     scale = None
     if gain is not None:
-        if axis_name is not None:
-            raise ValueError(f"{norm}: a gain needs all of n. Write it under jit, without axis_name.")
-        factor = math.prod(sizes_along(w.shape, reduced)) ** -0.5
+        factor = max(count_of(w, reduced, axis_name), 1) ** -0.5
         scale = jnp.reshape(jnp.asarray(gain, widest(w.dtype, jnp.float32)) * factor, (1,) * w.ndim)
     options = options_of_rows(axis_name, w.dtype if dtype is None else dtype, None)
     return normalize_rms(norm, w, scale, reduced, reduced, epsilon=epsilon, epsilon_mode="outside", **options)
@@ -73,7 +72,7 @@ class ForcedNorm(Reparametrization):
     Call `project` after each step of the optimizer. EDM2 does it inside of the forward pass, in training alone.
 
     Args:
-      axis, epsilon, dtype: of `forced_norm`.
+      axis, epsilon, axis_name, dtype: of `forced_norm`.
       gain: of the use, one number.
       like: "torch" is axis=0, as EDM2.
 
@@ -89,16 +88,20 @@ class ForcedNorm(Reparametrization):
     axis: int | Sequence[int] | None = BY_LIKE
     epsilon: float = 1e-4
     gain: float = 1.0
+    axis_name: AxisName | None = None
     dtype: DTypeLike | None = None
 
     def init(self, w: ArrayLike, key: Array | None = None) -> tuple[Array, tuple[()]]:
         return self.project(self.as_weight(w)), ()
 
     def project(self, params: Any) -> Array:
-        return forced_norm(params, axis=self.axis, epsilon=self.epsilon)
+        return forced_norm(params, axis=self.axis, epsilon=self.epsilon, axis_name=self.axis_name)
 
     def apply(self, params: Any, state: Any = (), *, train: bool = False) -> tuple[Array, Any]:
-        return forced_norm(params, self.gain, axis=self.axis, epsilon=self.epsilon, dtype=self.dtype), state
+        w = forced_norm(
+            params, self.gain, axis=self.axis, epsilon=self.epsilon, axis_name=self.axis_name, dtype=self.dtype
+        )
+        return w, state
 
 
 def mp_sum(a: ArrayLike, b: ArrayLike, t: float = 0.5) -> Array:

@@ -41,7 +41,9 @@ class Matrix:
     out_axis_name: AxisName | None
 
     @classmethod
-    def of(cls, name: str, w: Array, axis, axis_name, out_axis_name) -> Matrix:
+    def of(
+        cls, name: str, w: Array, axis: int | Sequence[int], axis_name: AxisName | None, out_axis_name: AxisName | None
+    ) -> Matrix:
         kept, rest = split_axes(name, w, axis)
         if not kept or not rest:
             raise ValueError(
@@ -61,8 +63,11 @@ class Matrix:
 
 def _contracted(w: Array, vector: Array, axes: tuple[int, ...]) -> Array:
     wide = accumulator(w)
-    pairs = ((axes, tuple(range(len(axes)))), ((), ()))
-    return lax.dot_general(w.astype(wide), vector.astype(wide), pairs, precision=lax.Precision.HIGHEST)
+    left, right = w.astype(wide), vector.astype(wide)
+    of_left, of_right = axes, tuple(range(len(axes)))
+    if 0 in axes:  # XLA for CPU copies the left one, transposed, unless its last axes are contracted
+        left, right, of_left, of_right = right, left, of_right, of_left
+    return lax.dot_general(left, right, ((of_left, of_right), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +109,19 @@ class Convolution:
         return jax.linear_transpose(lambda v: self.forward(w, v), of_input)(u.astype(accumulator(w)))[0]
 
 
-def unit(a: Array, axis_name: AxisName | None, epsilon: float, mode: str) -> Array:
-    """a over its length, with epsilon "inside" of the root, or as the least length ("max"). Zeros stay so."""
-    axes = tuple(range(a.ndim))
-    whole = length(a, axes, axis_name)
+def unit(a: Array, axis_name: AxisName | None, epsilon: float, mode: str) -> tuple[Array, Array]:
+    """a over its length, and the inner product of both, which is the length but for epsilon.
+
+    epsilon is "inside" of the root, or the least length ("max"). Zeros stay so.
+    """
+    whole = length(a, tuple(range(a.ndim)), axis_name)
+    least = jnp.maximum(whole, epsilon**0.5 if mode == "inside" else epsilon)
+    least = jnp.where(least == 0, 1.0, least)
+    scaled = whole / least
     if mode == "inside":
-        larger = jnp.maximum(whole, epsilon**0.5)
-        larger = jnp.where(larger == 0, 1.0, larger)
-        return (
-            a / larger * lax.rsqrt(jnp.where(whole == 0, 1.0, jnp.square(whole / larger) + (epsilon / larger) / larger))
-        )
-    least = jnp.maximum(whole, epsilon)
-    return a / jnp.where(least == 0, 1.0, least)
+        r = lax.rsqrt(jnp.where(whole == 0, 1.0, jnp.square(scaled) + (epsilon / least) / least))
+        return a / least * r, (whole * (scaled * r)).reshape(())
+    return a / least, (whole * scaled).reshape(())
 
 
 def dot(a: Array, b: Array, axis_name: AxisName | None) -> Array:

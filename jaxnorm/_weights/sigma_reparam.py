@@ -14,9 +14,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._core.arrays import sizes_along
 from .._core.dtypes import accumulator
-from .base import BY_LIKE, Reparametrization
+from .._core.types import AxisName
+from .base import BY_LIKE, Reparametrization, bound_names, divided
 from .operator import Matrix
-from .spectral_norm import SpectralNormState, iterate, over
+from .spectral_norm import SpectralNormState, iterate
 
 Array = jax.Array
 
@@ -41,6 +42,8 @@ class SigmaReparam(Reparametrization):
       axis: the output axis or axes: -1 in a kernel of Flax, 0 in a weight of torch.
       n_steps: iterations at each call with `train`.
       epsilon: the least length of a vector.
+      axis_name, out_axis_name: inside `shard_map`, the mesh axes over which the other axes, and the output axes, of w
+        are split; `init` needs the whole of w. Under jit, leave them out.
       dtype: of the result; None is w's.
       like: "torch" is axis=0.
 
@@ -63,11 +66,21 @@ class SigmaReparam(Reparametrization):
     axis: int | Sequence[int] = BY_LIKE
     n_steps: int = 1
     epsilon: float = 0.0
+    axis_name: AxisName | None = None
+    out_axis_name: AxisName | None = None
     dtype: DTypeLike | None = None
+
+    def of(self, w: Array) -> Matrix:
+        return Matrix.of(self.name, w, self.axis, self.axis_name, self.out_axis_name)
 
     def init(self, w: ArrayLike, key: Array | None = None) -> tuple[SigmaReparamParams, SpectralNormState]:
         w = self.as_weight(w)
-        of, wide = Matrix.of(self.name, w, self.axis, None, None), accumulator(w)
+        of, wide = self.of(w), accumulator(w)
+        if bound_names(self.axis_name) or bound_names(self.out_axis_name):
+            raise ValueError(
+                f"{self.name}: the SVD of init needs the whole weight, got a shard. Write params, state = spec.init(w) "
+                "outside of shard_map."
+            )
         sizes = [sizes_along(w.shape, axes) for axes in (of.kept, of.rest)]
         matrix = w.astype(wide).transpose(of.kept + of.rest).reshape(math.prod(sizes[0]), -1)
         u, sigma, v = jnp.linalg.svd(matrix, full_matrices=False)
@@ -75,11 +88,8 @@ class SigmaReparam(Reparametrization):
         return SigmaReparamParams(w, sigma[0].astype(w.dtype)), jax.lax.stop_gradient(state)
 
     def apply(self, params: Any, state: Any = (), *, train: bool = False) -> tuple[Array, Any]:
-        w, gamma = self.read(params)
-        w, gamma = jnp.asarray(w), jnp.asarray(gamma)
-        of, wide = Matrix.of(self.name, w, self.axis, None, None), accumulator(w)
+        w, gamma = map(jnp.asarray, self.read(params))
         old = SpectralNormState(**state) if isinstance(state, Mapping) else SpectralNormState(*state)
-        new, sigma = iterate(of, w, old, self.n_steps if train else 0, "u", self.epsilon, "max")
-        unit_w, ratio = over(w, sigma)
+        new, sigma = iterate(self.of(w), w, old, self.n_steps if train else 0, "u", self.epsilon, "max")
         kept = new._asdict() if isinstance(state, Mapping) else new
-        return (unit_w * (gamma.astype(wide) / ratio)).astype(self.dtype or w.dtype), kept if train else state
+        return divided(w, sigma, self.dtype, gamma), kept if train else state

@@ -16,7 +16,7 @@ from .._core.checks import canonicalize_number
 from .._core.dtypes import accumulator
 from .._core.messages import shown
 from .._core.types import AxisName
-from .base import BY_LIKE, Reparametrization
+from .base import BY_LIKE, Reparametrization, divided, of_device
 from .operator import Convolution, Matrix, Operator, dot, unit
 
 Array = jax.Array
@@ -35,20 +35,14 @@ def iterate(of: Operator, w: Array, state: SpectralNormState, steps: int, first:
     value = None
     for _ in range(steps):
         if first == "u":
-            u, value = _refreshed(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
-            v, value = _refreshed(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
+            u, value = unit(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
+            v, value = unit(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
         else:
-            v, value = _refreshed(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
-            u, value = _refreshed(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
+            v, value = unit(of.adjoint(frozen, u), of.axis_name, epsilon, mode)
+            u, value = unit(of.forward(frozen, v), of.out_axis_name, epsilon, mode)
     if value is None:
         value = dot(u, of.forward(frozen, v), of.out_axis_name)
     return SpectralNormState(u, v), _sigma(of, w, u, v, value)
-
-
-def _refreshed(product: Array, axis_name, epsilon: float, mode: str) -> tuple[Array, Array]:
-    """A product as a unit vector, and the inner product of both: sigma, without another pass over the weight."""
-    vector = unit(product, axis_name, epsilon, mode)
-    return vector, dot(vector, product, axis_name)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -62,16 +56,9 @@ def _(of, primals, tangents):
     return _sigma(of, w, u, v, value), dot(u, of.forward(tangents[0], v), of.out_axis_name).astype(value.dtype)
 
 
-def over(w: Array, by: Array) -> tuple[Array, Array]:
-    """w / by in float32 or wider, as (w / c, by / c) for the constant c = by: no derivative squares a small number."""
-    c = lax.stop_gradient(jnp.where(by == 0, 1.0, by))
-    return w.astype(accumulator(w)) / c, jnp.where(by == 0, 1.0, by / c)
-
-
-def divided(w: Array, sigma: Array, bound: float | None, dtype: Any) -> Array:
-    """w / sigma, or w / max(1, sigma / bound), rounded once. A weight of zeros stays so."""
-    unit_w, ratio = over(w, sigma if bound is None else jnp.maximum(1.0, sigma / bound))
-    return (unit_w / ratio).astype(w.dtype if dtype is None else dtype)
+def bounded(sigma: Array, bound: float | None) -> Array:
+    """What w is divided by: sigma, or max(1, sigma / bound)."""
+    return sigma if bound is None else jnp.maximum(1.0, sigma / bound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,8 +165,8 @@ class SpectralNorm(Reparametrization):
         w = self.as_weight(w)
         of, wide = self.of(w), accumulator(w)
         key = jax.random.key(0) if key is None else key
-        u = jax.random.normal(key, of.out_shape(w), wide)
-        v = unit(of.adjoint(w, u), of.axis_name, self.epsilon, self.epsilon_mode)
+        u = jax.random.normal(of_device(key, self.out_axis_name), of.out_shape(w), wide)
+        v, _ = unit(of.adjoint(w, u), of.axis_name, self.epsilon, self.epsilon_mode)
         state = SpectralNormState(u, v)
         if self.init_steps:
             step = lambda _, s: iterate(of, w, s, 1, self.first, self.epsilon, self.epsilon_mode)[0]
@@ -192,7 +179,7 @@ class SpectralNorm(Reparametrization):
         steps = self.n_steps if train else self.eval_steps
         new, sigma = iterate(self.of(w), w, old, steps, self.first, self.epsilon, self.epsilon_mode)
         kept = type(state)(new._asdict()) if isinstance(state, dict) else new
-        return divided(w, sigma, self.bound, self.dtype), kept if train else state
+        return divided(w, bounded(sigma, self.bound), self.dtype), kept if train else state
 
 
 def spectral_norm(

@@ -14,40 +14,14 @@ from jax.typing import ArrayLike, DTypeLike
 from .._core.arithmetic import nonzero_divisor
 from .._core.arrays import as_float_array, sizes_along
 from .._core.checks import canonicalize_epsilon
-from .._core.dtypes import widest
+from .._core.dtypes import accumulator, widest
 from .._core.messages import shown
 from .._core.types import AxisName
 from .._ops.elementwise import OfElements, normalize_by_statistics
 from .._ops.rows import normalize_rows
-from .base import BY_LIKE, Reparametrization, options_of_rows, split_axes, spread_over
+from .base import BY_LIKE, Reparametrization, count_of, options_of_rows, split_axes, spread_over, summed
 
 Array = jax.Array
-
-# 1 / sqrt(Var f(z)) for a normal z, as DeepMind drew them for NFNets.
-_GAINS = {
-    "identity": 1.0, "celu": 1.270926833152771, "elu": 1.2716004848480225, "gelu": 1.7015043497085571,
-    "leaky_relu": 1.70590341091156, "relu": 1.7139588594436646, "relu6": 1.7131484746932983,
-    "selu": 1.0008515119552612, "sigmoid": 4.803835391998291, "silu": 1.7881293296813965,
-    "soft_sign": 2.338853120803833, "softplus": 1.9203323125839233, "tanh": 1.5939117670059204,
-}  # fmt: skip
-
-
-def variance_gain(activation: str) -> float:
-    """What keeps the variance through an activation: gamma of `scaled_standardize`, or a factor of the activation.
-
-    Args:
-      activation: the name of a function of `jax.nn`, such as "relu".
-
-    >>> from jaxnorm import weights
-    >>> round(weights.variance_gain("relu"), 4)
-    1.714
-    """
-    name = {"swish": "silu", "linear": "identity"}.get(activation, activation)
-    if name not in _GAINS:
-        raise ValueError(
-            f'variance_gain: activation must be one of {", ".join(_GAINS)}; got {shown(activation)}. Write "relu".'
-        )
-    return _GAINS[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +114,10 @@ def standardize(
     [[-1.0, 0.0], [1.0, 0.0]]
     """
     if not scale:
-        if axis_name is not None:
-            raise ValueError("standardize: scale=False takes no axis_name. Write it under jit, without shard_map.")
         w = as_float_array("standardize", w, rank=1, layout="its output axis among its own", what="w")
-        wide = w.astype(widest(w.dtype, jnp.float32))
-        return (wide - wide.mean(split_axes("standardize", w, axis)[1], keepdims=True)).astype(dtype or w.dtype)
+        reduced, wide = split_axes("standardize", w, axis)[1], w.astype(accumulator(w))
+        n = max(count_of(w, reduced, axis_name), 1)
+        return (wide - summed(wide.sum(reduced, keepdims=True), axis_name) / n).astype(dtype or w.dtype)
     return _standardized(
         "standardize", w, None, axis=axis, epsilon=epsilon, mode=epsilon_mode, modes=("inside", "outside"),
         unbiased=unbiased, axis_name=axis_name, dtype=dtype, implementation=implementation,

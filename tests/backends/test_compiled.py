@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
 from benchmarks import peers
+from benchmarks.harness import weights
 from benchmarks.harness.case import least
 from benchmarks.harness.family import ROWS, FamilyCase
 
@@ -125,6 +126,18 @@ def test_the_family_moves_no_more_than_the_norm_it_is_made_of(which, target):
     assert found["forward"].traffic <= 2 * least(which, "forward") + for_statistics + 0.3
     again = 2 + 2 * (which == "rms_add")  # and the residual's gradient, which the program returns beside x's
     assert found["backward"].traffic <= 2 * least(which, "backward") + (again + 0.4) * whole
+
+
+@pytest.mark.parametrize(("which", "most"), [
+    ("WeightNorm", 2.1), ('Standardize(like="big_vision")', 2.1), ("SpectralNorm, training", 3.1), ("DoRA", 3.1),
+])  # fmt: skip
+@jax.numpy_dtype_promotion("standard")
+@jax.numpy_rank_promotion("allow")
+def test_a_layer_reads_its_weight_once_more_for_a_norm_of_it(which, most):
+    """The effective weight is made on the way into the product, and written nowhere. Power iteration reads w twice;
+    DoRA writes w + a b, which XLA cannot make on the way, and reads it for its length and for the product."""
+    found = weights.moved_in_a_layer(which, needs("v5e"), (8192, 16384), ["forward"])
+    assert found["forward"] <= most
 
 
 @pytest.mark.parametrize("which", cases.NORMS)
