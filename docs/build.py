@@ -17,7 +17,8 @@ SOURCES, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
 
 
 def gather() -> None:
-    shutil.rmtree(SOURCES, ignore_errors=True)
+    for folder in (SOURCES, SITE):  # whole: Sphinx does not know what a page is made of
+        shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(DOCS, SOURCES, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     shutil.copytree(ROOT / "notebooks", SOURCES / "notebooks")
     shutil.copy(ROOT / "CONTRIBUTING.md", SOURCES / "contributing.md")
