@@ -293,7 +293,7 @@ ROWS = [
     Row("response-silu", jn.FilterResponseNorm(use_threshold=False, activation="silu"), (5, 30, 4), (1, 1, 4),
         lambda n, t, c: (n, c), (4,), **response),
     Row("crms", jn.CRMSNorm(), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), oracle=oracle.compressed, exempt=FUSED),
-    Row("gated-norm", jn.GatedNorm(init_rank=3, gate_scale=2.0, scale_offset=1.0), (4, 10, 8), (1, 1, 8),
+    Row("gated-norm", jn.GatedNorm(init_rank=3, gate_scale=2.0, scale_offset=1.0, use_pre_scale=True), (4, 10, 8), (1, 1, 8),
         lambda n, t, c: (n, t), (8,), oracle=oracle.gated_norm, exempt=FUSED),
     Row("seednorm-heads", jn.SeeDNorm(num_heads=3), (4, 6, 12), (1, 1, 12), lambda n, t, c: (n, t), (12,),
         oracle=oracle.seednorm, exempt=FUSED),
@@ -324,6 +324,8 @@ ROWS = [
         **segments | dict(oracle=oracle.without_mean, exempt=SEGMENTS | FUSED)),
     Row("graph-size", jn.GraphSizeNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c),
         **segments | dict(oracle=oracle.by_size, exempt=SEGMENTS | FUSED)),
+    Row("diff-group", jn.DiffGroupNorm(init_groups=2, rate=0.5, scale_offset=1.0), (8, 3), (1, 3), lambda m, c: (0 * m,),
+        oracle=oracle.diff_group, exempt=FUSED),
     Row("message", jn.MessageNorm(scale_offset=1.0), (20, 6), (1, 6), lambda m, c: (m,), oracle=oracle.message_norm,
         operands=lambda shape: {"message": residual(shape)["residual"]}, exempt=FUSED | PER_SAMPLE | {
             "test_only_x_is_saved_at_full_size": "the message is kept as well"}),

@@ -316,7 +316,8 @@ def _kept(x, groups):
 
 def gated_norm(x, params, groups, spec, **_):
     xp = groups.xp
-    h = affine(analytic(_kept(x, groups), groups, spec.epsilon, False), params.scale, None)
+    z = affine(_kept(x, groups), params.pre_scale, None)
+    h = affine(analytic(z, groups, spec.epsilon, False), params.scale, None)
     inner = h @ params.down
     gate = (inner * (0.5 + 0.5 * xp.tanh(0.5 * inner))) @ params.up
     return spec.gate_scale * h * (0.5 + 0.5 * xp.tanh(0.5 * gate))
@@ -443,6 +444,17 @@ def pair_norm(x, params, groups, spec, **_):
     v = xp.sum(of.mean(c * c), -1, keepdims=True) + spec.epsilon
     zero = (v == 0) | (of.count.sum(-1, keepdims=True) == 0)
     return spec.output_scale * xp.where(zero, 0.0, c / xp.sqrt(xp.where(zero, 1.0, v)))
+
+
+def diff_group(x, params, groups, spec, **_):
+    xp, of, y = groups.xp, of_channels(groups), x
+    logits = _kept(x, groups) @ params.weight
+    share = xp.exp(logits - logits.real.max(-1, keepdims=True))
+    share = share / share.sum(-1, keepdims=True)
+    for g in range(share.shape[-1]):
+        z = analytic(share[:, g : g + 1] * x, of, spec.epsilon, True)
+        y = y + spec.rate * affine(z, params.scale[g][None], params.bias[g][None])
+    return y
 
 
 def without_mean(x, params, groups, spec, **_):

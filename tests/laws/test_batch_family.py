@@ -209,6 +209,28 @@ def test_the_gradients_of_rep_batch_norm_match_the_formula_under_a_mask(rng):
     close((found[1][:6], found[1][6:]), (dx, np.zeros((2, 4))), atol=1e-5)
 
 
+def test_soft_groups_are_batch_norms_with_their_states_and_layers_draw_their_weight(rng):
+    norm, mask = jn.DiffGroupNorm(init_groups=3, rate=0.5, momentum=0.5, unbiased_running_var=True), np.arange(9) < 7
+    params, state = norm.init(4)
+    params = params._replace(scale=draw(rng, (3, 4)), bias=draw(rng, (3, 4)))
+    x = draw(rng, (9, 4), 2.0)
+    a = np.exp(x @ np.asarray(params.weight))
+    z = (a / a.sum(-1, keepdims=True))[:, :, None] * x[:, None]
+    sums = lambda train, of: jn.batch_norm(
+        z, params[1:], of, train=train, axis=(1, 2), mask=mask, epsilon=1e-5, momentum=0.5, unbiased_running_var=True
+    )
+    want, moved = sums(True, state)
+    y, new = norm.apply(params, state, np.where(mask[:, None], x, np.nan), train=True, mask=mask)
+    close((y[:7], new), (x[:7] + 0.5 * want.sum(1)[:7], moved), atol=1e-5)
+    close(norm.apply(params, new, x, train=False)[0], x + 0.5 * sums(False, new)[0].sum(1), atol=1e-5)
+    first = lambda key: jnn.DiffGroupNorm(use_running_average=False).init(jax.random.key(key), x)["params"]["weight"]
+    assert first(0).shape == (4, 10)
+    assert not np.allclose(first(0), first(1))
+    of_nnx = [jnx.DiffGroupNorm(4, use_running_average=False, rngs=nnx.Rngs(key)).weight[...] for key in (0, 1)]
+    assert not np.allclose(*of_nnx)
+    assert np.abs(of_nnx[0]).max() <= 0.5
+
+
 @pytest.mark.parametrize("spread", ["l1", "rms", "none"])
 def test_other_spreads_are_recorded_and_used_at_inference(spread, rng):
     norm, params = jn.BatchNorm(spread=spread, momentum=0.5), affine(rng, 5)
@@ -245,6 +267,7 @@ SHARED = {  # the all-reduces of the statistics forward; as many backward, for x
     "rep": (jn.RepBatchNorm(fade=0.25, axis_name="d"), 1),
     "rms": (jn.BatchNorm(spread="rms", axis_name="d"), 1),
     "l1": (jn.BatchNorm(spread="l1", axis_name="d"), 2),
+    "soft groups": (jn.DiffGroupNorm(init_groups=2, axis_name="d"), 1),
 }
 
 

@@ -139,6 +139,7 @@ def test_layers_have_the_parameters_of_their_own_shape(rng):
     x = draw(rng, (4, 6, 12))
     shapes = lambda layer, *more: jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x, *more)["params"])
     assert shapes(jnn.GatedNorm(init_rank=5)) == {"scale": (12,), "down": (12, 5), "up": (5, 12)}
+    assert not np.allclose(*(jnn.GatedNorm().init(jax.random.key(k), x)["params"]["down"] for k in (0, 1)))
     assert shapes(jnn.PolyNorm()) == {"weight": (3,), "bias": ()}
     assert shapes(jnn.HypersphereUpdate(), x) == {"alpha": (12,)}
     assert shapes(jnn.SeeDNorm()) == {"scale": (12,), "alpha": (12,), "beta": (12,)}
