@@ -1,0 +1,273 @@
+// Norms of segments: lines that carry one id share statistics, wherever they lie. y and dx are affine in x, with
+// coefficients for each segment and column that come from outside:
+//
+//     y = u a + b,     dx = r (g a - q - u p),     u = (x - shift) r
+//
+// Tables are (segments + 1, K), K columns. A line with another id than 0 .. segments - 1 is absent, its x is not read, and
+// it goes by the last row of a table. Runs of lines of one id are done together by the loops of slabs (kernels.h).
+//
+// Sums are cut by columns and statistics joined in the order of lines: equal inputs give equal bits on any threads.
+#pragma once
+
+#include <cstring>
+#include <limits>
+
+#include "norm.h"
+
+namespace jaxnorm {
+
+template <class A> class Segments {
+  using Vector = std::vector<A, Aligned<A>>;
+  using Doubles = std::vector<double, Aligned<double>>;
+
+ public:
+  Segments(const Job& job, const Kernels<A>& kernels, const Threads& threads, const int32_t* ids, int64_t number)
+      : job_(job), view_(job.view), kernels_(kernels), threads_(view_.size() < serial ? alone_ : threads), ids_(ids),
+        number_(number), width_(view_.columns()), zeros_(width_, A(0)) {}
+
+  // (segments, G): the statistics, about the mean of each segment's first few lines, again where that was far from the
+  // mean of all.
+  void moments() {
+    A *mean_hi = static_cast<A*>(job_.mean_hi), *mean_lo = static_cast<A*>(job_.mean_lo), *m2 = static_cast<A*>(job_.m2);
+    A* counts = static_cast<A*>(job_.counts);
+    const int64_t statistics = number_ * view_.G;
+    std::fill_n(mean_hi, statistics, A(0)), std::fill_n(mean_lo, statistics, A(0)), std::fill_n(m2, statistics, A(0));
+    const std::vector<int64_t> lines = lines_of_each();
+    for (int64_t i = 0; i < statistics; ++i) counts[i] = A(lines[i / view_.G] * view_.D);
+    if (width_ == 0) return;
+    std::vector<uint8_t> wanted(number_);
+    for (int64_t k = 0; k < number_; ++k) wanted[k] = lines[k] > 0;
+    Vector about(number_ * width_);
+    if (job_.centered) {
+      const Sums first = sums(wanted, lines, about, A(1), few);
+      for (int64_t k = 0; k < number_; ++k)
+        for (int64_t g = 0; g < view_.G && wanted[k]; ++g)
+          mean_hi[k * view_.G + g] = A(by_group(first, 0, k, g) / double(std::min(lines[k], few) * view_.D));
+    }
+    bool left = true;
+    for (bool again = false; left; again = true) {
+      left = false;
+      for (int64_t k = 0; k < number_; ++k)
+        for (int64_t c = 0; c < width_; ++c) about[k * width_ + c] = mean_hi[k * view_.G + c / view_.D];
+      Sums all = sums(wanted, lines, about, A(1));
+      for (const double prescale : {small_prescale, large_prescale}) {
+        std::vector<uint8_t> scaled(number_);
+        const auto needs = [&](int64_t k, int64_t g) {
+          return prescale_for<A>(job_, by_group(all, 1, k, g), double(counts[k])) == prescale;
+        };
+        bool any = false;
+        for (int64_t k = 0; k < number_; ++k)
+          for (int64_t g = 0; g < view_.G && wanted[k]; ++g)
+            if (needs(k, g)) any = scaled[k] = 1;
+        if (!any) continue;
+        const Sums in_range = sums(scaled, lines, about, A(prescale));
+        all.squares.resize(statistics, nothing);
+        for (int64_t k = 0; k < number_; ++k)
+          for (int64_t g = 0; g < view_.G && scaled[k]; ++g)
+            if (needs(k, g)) all.squares[k * view_.G + g] = by_group(in_range, 1, k, g) / (prescale * prescale);
+      }
+      for (int64_t k = 0; k < number_; ++k) {
+        bool done = true;
+        for (int64_t g = 0, i = k * view_.G; g < view_.G && wanted[k]; ++g, ++i) {
+          Statistic<A> one{mean_hi[i], mean_lo[i], m2[i]};
+          const double square = all.squares.empty() || all.squares[i] < 0 ? by_group(all, 1, k, g) : all.squares[i];
+          if (!finalize(job_, double(counts[i]), by_group(all, 0, k, g), square, again, one)) done = false;
+          mean_hi[i] = one.mean_hi, mean_lo[i] = one.mean_lo, m2[i] = one.m2;
+        }
+        wanted[k] = !done, left = left || !done;
+      }
+    }
+  }
+
+  void normalize(const A* shift, const A* r, const A* a, const A* b) const {
+    const int64_t size = kernels_.y->size;
+    each_part([&](int64_t id, int64_t first, int64_t lines) {
+      if (id < number_) return kernels_.normalize(job_, block(first, lines), columns(id, shift, r, a, b));
+      for (int64_t i = first; i < first + lines; ++i)
+        kernels_.y->store(b + id * width_, width_, static_cast<char*>(job_.out) + i * width_ * size, false);
+    });
+  }
+
+  // (segments + 1, K): the sums of g u and of g.
+  void gradient_sums(const A* shift, const A* r, A* gu, A* g) const {
+    std::fill_n(gu, (number_ + 1) * width_, A(0)), std::fill_n(g, (number_ + 1) * width_, A(0));
+    const std::vector<int64_t> lines = lines_of_each();
+    const bool is_long = *std::max_element(lines.begin(), lines.end()) > longest;
+    Doubles total(is_long ? 2 * (number_ + 1) * width_ : 0);
+    each_strip([&](int64_t begin, int64_t end) {
+      Pending pending(*this, begin, end, {gu, g}, total);
+      Vector wide(width_);
+      over_runs(0, view_.S, [&](int64_t id, int64_t first, int64_t count) {
+        pending.in_chains(id, count, [&](int64_t done, int64_t some) {
+          if (id < number_) {
+            const Columns<A> c = columns(id, shift, r, r, r);
+            kernels_.gradient_sums(job_, block(first + done, some, begin, end), c, gu + id * width_, g + id * width_);
+            return;
+          }
+          for (int64_t i = first + done; i < first + done + some; ++i) {
+            const char* line = static_cast<const char*>(job_.g) + (i * width_ + begin) * kernels_.y->size;
+            const A* values = reinterpret_cast<const A*>(line);
+            if (kernels_.y->load) kernels_.y->load(line, end - begin, wide.data()), values = wide.data();
+            for (int64_t c = begin; c < end; ++c) g[id * width_ + c] += values[c - begin];
+          }
+        });
+      });
+      pending.finish();
+    });
+  }
+
+  void gradient(const A* shift, const A* r, const A* a, const A* p, const A* q) const {
+    const int64_t size = kernels_.x->size;
+    each_part([&](int64_t id, int64_t first, int64_t lines) {
+      if (id == number_)
+        return void(std::memset(static_cast<char*>(job_.out) + first * width_ * size, 0, size_t(lines * width_ * size)));
+      Columns<A> c = columns(id, shift, r, a, r);
+      c.mean_h = q + id * width_, c.mean_hx = p + id * width_;
+      kernels_.gradient(job_, block(first, lines), c);
+    });
+  }
+
+ private:
+  static constexpr int64_t serial = 1 << 14;   // as in norm.h: elements up to which one thread is as fast as several,
+  static constexpr int64_t cut = 1 << 15;      // elements of a task,
+  static constexpr int64_t longest = 1024;     // and lines of a chain of sums
+  static constexpr int64_t strip = 64;         // columns of a task that sums, at least
+  static constexpr int64_t far = 2048;         // elements to fetch ahead
+  static constexpr int64_t few = 8;            // lines of a segment whose mean is what sums are about
+  static constexpr double nothing = -1;
+
+  struct Sums {
+    Vector sum, square;
+    Doubles total;    // of those, where chains are long
+    Doubles squares;  // for each statistic, where another prescale was needed; else `nothing`
+  };
+
+  // Partial sums of one strip: chains that grow long go to the totals, in double.
+  struct Pending {
+    const Segments& of;
+    const int64_t begin, end;
+    const std::array<A*, 2> part;
+    Doubles& total;
+    std::vector<int64_t> lines;
+
+    Pending(const Segments& of, int64_t begin, int64_t end, std::array<A*, 2> part, Doubles& total)
+        : of(of), begin(begin), end(end), part(part), total(total), lines(total.empty() ? 0 : of.number_ + 1) {}
+
+    template <class Run> void in_chains(int64_t id, int64_t count, Run run) {
+      if (total.empty()) return run(0, count);
+      for (int64_t done = 0; done < count;) {
+        if (lines[id] == longest) empty(id);
+        const int64_t some = std::min(count - done, longest - lines[id]);
+        run(done, some);
+        lines[id] += some, done += some;
+      }
+    }
+    void empty(int64_t id) {
+      const int64_t at = id * of.width_, size = int64_t(total.size()) / 2;
+      for (int which = 0; which < 2; ++which)
+        for (int64_t c = begin; c < end; ++c)
+          total[which * size + at + c] += double(part[which][at + c]), part[which][at + c] = A(0);
+      lines[id] = 0;
+    }
+    void finish() {
+      if (total.empty()) return;
+      const int64_t size = int64_t(total.size()) / 2;
+      for (int64_t id = 0; id * of.width_ < size; ++id) {
+        empty(id);
+        for (int which = 0; which < 2; ++which)
+          for (int64_t at = id * of.width_ + begin; at < id * of.width_ + end; ++at)
+            part[which][at] = A(total[which * size + at]);
+      }
+    }
+  };
+
+  static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
+  int64_t id_of(int64_t line) const { return ids_[line] < 0 || ids_[line] >= number_ ? number_ : ids_[line]; }
+
+  std::vector<int64_t> lines_of_each() const {
+    std::vector<int64_t> lines(number_ + 1);
+    for (int64_t i = 0; i < view_.S; ++i) ++lines[id_of(i)];
+    return lines;
+  }
+
+  // run(id, first, lines) of each run of lines with one id; of absent ones it is the number of segments.
+  template <class Run> void over_runs(int64_t first, int64_t last, Run run) const {
+    for (int64_t i = first; i < last;) {
+      const int64_t id = id_of(i), begun = i;
+      while (++i < last && id_of(i) == id) {
+      }
+      run(id, begun, i - begun);
+    }
+  }
+
+  template <class Run> void each_part(Run run) const {
+    const int64_t step = std::max<int64_t>(1, cut / std::max<int64_t>(1, width_));
+    threads_.each(parts(view_.S, step), [&](int64_t i) {
+      over_runs(i * step, std::min(view_.S, (i + 1) * step), run);
+    });
+  }
+
+  // Strips of columns, whole vectors wide: each thread has some.
+  template <class Run> void each_strip(Run run) const {
+    const int64_t most = std::max<int64_t>(1, width_ / strip), number = std::min(most, 2 * threads_.count());
+    const int64_t step = parts(parts(width_, number), strip / 2) * (strip / 2);
+    threads_.each(parts(width_, step), [&](int64_t i) { run(i * step, std::min(width_, (i + 1) * step)); });
+  }
+
+  Block block(int64_t first, int64_t lines) const { return block(first, lines, 0, width_); }
+  Block block(int64_t first, int64_t lines, int64_t begin, int64_t end) const {
+    return {0, first, 1, lines, begin, end, parts(far, 4 * width_) * 4 * width_};
+  }
+
+  Columns<A> columns(int64_t id, const A* shift, const A* r, const A* a, const A* b) const {
+    const int64_t at = id * width_;
+    return {shift + at, zeros_.data(), r + at, a + at, b + at, nullptr, nullptr};
+  }
+
+  // For the segments wanted: the sums of x - about, and of the squares of that, of so many of their first lines.
+  Sums sums(const std::vector<uint8_t>& wanted, const std::vector<int64_t>& lines, const Vector& about, A prescale,
+            int64_t most = std::numeric_limits<int64_t>::max()) const {
+    Sums all{Vector(number_ * width_), Vector(number_ * width_), {}, {}};
+    int64_t largest = 0;
+    for (int64_t k = 0; k < number_; ++k) largest = std::max(largest, wanted[k] ? lines[k] : 0);
+    if (std::min(largest, most) > longest) all.total.resize(2 * number_ * width_);
+    each_strip([&](int64_t begin, int64_t end) {
+      Pending pending(*this, begin, end, {all.sum.data(), all.square.data()}, all.total);
+      std::vector<int64_t> seen(most < largest ? number_ : 0);
+      over_runs(0, view_.S, [&](int64_t id, int64_t first, int64_t count) {
+        if (id == number_ || !wanted[id]) return;
+        if (!seen.empty()) {
+          count = std::min(count, most - seen[id]), seen[id] += count;
+          if (count == 0) return;
+        }
+        pending.in_chains(id, count, [&](int64_t done, int64_t some) {
+          const int64_t at = id * width_;
+          kernels_.sums(job_, block(first + done, some, begin, end), 1, prescale, about.data() + at,
+                        all.sum.data() + at, all.square.data() + at, nullptr);
+        });
+      });
+      for (int64_t k = 0; k < number_ && !all.total.empty(); ++k) pending.empty(k);
+    });
+    return all;
+  }
+
+  // Of group g of a segment.
+  double by_group(const Sums& all, int which, int64_t segment, int64_t g) const {
+    double total = 0;
+    const int64_t at = segment * width_ + g * view_.D;
+    for (int64_t i = at; i < at + view_.D; ++i)
+      total += !all.total.empty() ? all.total[which * number_ * width_ + i] : double((which ? all.square : all.sum)[i]);
+    return total;
+  }
+
+  const Job job_;
+  const View view_;  // (1, 1, lines, G, D, 1)
+  const Kernels<A>& kernels_;
+  const Threads alone_ = Threads::none();
+  const Threads& threads_;
+  const int32_t* ids_;
+  const int64_t number_, width_;
+  const Vector zeros_;
+};
+
+}  // namespace jaxnorm
