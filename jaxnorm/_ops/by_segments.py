@@ -23,6 +23,7 @@ from .._core.over import Segments
 from .._core.types import Plan, Statistics
 from .._core.vma import spec_of, tangent_like
 from .elementwise import OfElements, Whole, output_of, tangent_of, unit_of
+from .formula import effective_scale
 from .statistics import drop_symbolic_zeros, statistics, statistics_tangent
 
 Array = jax.Array
@@ -140,7 +141,7 @@ def _forward_by(kernels, x, ids, *leaves, call: SegmentCall):
     view = lines_of(x.shape, call.over)
     assert view is not None
     lines, reduction = _ids_of_lines(x, view, ids, call), call.plan.reduction
-    mean_hi, mean_lo, m2, count = kernels.moments(view, reduction, call.plan.epsilon, x, lines)
+    mean_hi, mean_lo, m2, count = kernels.moments(view, call.plan, x, lines)
     stats = Statistics(*(a.reshape(call.over.shape(x.shape)) for a in (count, mean_hi, mean_lo, m2)))
     unit = unit_of(reduction, stats)
     dm2 = None if unit is None else jnp.zeros_like(stats.m2)
@@ -174,11 +175,48 @@ def _backward_by(kernels, x, ids, count, mean_hi, mean_lo, m2, *rest, call: Segm
     return *out, *(d for d, moves in zip(dleaves, call.moving[1:], strict=True) if moves)
 
 
-class _Cpu:
-    """The C++ kernels."""
+def _columns(call: SegmentCall, x, view: LinesView, leaves) -> tuple[Array, Array]:
+    """The scale and the bias of each column."""
+    scale, bias = jax.tree.unflatten(call.tree, leaves)
+    wide, shape = accumulator(x), x.shape[x.ndim - view.axes :]
+    flat = lambda p: jnp.broadcast_to(p.astype(wide).reshape(p.shape[p.ndim - view.axes :] or ()), shape).reshape(-1)
+    scale = effective_scale(scale, call.plan.scale_offset, wide)
+    return flat(scale), flat(jnp.zeros((), wide) if bias is None else bias)
 
-    forward = staticmethod(functools.partial(_forward_by, cpu))
-    backward = staticmethod(functools.partial(_backward_by, cpu))
+
+def _forward_plain(x, ids, *leaves, call: SegmentCall):
+    view = lines_of(x.shape, call.over)
+    assert view is not None
+    lines, given = _ids_of_lines(x, view, ids, call), _columns(call, x, view, leaves)
+    y, mean_hi, mean_lo, m2, count = cpu.forward(view, call.plan, x, lines, *given)
+    return y, *(a.reshape(call.over.shape(x.shape)) for a in (count, mean_hi, mean_lo, m2))
+
+
+def _backward_plain(x, ids, count, mean_hi, mean_lo, m2, *rest, call: SegmentCall):
+    *leaves, g = rest
+    view = lines_of(x.shape, call.over)
+    assert view is not None
+    (scale, _), pull = jax.vjp(lambda leaves: _columns(call, x, view, leaves), leaves)
+    stats = (a.reshape(view.segments, view.groups) for a in (mean_hi, mean_lo, m2, count))
+    dx, *sums = cpu.backward(view, call.plan, x, g, _ids_of_lines(x, view, ids, call), *stats, scale)
+    found = [dx, *pull(tuple(sums))[0]]
+    return [d for d, moves in zip(found, call.moving, strict=True) if moves]
+
+
+class _Cpu:
+    """The C++ kernels, with one call each way for the plain norm."""
+
+    @staticmethod
+    def forward(*operands, call: SegmentCall):
+        if call.f.f is standardized:
+            return _forward_plain(*operands, call=call)
+        return _forward_by(cpu, *operands, call=call)
+
+    @staticmethod
+    def backward(*operands, call: SegmentCall):
+        if call.f.f is standardized:
+            return _backward_plain(*operands, call=call)
+        return _backward_by(cpu, *operands, call=call)
 
     @staticmethod
     def is_there(x, dtype) -> bool:

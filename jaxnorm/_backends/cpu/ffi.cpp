@@ -339,11 +339,34 @@ template <class Arrays> typename Arrays::Accumulator* table(const Arrays& arrays
       checked(a, rows * columns, Arrays::accumulated, "a table has a row for each segment, of the accumulator's type"));
 }
 
+template <class Arrays> void place_segments(Job& job, const Arrays& arrays, int64_t number, In mean_hi, In mean_lo, In m2, In counts) {
+  const auto of = [&](In a) { return table(arrays, a, number, job.view.G); };
+  job.mean_hi = of(mean_hi), job.mean_lo = of(mean_lo), job.m2 = of(m2), job.counts = of(counts);
+}
+
+ffi::Error segment_forward(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer scale,
+                           ffi::AnyBuffer bias, Out y, Out mean_hi, Out mean_lo, Out m2, Out counts) {
+  return guarded(JN_ARGS, x, &*y, JN_BODY {
+    place_output(job, arrays.of_y(*y), *y), place_segments(job, arrays, segments, *mean_hi, *mean_lo, *m2, *counts);
+    job.scale = arrays.gradient(scale), job.bias = arrays.gradient(bias);
+    segments_of(arrays, job, kernels, threads, ids, segments).forward();
+  });
+}
+
+ffi::Error segment_backward(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer ids,
+                            ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo, ffi::AnyBuffer m2, ffi::AnyBuffer counts,
+                            ffi::AnyBuffer scale, Out dx, Out dscale, Out dbias) {
+  return guarded(JN_ARGS, x, &g, JN_BODY {
+    place_output(job, arrays.of_x(*dx), *dx), place_segments(job, arrays, segments, mean_hi, mean_lo, m2, counts);
+    job.g = arrays.of_y(g), job.scale = arrays.gradient(scale);
+    segments_of(arrays, job, kernels, threads, ids, segments).backward(arrays.gradient(*dscale), arrays.gradient(*dbias));
+  });
+}
+
 ffi::Error segment_moments(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer ids, Out mean_hi, Out mean_lo,
                            Out m2, Out counts) {
   return guarded(JN_ARGS, x, nullptr, JN_BODY {
-    auto all = [&](Out& a) { return table(arrays, *a, segments, job.view.G); };
-    job.mean_hi = all(mean_hi), job.mean_lo = all(mean_lo), job.m2 = all(m2), job.counts = all(counts);
+    place_segments(job, arrays, segments, *mean_hi, *mean_lo, *m2, *counts);
     segments_of(arrays, job, kernels, threads, ids, segments).moments();
   });
 }
@@ -410,6 +433,8 @@ JN_HANDLER(normalize, JN_IN6 JN_MORE, JN_OUT1);
 JN_HANDLER(backward, JN_IN6 JN_MORE, JN_OUT3);
 JN_HANDLER(gradient_sums, JN_IN6 JN_MORE, JN_OUT4);
 JN_HANDLER(gradient, JN_IN8 JN_MORE, JN_OUT1);
+JN_HANDLER(segment_forward, JN_SEGMENTS JN_IN4, JN_OUT5);
+JN_HANDLER(segment_backward, JN_SEGMENTS JN_IN8, JN_OUT3);
 JN_HANDLER(segment_moments, JN_SEGMENTS JN_IN2, JN_OUT4);
 JN_HANDLER(segment_normalize, JN_SEGMENTS JN_IN6, JN_OUT1);
 JN_HANDLER(segment_gradient_sums, JN_SEGMENTS JN_IN5, JN_OUT2);

@@ -3,6 +3,9 @@
 //
 //     y = u a + b,     dx = r (g a - q - u p),     u = (x - shift) r
 //
+// For the plain norm these are made here, of a scale and a bias for each column; segments that lie in one piece are then
+// slabs of norm.h, whose second pass finds them in the cache.
+//
 // Tables are (segments + 1, K), K columns. A line with another id than 0 .. segments - 1 is absent, its x is not read, and
 // it goes by the last row of a table. Runs of lines of one id are done together by the loops of slabs (kernels.h).
 //
@@ -27,11 +30,20 @@ template <class A> class Segments {
 
   // (segments, G): the statistics, about the mean of each segment's first few lines, again where that was far from the
   // mean of all.
-  void moments() {
+  void moments() const {
+    const Pieces pieces = pieces_of();
+    if (pieces.whole) {
+      clear_statistics();
+      return each_piece(pieces, [&](const Piece& piece, int64_t) {
+        if (piece.id == number_) return;
+        std::fill_n(static_cast<A*>(job_.counts) + piece.id * view_.G, view_.G, A(piece.lines * view_.D));
+        Norm<A>(job_of(piece), kernels_, alone_).moments();
+      });
+    }
     A *mean_hi = static_cast<A*>(job_.mean_hi), *mean_lo = static_cast<A*>(job_.mean_lo), *m2 = static_cast<A*>(job_.m2);
     A* counts = static_cast<A*>(job_.counts);
     const int64_t statistics = number_ * view_.G;
-    std::fill_n(mean_hi, statistics, A(0)), std::fill_n(mean_lo, statistics, A(0)), std::fill_n(m2, statistics, A(0));
+    clear_statistics();
     const std::vector<int64_t> lines = lines_of_each();
     for (int64_t i = 0; i < statistics; ++i) counts[i] = A(lines[i / view_.G] * view_.D);
     if (width_ == 0) return;
@@ -79,48 +91,88 @@ template <class A> class Segments {
     }
   }
 
-  void normalize(const A* shift, const A* r, const A* a, const A* b) const {
-    const int64_t size = kernels_.y->size;
+  // Statistics and y of the plain norm in one go.
+  void forward() const {
+    const Pieces pieces = pieces_of();
+    const A *scale = static_cast<const A*>(job_.scale), *bias = static_cast<const A*>(job_.bias);
+    if (pieces.whole) {
+      clear_statistics();
+      return each_piece(pieces, [&](const Piece& piece, int64_t) {
+        if (piece.id == number_) return put(bias, piece.first, piece.lines);
+        std::fill_n(static_cast<A*>(job_.counts) + piece.id * view_.G, view_.G, A(piece.lines * view_.D));
+        Norm<A>(job_of(piece), kernels_, alone_).forward();
+      });
+    }
+    moments();
+    const Tables t = tables();
     each_part([&](int64_t id, int64_t first, int64_t lines) {
-      if (id < number_) return kernels_.normalize(job_, block(first, lines), columns(id, shift, r, a, b));
-      for (int64_t i = first; i < first + lines; ++i)
-        kernels_.y->store(b + id * width_, width_, static_cast<char*>(job_.out) + i * width_ * size, false);
+      if (id == number_) return put(bias, first, lines);
+      kernels_.normalize(job_, block(first, lines), t.columns(id * width_, scale, bias));
+    });
+  }
+
+  // dx of the plain norm, and for each column the sums of g xhat and of g.
+  void backward(A* dscale, A* dbias) const {
+    const Pieces pieces = pieces_of();
+    const A *scale = static_cast<const A*>(job_.scale);
+    std::fill_n(dscale, width_, A(0)), std::fill_n(dbias, width_, A(0));
+    if (pieces.whole) {
+      Doubles partial(pieces.tasks() * 2 * width_);
+      each_piece(pieces, [&](const Piece& piece, int64_t task) {
+        Vector ds(width_), db(width_);
+        if (piece.id == number_) zero(piece.first, piece.lines), add_up(piece.first, piece.lines, 0, width_, db.data());
+        else Norm<A>(job_of(piece), kernels_, alone_).backward(ds.data(), db.data());
+        double* into = partial.data() + task * 2 * width_;
+        for (int64_t c = 0; c < width_; ++c) into[c] += double(ds[c]), into[width_ + c] += double(db[c]);
+      });
+      for (int64_t c = 0; c < width_; ++c) {
+        double s = 0, b = 0;
+        for (int64_t i = 0; i < pieces.tasks(); ++i)
+          s += partial[i * 2 * width_ + c], b += partial[i * 2 * width_ + width_ + c];
+        dscale[c] = A(s), dbias[c] = A(b);
+      }
+      return;
+    }
+    Tables t = tables();
+    Vector gx((number_ + 1) * width_), g((number_ + 1) * width_);
+    gradient_sums(t, gx.data(), g.data());
+    Doubles ds(width_), db(width_);
+    t.mean_h.resize(number_ * width_), t.mean_hx.resize(number_ * width_);
+    for (int64_t k = 0; k <= number_; ++k)
+      for (int64_t group = 0; group < view_.G; ++group) {
+        const int64_t at = k * width_ + group * view_.D, column = group * view_.D;
+        double h = 0, hx = 0;
+        for (int64_t d = 0; d < view_.D; ++d) {
+          ds[column + d] += double(gx[at + d]), db[column + d] += double(g[at + d]);
+          h += double(g[at + d]) * double(scale[column + d]), hx += double(gx[at + d]) * double(scale[column + d]);
+        }
+        const double count = k < number_ ? double(static_cast<const A*>(job_.counts)[k * view_.G + group]) : 0.0;
+        if (count == 0) continue;
+        std::fill_n(&t.mean_h[at], view_.D, job_.centered ? A(h / count) : A(0));
+        std::fill_n(&t.mean_hx[at], view_.D, A(hx / count));
+      }
+    for (int64_t c = 0; c < width_; ++c) dscale[c] = A(ds[c]), dbias[c] = A(db[c]);
+    each_part([&](int64_t id, int64_t first, int64_t lines) {
+      if (id == number_) return zero(first, lines);
+      kernels_.gradient(job_, block(first, lines), t.columns(id * width_, scale, scale));
+    });
+  }
+
+  void normalize(const A* shift, const A* r, const A* a, const A* b) const {
+    each_part([&](int64_t id, int64_t first, int64_t lines) {
+      if (id < number_) kernels_.normalize(job_, block(first, lines), columns(id, shift, r, a, b));
+      else put(b + id * width_, first, lines);
     });
   }
 
   // (segments + 1, K): the sums of g u and of g.
   void gradient_sums(const A* shift, const A* r, A* gu, A* g) const {
-    std::fill_n(gu, (number_ + 1) * width_, A(0)), std::fill_n(g, (number_ + 1) * width_, A(0));
-    const std::vector<int64_t> lines = lines_of_each();
-    const bool is_long = *std::max_element(lines.begin(), lines.end()) > longest;
-    Doubles total(is_long ? 2 * (number_ + 1) * width_ : 0);
-    each_strip([&](int64_t begin, int64_t end) {
-      Pending pending(*this, begin, end, {gu, g}, total);
-      Vector wide(width_);
-      over_runs(0, view_.S, [&](int64_t id, int64_t first, int64_t count) {
-        pending.in_chains(id, count, [&](int64_t done, int64_t some) {
-          if (id < number_) {
-            const Columns<A> c = columns(id, shift, r, r, r);
-            kernels_.gradient_sums(job_, block(first + done, some, begin, end), c, gu + id * width_, g + id * width_);
-            return;
-          }
-          for (int64_t i = first + done; i < first + done + some; ++i) {
-            const char* line = static_cast<const char*>(job_.g) + (i * width_ + begin) * kernels_.y->size;
-            const A* values = reinterpret_cast<const A*>(line);
-            if (kernels_.y->load) kernels_.y->load(line, end - begin, wide.data()), values = wide.data();
-            for (int64_t c = begin; c < end; ++c) g[id * width_ + c] += values[c - begin];
-          }
-        });
-      });
-      pending.finish();
-    });
+    gradient_sums(Given{*this, shift, r}, gu, g);
   }
 
   void gradient(const A* shift, const A* r, const A* a, const A* p, const A* q) const {
-    const int64_t size = kernels_.x->size;
     each_part([&](int64_t id, int64_t first, int64_t lines) {
-      if (id == number_)
-        return void(std::memset(static_cast<char*>(job_.out) + first * width_ * size, 0, size_t(lines * width_ * size)));
+      if (id == number_) return zero(first, lines);
       Columns<A> c = columns(id, shift, r, a, r);
       c.mean_h = q + id * width_, c.mean_hx = p + id * width_;
       kernels_.gradient(job_, block(first, lines), c);
@@ -181,6 +233,125 @@ template <class A> class Segments {
     }
   };
 
+  // A run of lines of one id, and all of them; whether each segment is one piece, and none so large that threads wait.
+  struct Piece { int64_t id, first, lines; };
+  struct Pieces {
+    std::vector<Piece> all;
+    std::vector<int64_t> starts;  // of tasks, among them; and their number
+    bool whole = false;
+    int64_t tasks() const { return int64_t(starts.size()) - 1; }
+  };
+  Pieces pieces_of() const {
+    Pieces pieces;
+    std::vector<uint8_t> seen(number_);
+    int64_t largest = 0;
+    const int64_t most = view_.S / 4;  // shorter runs than these are not slabs of their own
+    for (int64_t i = 0; i < view_.S;) {
+      const int64_t id = id_of(i), begun = i;
+      while (++i < view_.S && id_of(i) == id) {
+      }
+      if (id < number_ && seen[id]++) return {};
+      pieces.all.push_back({id, begun, i - begun}), largest = std::max(largest, i - begun);
+      if (int64_t(pieces.all.size()) > most + 1) return {};
+    }
+    if (threads_.count() > 1 && 2 * largest * threads_.count() > 3 * view_.S) return {};
+    const int64_t step = std::max(cut, view_.size() / 64) / std::max<int64_t>(1, width_);
+    int64_t since = 0;
+    for (size_t i = 0; i < pieces.all.size(); ++i) {
+      if (i == 0 || since >= step) pieces.starts.push_back(int64_t(i)), since = 0;
+      since += pieces.all[i].lines;
+    }
+    pieces.starts.push_back(int64_t(pieces.all.size()));
+    pieces.whole = true;
+    return pieces;
+  }
+  template <class Run> void each_piece(const Pieces& pieces, Run run) const {
+    threads_.each(pieces.tasks(), [&](int64_t task) {
+      for (int64_t i = pieces.starts[task]; i < pieces.starts[task + 1]; ++i) run(pieces.all[i], task);
+    });
+  }
+  // The norm of a piece, as one slab.
+  Job job_of(const Piece& piece) const {
+    Job job = job_;
+    const int64_t at = piece.first * width_, of = piece.id * view_.G;
+    const auto moved = [](void* a, int64_t by) { return a ? static_cast<void*>(static_cast<A*>(a) + by) : nullptr; };
+    job.view.S = piece.lines, job.count = double(piece.lines * view_.D), job.counts = nullptr;
+    job.x = static_cast<const char*>(job.x) + at * kernels_.x->size;
+    if (job.g) job.g = static_cast<const char*>(job.g) + at * kernels_.y->size;
+    if (job.out) job.out = static_cast<char*>(job.out) + at * (job.g ? kernels_.x : kernels_.y)->size;
+    job.mean_hi = moved(job.mean_hi, of), job.mean_lo = moved(job.mean_lo, of), job.m2 = moved(job.m2, of);
+    return job;
+  }
+
+  // What the columns of each segment go by.
+  struct Tables {
+    const Segments& of;
+    Vector mean_hi, mean_lo, r, mean_h, mean_hx;
+    Columns<A> columns(int64_t at, const A* scale, const A* bias) const {
+      return {&mean_hi[at], &mean_lo[at], &r[at], scale, bias, mean_h.empty() ? nullptr : &mean_h[at],
+              mean_hx.empty() ? nullptr : &mean_hx[at]};
+    }
+    Columns<A> operator()(int64_t id) const { return columns(id * of.width_, &r[0], &r[0]); }
+  };
+  Tables tables() const {
+    const int64_t size = number_ * width_;
+    Tables t{*this, Vector(size), Vector(size), Vector(size), {}, {}};
+    for (int64_t i = 0; i < number_ * view_.G; ++i) {
+      std::fill_n(&t.mean_hi[i * view_.D], view_.D, static_cast<const A*>(job_.mean_hi)[i]);
+      std::fill_n(&t.mean_lo[i * view_.D], view_.D, static_cast<const A*>(job_.mean_lo)[i]);
+      const double count = double(static_cast<const A*>(job_.counts)[i]);
+      std::fill_n(&t.r[i * view_.D], view_.D, rstd<A>(job_, static_cast<const A*>(job_.m2)[i], count));
+    }
+    return t;
+  }
+  struct Given {  // the same, from outside
+    const Segments& of;
+    const A *shift, *r;
+    Columns<A> operator()(int64_t id) const { return of.columns(id, shift, r, r, r); }
+  };
+
+  template <class Columns> void gradient_sums(const Columns& columns_of, A* gu, A* g) const {
+    std::fill_n(gu, (number_ + 1) * width_, A(0)), std::fill_n(g, (number_ + 1) * width_, A(0));
+    const std::vector<int64_t> lines = lines_of_each();
+    const bool is_long = *std::max_element(lines.begin(), lines.end()) > longest;
+    Doubles total(is_long ? 2 * (number_ + 1) * width_ : 0);
+    each_strip([&](int64_t begin, int64_t end) {
+      Pending pending(*this, begin, end, {gu, g}, total);
+      over_runs(0, view_.S, [&](int64_t id, int64_t first, int64_t count) {
+        pending.in_chains(id, count, [&](int64_t done, int64_t some) {
+          if (id == number_) return add_up(first + done, some, begin, end, g + id * width_);
+          const Block lines_of_run = block(first + done, some, begin, end);
+          kernels_.gradient_sums(job_, lines_of_run, columns_of(id), gu + id * width_, g + id * width_);
+        });
+      });
+      pending.finish();
+    });
+  }
+
+  void clear_statistics() const {
+    for (void* a : {job_.mean_hi, job_.mean_lo, job_.m2, job_.counts})
+      std::fill_n(static_cast<A*>(a), number_ * view_.G, A(0));
+  }
+
+  // Of absent lines: y is `line`, dx is 0, and g is added to `sum`.
+  void put(const A* line, int64_t first, int64_t lines) const {
+    char* y = static_cast<char*>(job_.out) + first * width_ * kernels_.y->size;
+    for (int64_t i = 0; i < lines; ++i) kernels_.y->store(line, width_, y + i * width_ * kernels_.y->size, false);
+  }
+  void zero(int64_t first, int64_t lines) const {
+    const int64_t size = width_ * kernels_.x->size;
+    std::memset(static_cast<char*>(job_.out) + first * size, 0, size_t(lines * size));
+  }
+  void add_up(int64_t first, int64_t lines, int64_t begin, int64_t end, A* sum) const {
+    Vector wide(end - begin);
+    for (int64_t i = first; i < first + lines; ++i) {
+      const char* line = static_cast<const char*>(job_.g) + (i * width_ + begin) * kernels_.y->size;
+      const A* values = reinterpret_cast<const A*>(line);
+      if (kernels_.y->load) kernels_.y->load(line, end - begin, wide.data()), values = wide.data();
+      for (int64_t c = begin; c < end; ++c) sum[c] += values[c - begin];
+    }
+  }
+
   static int64_t parts(int64_t n, int64_t step) { return (n + step - 1) / step; }
   int64_t id_of(int64_t line) const { return ids_[line] < 0 || ids_[line] >= number_ ? number_ : ids_[line]; }
 
@@ -209,7 +380,7 @@ template <class A> class Segments {
 
   // Strips of columns, whole vectors wide: each thread has some.
   template <class Run> void each_strip(Run run) const {
-    const int64_t most = std::max<int64_t>(1, width_ / strip), number = std::min(most, 2 * threads_.count());
+    const int64_t most = std::max<int64_t>(1, width_ / strip), number = std::min(most, threads_.count());
     const int64_t step = parts(parts(width_, number), strip / 2) * (strip / 2);
     threads_.each(parts(width_, step), [&](int64_t i) { run(i * step, std::min(width_, (i + 1) * step)); });
   }

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ..._core.dtypes import accumulator
+from ..._core.types import Plan
 from ..segments import LinesView
 from . import _PAIRS, library
 
@@ -35,12 +36,29 @@ def _call(target: str, view: LinesView, results, *args, epsilon=0.0, prescale=1.
     return list(jax.ffi.ffi_call(f"jaxnorm_segment_{target}", shaped)(*args, **attributes))
 
 
-def moments(view: LinesView, reduction, epsilon: float, x: Array, ids: Array) -> list[Array]:
-    """mean_hi, mean_lo, m2 and counts, (segments, G)."""
+def _of(plan: Plan) -> dict:
+    reduction = plan.reduction
     prescale = reduction.prescale if reduction.large_prescale is None else 0.0
+    return dict(epsilon=plan.epsilon, prescale=prescale, centered=reduction.centered)
+
+
+def forward(view: LinesView, plan: Plan, x: Array, ids: Array, scale: Array, bias: Array) -> list[Array]:
+    """Of the plain norm y, and mean_hi, mean_lo, m2 and counts, (segments, G)."""
     of = ((view.segments, view.groups), accumulator(x))
-    options = dict(epsilon=epsilon, prescale=prescale, centered=reduction.centered)
-    return _call("moments", view, [of] * 4, x, ids, **options)
+    return _call("forward", view, [(x.shape, plan.dtype), *[of] * 4], x, ids, scale, bias, **_of(plan))
+
+
+def backward(view: LinesView, plan: Plan, x, g, ids, mean_hi, mean_lo, m2, counts, scale: Array) -> list[Array]:
+    """Of the plain norm dx, and the gradients of scale and bias."""
+    of = ((view.groups * view.each,), accumulator(x))
+    args = (x, g, ids, mean_hi, mean_lo, m2, counts, scale)
+    return _call("backward", view, [(x.shape, x.dtype), *[of] * 2], *args, **_of(plan))
+
+
+def moments(view: LinesView, plan: Plan, x: Array, ids: Array) -> list[Array]:
+    """mean_hi, mean_lo, m2 and counts, (segments, G)."""
+    of = ((view.segments, view.groups), accumulator(x))
+    return _call("moments", view, [of] * 4, x, ids, **_of(plan))
 
 
 def normalize(view: LinesView, dtype, x: Array, ids: Array, shift, r, a, b) -> Array:
