@@ -100,7 +100,7 @@ template <class A> class Segments {
       return each_piece(pieces, [&](const Piece& piece, int64_t) {
         if (piece.id == number_) return put(bias, piece.first, piece.lines);
         std::fill_n(static_cast<A*>(job_.counts) + piece.id * view_.G, view_.G, A(piece.lines * view_.D));
-        Norm<A>(job_of(piece), kernels_, alone_).forward();
+        Norm<A>(job_of(piece), kernels_, alone_, after(piece)).forward();
       });
     }
     moments();
@@ -121,7 +121,7 @@ template <class A> class Segments {
       each_piece(pieces, [&](const Piece& piece, int64_t task) {
         Vector ds(width_), db(width_);
         if (piece.id == number_) zero(piece.first, piece.lines), add_up(piece.first, piece.lines, 0, width_, db.data());
-        else Norm<A>(job_of(piece), kernels_, alone_).backward(ds.data(), db.data());
+        else Norm<A>(job_of(piece), kernels_, alone_, after(piece)).backward(ds.data(), db.data());
         double* into = partial.data() + task * 2 * width_;
         for (int64_t c = 0; c < width_; ++c) into[c] += double(ds[c]), into[width_ + c] += double(db[c]);
       });
@@ -186,6 +186,7 @@ template <class A> class Segments {
   static constexpr int64_t strip = 64;         // columns of a task that sums, at least
   static constexpr int64_t far = 2048;         // elements to fetch ahead
   static constexpr int64_t few = 8;            // lines of a segment whose mean is what sums are about
+  static constexpr int64_t most_fetched = 1 << 18;  // bytes of a piece up to which the next one is fetched meanwhile
   static constexpr double nothing = -1;
 
   struct Sums {
@@ -281,6 +282,12 @@ template <class A> class Segments {
     if (job.out) job.out = static_cast<char*>(job.out) + at * (job.g ? kernels_.x : kernels_.y)->size;
     job.mean_hi = moved(job.mean_hi, of), job.mean_lo = moved(job.mean_lo, of), job.m2 = moved(job.m2, of);
     return job;
+  }
+
+  // How far the next piece is, if both fit in a cache.
+  int64_t after(const Piece& piece) const {
+    const int64_t size = piece.lines * width_;
+    return size * kernels_.x->size <= most_fetched ? size : 0;
   }
 
   // What the columns of each segment go by.
