@@ -20,10 +20,8 @@ template <class A> class Norm {
   using Doubles = std::vector<double, Aligned<double>>;
 
  public:
-  // `next`: how far what this thread works on next lies behind x, for the second pass over x to fetch it.
-  Norm(Job job, const Kernels<A>& kernels, const Threads& threads, int64_t next = 0)
+  Norm(Job job, const Kernels<A>& kernels, const Threads& threads)
       : job_(job),
-        next_(next),
         view_(job_.view),
         kernels_(job.weighting == Weighting::none ? kernels : *kernels.weighted),
         threads_(view_.size() < serial ? alone_ : threads) {
@@ -279,8 +277,7 @@ template <class A> class Norm {
   // The mean of some evenly spaced lines, and of the first pixels of their planes: of lines that are there. Where none of
   // these elements is, it is 0, and the sums may have to be made again.
   void sample(int64_t slab, A* mean_hi) {
-    const int64_t enough = next_ > 0 ? std::max<int64_t>(8, view_.S / 8) : view_.S;  // of a short slab a part will do
-    const int64_t lines = std::min({view_.S, enough, std::max<int64_t>(1, samples / view_.D)}), step = view_.S / lines;
+    const int64_t lines = std::min(view_.S, std::max<int64_t>(1, samples / view_.D)), step = view_.S / lines;
     const int64_t run = view_.P == 1 ? 1 : std::min<int64_t>(view_.P, 64);
     const Vector zero(view_.columns());
     Vector total(view_.columns()), square(view_.columns()), count(view_.columns());
@@ -349,7 +346,6 @@ template <class A> class Norm {
   template <class Run> void each_block(int64_t slab, const Threads& threads, Run run) {
     Blocks cuts = blocks();
     if (slabs_in_parallel()) cuts.ahead = (per_task(view_.slab()) == 1 ? threads_.count() : 1) * view_.slab();
-    if (next_ > 0) cuts.ahead = next_;
     const int64_t n = cuts.count();
     threads.each(n, [&](int64_t i) { run(cuts(view_, slab, n - 1 - i)); });
   }
@@ -381,7 +377,6 @@ template <class A> class Norm {
   }
 
   Job job_;
-  const int64_t next_;
   const View view_;
   const Kernels<A>& kernels_;
   const Threads alone_ = Threads::none();

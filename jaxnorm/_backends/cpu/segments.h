@@ -3,13 +3,13 @@
 //
 //     y = u a + b,     dx = r (g a - q - u p),     u = (x - shift) r
 //
-// For the plain norm these are made here, of a scale and a bias for each column; segments that lie in one piece are then
-// slabs of norm.h, whose second pass finds them in the cache.
+// For the plain norm these are made here, of a scale and a bias for each column.
+//
+// Segments are worked on one after the other, each by its runs of lines, so that a second pass finds it in the cache. Where
+// there are too few for all threads, they are worked on together, and threads have columns or lines instead.
 //
 // Tables are (segments + 1, K), K columns. A line with another id than 0 .. segments - 1 is absent, its x is not read, and
 // it goes by the last row of a table. Runs of lines of one id are done together by the loops of slabs (kernels.h).
-//
-// Sums are cut by columns and statistics joined in the order of lines: equal inputs give equal bits on any threads.
 #pragma once
 
 #include <cstring>
@@ -31,15 +31,10 @@ template <class A> class Segments {
   // (segments, G): the statistics, about the mean of each segment's first few lines, again where that was far from the
   // mean of all.
   void moments() const {
-    const Pieces pieces = pieces_of();
-    if (pieces.whole) {
-      clear_statistics();
-      return each_piece(pieces, [&](const Piece& piece, int64_t) {
-        if (piece.id == number_) return;
-        std::fill_n(static_cast<A*>(job_.counts) + piece.id * view_.G, view_.G, A(piece.lines * view_.D));
-        Norm<A>(job_of(piece), kernels_, alone_).moments();
-      });
-    }
+    const Order order = order_of();
+    if (order.apart) return each_segment(order, [&](int64_t id, int64_t, Scratch& scratch) {
+      if (id < number_) moments_of(id, order, scratch);
+    });
     A *mean_hi = static_cast<A*>(job_.mean_hi), *mean_lo = static_cast<A*>(job_.mean_lo), *m2 = static_cast<A*>(job_.m2);
     A* counts = static_cast<A*>(job_.counts);
     const int64_t statistics = number_ * view_.G;
@@ -93,16 +88,15 @@ template <class A> class Segments {
 
   // Statistics and y of the plain norm in one go.
   void forward() const {
-    const Pieces pieces = pieces_of();
+    const Order order = order_of();
     const A *scale = static_cast<const A*>(job_.scale), *bias = static_cast<const A*>(job_.bias);
-    if (pieces.whole) {
-      clear_statistics();
-      return each_piece(pieces, [&](const Piece& piece, int64_t) {
-        if (piece.id == number_) return put(bias, piece.first, piece.lines);
-        std::fill_n(static_cast<A*>(job_.counts) + piece.id * view_.G, view_.G, A(piece.lines * view_.D));
-        Norm<A>(job_of(piece), kernels_, alone_, after(piece)).forward();
+    if (order.apart) return each_segment(order, [&](int64_t id, int64_t, Scratch& scratch) {
+      if (id < number_) moments_of(id, order, scratch);
+      each_run(order, id, [&](const Run& run, int64_t ahead) {
+        if (id == number_) return put(bias, run.first, run.lines);
+        kernels_.normalize(storing(run), block(run.first, run.lines, ahead), scratch.columns(*this, id, scale, bias));
       });
-    }
+    });
     moments();
     const Tables t = tables();
     each_part([&](int64_t id, int64_t first, int64_t lines) {
@@ -113,21 +107,24 @@ template <class A> class Segments {
 
   // dx of the plain norm, and for each column the sums of g xhat and of g.
   void backward(A* dscale, A* dbias) const {
-    const Pieces pieces = pieces_of();
-    const A *scale = static_cast<const A*>(job_.scale);
+    const Order order = order_of();
+    const A* scale = static_cast<const A*>(job_.scale);
     std::fill_n(dscale, width_, A(0)), std::fill_n(dbias, width_, A(0));
-    if (pieces.whole) {
-      Doubles partial(pieces.tasks() * 2 * width_);
-      each_piece(pieces, [&](const Piece& piece, int64_t task) {
-        Vector ds(width_), db(width_);
-        if (piece.id == number_) zero(piece.first, piece.lines), add_up(piece.first, piece.lines, 0, width_, db.data());
-        else Norm<A>(job_of(piece), kernels_, alone_, after(piece)).backward(ds.data(), db.data());
+    if (order.apart) {
+      Doubles partial(order.tasks() * 2 * width_);
+      each_segment(order, [&](int64_t id, int64_t task, Scratch& scratch) {
+        gradient_sums_of(id, order, scratch, id < number_ ? scratch.columns(*this, id, scale, scale) : Columns<A>{});
         double* into = partial.data() + task * 2 * width_;
-        for (int64_t c = 0; c < width_; ++c) into[c] += double(ds[c]), into[width_ + c] += double(db[c]);
+        for (int64_t c = 0; c < 2 * width_; ++c) into[c] += scratch.total[c];
+        if (id < number_) means_of(id, scratch, scale);
+        each_run(order, id, [&](const Run& run, int64_t ahead) {
+          if (id == number_) return zero(run.first, run.lines);
+          kernels_.gradient(storing(run), block(run.first, run.lines, ahead), scratch.columns(*this, id, scale, scale));
+        });
       });
       for (int64_t c = 0; c < width_; ++c) {
         double s = 0, b = 0;
-        for (int64_t i = 0; i < pieces.tasks(); ++i)
+        for (int64_t i = 0; i < order.tasks(); ++i)
           s += partial[i * 2 * width_ + c], b += partial[i * 2 * width_ + width_ + c];
         dscale[c] = A(s), dbias[c] = A(b);
       }
@@ -167,7 +164,14 @@ template <class A> class Segments {
 
   // (segments + 1, K): the sums of g u and of g.
   void gradient_sums(const A* shift, const A* r, A* gu, A* g) const {
-    gradient_sums(Given{*this, shift, r}, gu, g);
+    const Order order = order_of();
+    if (!order.apart) return gradient_sums(Given{*this, shift, r}, gu, g);
+    std::fill_n(gu, (number_ + 1) * width_, A(0)), std::fill_n(g, (number_ + 1) * width_, A(0));
+    each_segment(order, [&](int64_t id, int64_t, Scratch& scratch) {
+      gradient_sums_of(id, order, scratch, columns(id, shift, r, r, r));
+      for (int64_t c = 0; c < width_; ++c)
+        gu[id * width_ + c] = A(scratch.total[c]), g[id * width_ + c] = A(scratch.total[width_ + c]);
+    });
   }
 
   void gradient(const A* shift, const A* r, const A* a, const A* p, const A* q) const {
@@ -186,7 +190,8 @@ template <class A> class Segments {
   static constexpr int64_t strip = 64;         // columns of a task that sums, at least
   static constexpr int64_t far = 2048;         // elements to fetch ahead
   static constexpr int64_t few = 8;            // lines of a segment whose mean is what sums are about
-  static constexpr int64_t most_fetched = 1 << 18;  // bytes of a piece up to which the next one is fetched meanwhile
+  static constexpr int64_t everything = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t most_fetched = 1 << 20;  // bytes of a segment up to which the next one is fetched meanwhile
   static constexpr double nothing = -1;
 
   struct Sums {
@@ -234,60 +239,171 @@ template <class A> class Segments {
     }
   };
 
-  // A run of lines of one id, and all of them; whether each segment is one piece, and none so large that threads wait.
-  struct Piece { int64_t id, first, lines; };
-  struct Pieces {
-    std::vector<Piece> all;
-    std::vector<int64_t> starts;  // of tasks, among them; and their number
-    bool whole = false;
-    int64_t tasks() const { return int64_t(starts.size()) - 1; }
+  // The runs of lines of each segment, in order; the last segment is that of absent lines. `apart`: each is worked on by
+  // itself, as one of the `tasks` that begin at these segments.
+  struct Run { int64_t first, lines; };
+  struct Order {
+    std::vector<Run> runs;
+    std::vector<int64_t> of, lines, begins;
+    bool apart = false;
+    int64_t tasks() const { return int64_t(begins.size()) - 1; }
   };
-  Pieces pieces_of() const {
-    Pieces pieces;
-    std::vector<uint8_t> seen(number_);
-    int64_t largest = 0;
-    const int64_t most = view_.S / 4;  // shorter runs than these are not slabs of their own
-    for (int64_t i = 0; i < view_.S;) {
-      const int64_t id = id_of(i), begun = i;
-      while (++i < view_.S && id_of(i) == id) {
-      }
-      if (id < number_ && seen[id]++) return {};
-      pieces.all.push_back({id, begun, i - begun}), largest = std::max(largest, i - begun);
-      if (int64_t(pieces.all.size()) > most + 1) return {};
-    }
-    if (threads_.count() > 1 && 2 * largest * threads_.count() > 3 * view_.S) return {};
+  Order order_of() const {
+    Order order;
+    order.of.resize(number_ + 2), order.lines.resize(number_ + 1);
+    int64_t runs = 0;
+    over_runs(0, view_.S, [&](int64_t id, int64_t, int64_t lines) { ++runs, ++order.of[id + 1], order.lines[id] += lines; });
+    const int64_t largest = *std::max_element(order.lines.begin(), order.lines.end());
+    if (threads_.count() > 1 && 2 * largest * threads_.count() > 3 * view_.S) return order;
+    order.apart = true;
+    for (int64_t id = 0; id <= number_; ++id) order.of[id + 1] += order.of[id];
+    order.runs.resize(runs);
+    std::vector<int64_t> at(order.of.begin(), order.of.end() - 1);
+    over_runs(0, view_.S, [&](int64_t id, int64_t first, int64_t lines) { order.runs[at[id]++] = {first, lines}; });
     const int64_t step = std::max(cut, view_.size() / 64) / std::max<int64_t>(1, width_);
-    int64_t since = 0;
-    for (size_t i = 0; i < pieces.all.size(); ++i) {
-      if (i == 0 || since >= step) pieces.starts.push_back(int64_t(i)), since = 0;
-      since += pieces.all[i].lines;
+    for (int64_t id = 0, since = step; id <= number_; ++id) {
+      if (since >= step) order.begins.push_back(id), since = 0;
+      since += order.lines[id];
     }
-    pieces.starts.push_back(int64_t(pieces.all.size()));
-    pieces.whole = true;
-    return pieces;
+    order.begins.push_back(number_ + 1);
+    return order;
   }
-  template <class Run> void each_piece(const Pieces& pieces, Run run) const {
-    threads_.each(pieces.tasks(), [&](int64_t task) {
-      for (int64_t i = pieces.starts[task]; i < pieces.starts[task + 1]; ++i) run(pieces.all[i], task);
+
+  // What the columns of one segment go by, and sums of them; of a thread.
+  struct Scratch {
+    Vector about, sum, square, mean_hi, mean_lo, r, mean_h, mean_hx;
+    Doubles total, first, second;
+    explicit Scratch(const Segments& of)
+        : about(of.width_), sum(of.width_), square(of.width_), mean_hi(of.width_), mean_lo(of.width_), r(of.width_),
+          mean_h(of.width_), mean_hx(of.width_), total(2 * of.width_), first(of.view_.G), second(of.view_.G) {}
+    int64_t filled = -1;
+    Columns<A> columns(const Segments& of, int64_t id, const A* scale, const A* bias) {
+      for (int64_t g = 0; g < of.view_.G && filled != id; ++g) {
+        const int64_t at = id * of.view_.G + g, c = g * of.view_.D;
+        const A count = static_cast<const A*>(of.job_.counts)[at];
+        std::fill_n(&mean_hi[c], of.view_.D, static_cast<const A*>(of.job_.mean_hi)[at]);
+        std::fill_n(&mean_lo[c], of.view_.D, static_cast<const A*>(of.job_.mean_lo)[at]);
+        std::fill_n(&r[c], of.view_.D, rstd<A>(of.job_, static_cast<const A*>(of.job_.m2)[at], double(count)));
+      }
+      filled = id;
+      return {mean_hi.data(), mean_lo.data(), r.data(), scale, bias, mean_h.data(), mean_hx.data()};
+    }
+  };
+
+  template <class Body> void each_segment(const Order& order, Body body) const {
+    threads_.each(order.tasks(), [&](int64_t task) {
+      Scratch scratch(*this);
+      for (int64_t id = order.begins[task]; id < order.begins[task + 1]; ++id) body(id, task, scratch);
     });
   }
-  // The norm of a piece, as one slab.
-  Job job_of(const Piece& piece) const {
+  // body(run, how far ahead to fetch); short runs are fetched here.
+  template <class Body> void each_run(const Order& order, int64_t id, Body body) const {
+    const int64_t begin = order.of[id], end = order.of[id + 1], whole = order.lines[id] * width_;
+    const bool next = end - begin == 1 && whole * kernels_.x->size <= most_fetched;  // the next segment lies behind it
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + 1 < end && order.runs[i + 1].lines < few) fetch(order.runs[i + 1].first);
+      body(order.runs[i], next ? whole : parts(far, 4 * width_) * 4 * width_);
+    }
+  }
+  void fetch(int64_t line) const {
+    const auto of = [&](const void* a, int64_t size) {
+      const char* at = static_cast<const char*>(a) + line * width_ * size;
+      for (int64_t i = 0; a && i < width_ * size; i += 64) __builtin_prefetch(at + i, 0, 2);
+    };
+    of(job_.x, kernels_.x->size), of(job_.g, kernels_.y->size);
+  }
+  // Of short runs, whose ends are fences, stores go through the cache.
+  Job storing(const Run& run) const {
     Job job = job_;
-    const int64_t at = piece.first * width_, of = piece.id * view_.G;
-    const auto moved = [](void* a, int64_t by) { return a ? static_cast<void*>(static_cast<A*>(a) + by) : nullptr; };
-    job.view.S = piece.lines, job.count = double(piece.lines * view_.D), job.counts = nullptr;
-    job.x = static_cast<const char*>(job.x) + at * kernels_.x->size;
-    if (job.g) job.g = static_cast<const char*>(job.g) + at * kernels_.y->size;
-    if (job.out) job.out = static_cast<char*>(job.out) + at * (job.g ? kernels_.x : kernels_.y)->size;
-    job.mean_hi = moved(job.mean_hi, of), job.mean_lo = moved(job.mean_lo, of), job.m2 = moved(job.m2, of);
+    job.nontemporal = job.nontemporal && run.lines >= few;
     return job;
   }
 
-  // How far the next piece is, if both fit in a cache.
-  int64_t after(const Piece& piece) const {
-    const int64_t size = piece.lines * width_;
-    return size * kernels_.x->size <= most_fetched ? size : 0;
+  // The sums over at most so many first lines of a segment: total.
+  void sums_of(int64_t id, const Order& order, Scratch& s, A prescale, int64_t most) const {
+    in_chains(id, order, s, most, [&](int64_t first, int64_t lines) {
+      kernels_.sums(job_, block(first, lines), 1, prescale, s.about.data(), s.sum.data(), s.square.data(), nullptr);
+    });
+  }
+  void gradient_sums_of(int64_t id, const Order& order, Scratch& s, const Columns<A>& columns) const {
+    in_chains(id, order, s, everything, [&](int64_t first, int64_t lines) {
+      if (id == number_) return add_up(first, lines, 0, width_, s.square.data());
+      kernels_.gradient_sums(job_, block(first, lines), columns, s.sum.data(), s.square.data());
+    });
+  }
+  // run(first, lines), which adds to sum and square; what these grow to goes to total before chains are long.
+  template <class Body> void in_chains(int64_t id, const Order& order, Scratch& s, int64_t most, Body body) const {
+    std::fill(s.total.begin(), s.total.end(), 0.0);
+    int64_t chain = 0, left = most;
+    const auto flush = [&] {
+      for (int64_t c = 0; c < width_; ++c)
+        s.total[c] += double(s.sum[c]), s.total[width_ + c] += double(s.square[c]), s.sum[c] = s.square[c] = A(0);
+      chain = 0;
+    };
+    std::fill(s.sum.begin(), s.sum.end(), A(0)), std::fill(s.square.begin(), s.square.end(), A(0));
+    each_run(order, id, [&](const Run& run, int64_t) {
+      for (int64_t done = 0; done < run.lines && left > 0;) {
+        if (chain == longest) flush();
+        const int64_t lines = std::min({run.lines - done, longest - chain, left});
+        body(run.first + done, lines);
+        done += lines, chain += lines, left -= lines;
+      }
+    });
+    flush();
+  }
+
+  void moments_of(int64_t id, const Order& order, Scratch& s) const {
+    const int64_t lines = order.lines[id], at = id * view_.G;
+    A *mean_hi = static_cast<A*>(job_.mean_hi) + at, *mean_lo = static_cast<A*>(job_.mean_lo) + at;
+    A *m2 = static_cast<A*>(job_.m2) + at, *counts = static_cast<A*>(job_.counts) + at;
+    for (A* a : {mean_hi, mean_lo, m2}) std::fill_n(a, view_.G, A(0));
+    std::fill_n(counts, view_.G, A(lines * view_.D));
+    s.filled = -1;
+    if (lines == 0) return;
+    const auto group = [&](int which, int64_t g) {
+      double total = 0;
+      for (int64_t d = 0; d < view_.D; ++d) total += s.total[which * width_ + g * view_.D + d];
+      return total;
+    };
+    std::fill(s.about.begin(), s.about.end(), A(0));
+    if (job_.centered) {
+      sums_of(id, order, s, A(1), few);
+      for (int64_t g = 0; g < view_.G; ++g) mean_hi[g] = A(group(0, g) / double(std::min(lines, few) * view_.D));
+    }
+    bool done = false;
+    for (bool again = false; !done; again = true) {
+      for (int64_t g = 0; g < view_.G; ++g) std::fill_n(&s.about[g * view_.D], view_.D, mean_hi[g]);
+      sums_of(id, order, s, A(1), everything);
+      for (int64_t g = 0; g < view_.G; ++g) s.first[g] = group(0, g), s.second[g] = group(1, g);
+      for (const double prescale : {small_prescale, large_prescale}) {
+        const auto needs = [&](int64_t g) { return prescale_for<A>(job_, s.second[g], double(counts[g])) == prescale; };
+        bool any = false;
+        for (int64_t g = 0; g < view_.G; ++g) any = any || needs(g);
+        if (!any) continue;
+        sums_of(id, order, s, A(prescale), everything);
+        for (int64_t g = 0; g < view_.G; ++g)
+          if (needs(g)) s.second[g] = group(1, g) / (prescale * prescale);
+      }
+      done = true;
+      for (int64_t g = 0; g < view_.G; ++g) {
+        Statistic<A> one{mean_hi[g], mean_lo[g], m2[g]};
+        if (!finalize(job_, double(counts[g]), s.first[g], s.second[g], again, one)) done = false;
+        mean_hi[g] = one.mean_hi, mean_lo[g] = one.mean_lo, m2[g] = one.m2;
+      }
+    }
+  }
+
+  // mean_h and mean_hx of a segment, from the sums of g xhat and of g.
+  void means_of(int64_t id, Scratch& s, const A* scale) const {
+    for (int64_t g = 0; g < view_.G; ++g) {
+      const double count = double(static_cast<const A*>(job_.counts)[id * view_.G + g]);
+      double h = 0, hx = 0;
+      for (int64_t c = g * view_.D; c < (g + 1) * view_.D; ++c)
+        hx += s.total[c] * double(scale[c]), h += s.total[width_ + c] * double(scale[c]);
+      const bool some = count > 0;
+      std::fill_n(&s.mean_h[g * view_.D], view_.D, some && job_.centered ? A(h / count) : A(0));
+      std::fill_n(&s.mean_hx[g * view_.D], view_.D, some ? A(hx / count) : A(0));
+    }
   }
 
   // What the columns of each segment go by.
@@ -393,6 +509,11 @@ template <class A> class Segments {
   }
 
   Block block(int64_t first, int64_t lines) const { return block(first, lines, 0, width_); }
+  Block block(int64_t first, int64_t lines, int64_t ahead) const {
+    Block b = block(first, lines);
+    b.ahead = ahead;
+    return b;
+  }
   Block block(int64_t first, int64_t lines, int64_t begin, int64_t end) const {
     return {0, first, 1, lines, begin, end, parts(far, 4 * width_) * 4 * width_};
   }
@@ -404,7 +525,7 @@ template <class A> class Segments {
 
   // For the segments wanted: the sums of x - about, and of the squares of that, of so many of their first lines.
   Sums sums(const std::vector<uint8_t>& wanted, const std::vector<int64_t>& lines, const Vector& about, A prescale,
-            int64_t most = std::numeric_limits<int64_t>::max()) const {
+            int64_t most = everything) const {
     Sums all{Vector(number_ * width_), Vector(number_ * width_), {}, {}};
     int64_t largest = 0;
     for (int64_t k = 0; k < number_; ++k) largest = std::max(largest, wanted[k] ? lines[k] : 0);
