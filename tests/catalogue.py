@@ -379,6 +379,8 @@ ROWS = [
         oracle=oracle.renormalize, exempt=FUSED),
     Row("domain", jn.DomainBatchNorm(num_domains=3), (9, 3, 6), (1, 1, 6), lambda n, t, c: (n * n % 3, c), (6,),
         exempt=SEGMENTS | {NOT_NATIVE: FUSED[NOT_NATIVE]}, operands=lambda shape: {"domain": np.arange(shape[0]) ** 2 % 3}),
+    Row("rep", jn.RepBatchNorm(fade=0.25, scale_offset=1.0), (7, 4), (1, 4), lambda n, c: (0 * n,), (4,), oracle=oracle.rep_batch, exempt=FUSED),
+    Row("iter", jn.IterNorm(group_size=2, epsilon=0.5), (7, 4), (1, 4), lambda n, c: (0 * n,), (4,), oracle=oracle.whitened, exempt=FUSED),
     Row("batch-l1", jn.BatchNorm(spread="l1"), (8, 3, 6), (1, 1, 6), lambda n, t, c: (c,), (6,), oracle=oracle.over_absolute,
         exempt={NOT_NATIVE: FUSED[NOT_NATIVE]}),
     Row("batch-ghost-remainder", jn.BatchNorm(virtual_batch_size=6), (16, 9, 6), (1, 1, 6), ghosts(6), (6,),

@@ -457,6 +457,32 @@ def diff_group(x, params, groups, spec, **_):
     return y
 
 
+def rep_batch(x, params, groups, spec, **_):
+    of = lambda labels: Groups(np.broadcast_to(labels, x.shape), None, groups.weight, groups.xp)
+    batch, rows = of(np.arange(x.shape[-1])), of(np.arange(x.shape[0])[:, None])
+    rep = affine(analytic(x, batch, spec.epsilon, True), params.scale, params.bias) + params.eta * x
+    layer = affine(analytic(x, rows, spec.epsilon, True), params.ln_scale, params.ln_bias)
+    return spec.fade * layer + (1.0 - spec.fade) * rep
+
+
+def whitened(x, params, groups, spec, **_):
+    """The recursion, for the rows that count for all channels of a group."""
+    xp, channels = groups.xp, x.shape[1]
+    parts, d = [], spec.group_size
+    for c in range(0, channels, d):
+        w = np.asarray(groups.weight)[:, c : c + d].min(1, keepdims=True)
+        n = max(w.sum(), 1.0)
+        part = xp.where(w == 0, 0.0, x[:, c : c + d])
+        mean = (w * part).sum(0, keepdims=True) / n
+        z = part - mean
+        s = (z * w).T @ z / n + spec.epsilon * np.eye(d)
+        trace, p = xp.trace(s), np.eye(d)
+        for _ in range(spec.steps):
+            p = 1.5 * p - 0.5 * p @ p @ p @ s / trace
+        parts.append((x[:, c : c + d] - mean) @ (p / xp.sqrt(trace)).T)
+    return affine(xp.concatenate(parts, 1), params.scale, params.bias)
+
+
 def without_mean(x, params, groups, spec, **_):
     return groups.xp.where(groups.count == 0, 0.0, x - groups.mean(x))
 
