@@ -468,7 +468,7 @@ def rep_batch(x, params, groups, spec, **_):
 def whitened(x, params, groups, spec, **_):
     """The recursion, for the rows that count for all channels of a group."""
     xp, channels = groups.xp, x.shape[1]
-    parts, d = [], spec.group_size
+    parts, d = [], channels // spec.num_groups
     for c in range(0, channels, d):
         w = np.asarray(groups.weight)[:, c : c + d].min(1, keepdims=True)
         n = max(w.sum(), 1.0)
