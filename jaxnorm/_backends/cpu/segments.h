@@ -6,7 +6,7 @@
 // For the plain norm these are made here, of a scale and a bias for each column.
 //
 // Segments are worked on one after the other, each by its runs of lines, so that a second pass finds it in the cache. Where
-// there are too few for all threads, they are worked on together, and threads have columns or lines instead.
+// runs are short, or segments too few for all threads, they are worked on together: threads have columns or lines.
 //
 // Tables are (segments + 1, K), K columns. A line with another id than 0 .. segments - 1 is absent, its x is not read, and
 // it goes by the last row of a table. Runs of lines of one id are done together by the loops of slabs (kernels.h).
@@ -254,7 +254,8 @@ template <class A> class Segments {
     int64_t runs = 0;
     over_runs(0, view_.S, [&](int64_t id, int64_t, int64_t lines) { ++runs, ++order.of[id + 1], order.lines[id] += lines; });
     const int64_t largest = *std::max_element(order.lines.begin(), order.lines.end());
-    if (threads_.count() > 1 && 2 * largest * threads_.count() > 3 * view_.S) return order;
+    const bool waits = threads_.count() > 1 && 2 * largest * threads_.count() > 3 * view_.S;
+    if (waits || 4 * runs > view_.S) return order;  // lines in no order are faster read as they lie
     order.apart = true;
     for (int64_t id = 0; id <= number_; ++id) order.of[id + 1] += order.of[id];
     order.runs.resize(runs);
