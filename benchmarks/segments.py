@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def segment_ids(length: int, order: str, rng: np.random.Generator) -> np.ndarray
 
 
 def ours(norm: str, number: int, is_sorted: bool) -> Callable:
-    options = dict(num_segments=number, indices_are_sorted=is_sorted)
+    options: dict[str, Any] = dict(num_segments=number, indices_are_sorted=is_sorted)
 
     def run(x, ids, scale, bias):
         if norm in ("layer", "instance"):

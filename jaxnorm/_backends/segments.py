@@ -66,7 +66,7 @@ class SegmentCall:
     """What is static about one use of a primitive."""
 
     plan: Plan  # its reduction is over `Segments`
-    f: Callable[..., Array]  # (x, statistics, params) -> y, elementwise and affine in x
+    f: Any  # (x, statistics, params) -> y, elementwise and affine in x
     tree: Any  # of the parameters
     moving: tuple[bool, ...] = ()  # of tangent and backward: whether x has a tangent, and each parameter
 

@@ -115,7 +115,7 @@ def _tables(call: SegmentCall, x, view: LinesView, stats: Statistics, dm2, unit,
     """shift, r, a and b for each segment, in the last row for what is absent."""
     over, reduction = call.over, call.plan.reduction
     row = over.rows - 1
-    one_more = lambda s: None if s is None else jnp.pad(s, [(0, int(a == row)) for a in range(s.ndim)])
+    one_more: Any = lambda s: None if s is None else jnp.pad(s, [(0, int(a == row)) for a in range(s.ndim)])
     of = OfElements(Statistics(*map(one_more, stats)), reduction, None, one_more(dm2), one_more(unit))
     spread = lax.stop_gradient(of.spread())
     usable = (spread > 1e-35) & (spread < 1e35)
@@ -197,8 +197,10 @@ def _backward_plain(x, ids, count, mean_hi, mean_lo, m2, *rest, call: SegmentCal
     view = lines_of(x.shape, call.over)
     assert view is not None
     (scale, _), pull = jax.vjp(lambda leaves: _columns(call, x, view, leaves), leaves)
-    stats = (a.reshape(view.segments, view.groups) for a in (mean_hi, mean_lo, m2, count))
-    dx, *sums = cpu.backward(view, call.plan, x, g, _ids_of_lines(x, view, ids, call), *stats, scale)
+    of_groups = lambda a: a.reshape(view.segments, view.groups)
+    lines = _ids_of_lines(x, view, ids, call)
+    hi, lo, square, counts = map(of_groups, (mean_hi, mean_lo, m2, count))
+    dx, *sums = cpu.backward(view, call.plan, x, g, lines, hi, lo, square, counts, scale)
     found = [dx, *pull(tuple(sums))[0]]
     return [d for d, moves in zip(found, call.moving, strict=True) if moves]
 
