@@ -36,6 +36,7 @@ from ._norms.conditional import ConditionalNorm as ConditionalNorm
 from ._norms.crms import CRMSNorm as CRMSNorm
 from ._norms.cumulative_group import CumulativeGroupNorm as CumulativeGroupNorm
 from ._norms.deep import DeepNorm as DeepNorm
+from ._norms.diff_group import DiffGroupNorm as DiffGroupNorm
 from ._norms.dish_ts import DishTS as DishTS
 from ._norms.domain_batch import DomainBatchNorm as DomainBatchNorm
 from ._norms.dynamic_erf import DynamicErf as DynamicErf
@@ -416,6 +417,33 @@ def deep_norm(
 ) -> Array: ...
 def deep_norm_alpha(encoder_layers: int = ..., decoder_layers: int = ..., side: str | None = ...) -> float: ...
 def deep_norm_beta(encoder_layers: int = ..., decoder_layers: int = ..., side: str | None = ...) -> float: ...
+def diff_group_norm(
+    x: ArrayLike,
+    params: Any,
+    state: S,
+    *,
+    train: Any,
+    rate: float = ...,
+    momentum: float | Array | None = ...,
+    epsilon: float = ...,
+    running: EMA | Cumulative | None = ...,
+    share: Devices | None = ...,
+    axis_name: str | tuple[str, ...] | None = ...,
+    axis_index_groups: Sequence[Sequence[int]] | None = ...,
+    sync: str | int | Sequence[Sequence[int]] = ...,
+    min_count: float | None = ...,
+    frozen: bool = ...,
+    skip_nonfinite: bool = ...,
+    zero_debias: bool = ...,
+    unbiased_running_var: bool = ...,
+    scale_offset: float = ...,
+    activation: Activation | None = ...,
+    dtype: DTypeLike | None = ...,
+    implementation: str | None = ...,
+    mask: ArrayLike | None = ...,
+    weights: ArrayLike | None = ...,
+    update_stats: bool = ...,
+) -> tuple[Array, S]: ...
 def dish_ts(
     x: ArrayLike,
     scale: ArrayLike | None = ...,
@@ -572,6 +600,7 @@ def gated_norm(
     scale: ArrayLike | None,
     down: ArrayLike,
     up: ArrayLike,
+    pre_scale: ArrayLike | None = ...,
     *,
     gate_scale: float = ...,
     gate_activation: Activation = ...,

@@ -892,6 +892,59 @@ class DeepNorm(_flax.Module):
         bias: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
+class DiffGroupNorm(_flax.Module):
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        *,
+        use_scale: bool = ...,
+        param_dtype: DTypeLike = ...,
+        scale_offset: float = ...,
+        activation: str | Callable[..., Array] | None = ...,
+        dtype: DTypeLike | None = ...,
+        implementation: str | None = ...,
+        use_bias: bool = ...,
+        init_groups: int = ...,
+        rate: float = ...,
+        momentum: float | Array | None = ...,
+        epsilon: float = ...,
+        running: _policy.EMA | _policy.Cumulative | None = ...,
+        share: _policy.Devices | None = ...,
+        axis_name: str | tuple[str, ...] | None = ...,
+        axis_index_groups: Sequence[Sequence[int]] | None = ...,
+        sync: str | int | Sequence[Sequence[int]] = ...,
+        min_count: float | None = ...,
+        frozen: bool = ...,
+        skip_nonfinite: bool = ...,
+        zero_debias: bool = ...,
+        unbiased_running_var: bool = ...,
+        weight_init: _Function | None = ...,
+        scale_init: _Function | None = ...,
+        bias_init: _Function | None = ...,
+        mean_init: _Function | None = ...,
+        var_init: _Function | None = ...,
+        use_running_average: bool | None = ...,
+        param_names: Mapping[str, str] | None = ...,
+        cast_params: bool = ...,
+        promote_dtype: _Function = ...,
+        rngs: _flax.Rngs,
+        weight_metadata: Mapping[str, Any] = ...,
+        scale_metadata: Mapping[str, Any] = ...,
+        bias_metadata: Mapping[str, Any] = ...,
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | ArrayLike | None = ...,
+        *,
+        mask: ArrayLike | None = ...,
+        weights: ArrayLike | None = ...,
+        update_stats: bool = ...,
+        weight: ArrayLike | None = ...,
+        scale: ArrayLike | None = ...,
+        bias: ArrayLike | None = ...,
+    ) -> Array: ...  # type: ignore[override]
+
 class DishTS(_flax.Module):
     def __init__(
         self,
@@ -1246,6 +1299,7 @@ class GatedNorm(_flax.Module):
         activation: str | Callable[..., Array] | None = ...,
         dtype: DTypeLike | None = ...,
         implementation: str | None = ...,
+        use_pre_scale: bool = ...,
         init_rank: int = ...,
         gate_scale: float = ...,
         gate_activation: str | Callable[..., Array] = ...,
@@ -1254,6 +1308,7 @@ class GatedNorm(_flax.Module):
         scale_init: _Function | None = ...,
         down_init: _Function | None = ...,
         up_init: _Function | None = ...,
+        pre_scale_init: _Function | None = ...,
         param_names: Mapping[str, str] | None = ...,
         cast_params: bool = ...,
         promote_dtype: _Function = ...,
@@ -1261,6 +1316,7 @@ class GatedNorm(_flax.Module):
         scale_metadata: Mapping[str, Any] = ...,
         down_metadata: Mapping[str, Any] = ...,
         up_metadata: Mapping[str, Any] = ...,
+        pre_scale_metadata: Mapping[str, Any] = ...,
     ) -> None: ...
     def __call__(
         self,
@@ -1270,6 +1326,7 @@ class GatedNorm(_flax.Module):
         scale: ArrayLike | None = ...,
         down: ArrayLike | None = ...,
         up: ArrayLike | None = ...,
+        pre_scale: ArrayLike | None = ...,
     ) -> Array: ...  # type: ignore[override]
 
 class GatedRMSNorm(_flax.Module):

@@ -172,7 +172,7 @@ GHOSTS = {"test_permuting_the_batch_permutes_the_output": "an example moves into
 NOT_NATIVE = "test_the_native_backend_runs_every_row"
 SEGMENTS = {
     "test_permuting_the_batch_permutes_the_output": "the ids stay where they are",
-    NOT_NATIVE: "statistics of segments are XLA's",
+    NOT_NATIVE: "segments have kernels of their own, which only implementation=None runs",
 }
 FUSED = UNCENTERED | {NOT_NATIVE: "XLA fuses elementwise functions"}
 rms = dict(oracle=oracle.root_mean_square, exempt=UNCENTERED)
@@ -293,7 +293,7 @@ ROWS = [
     Row("response-silu", jn.FilterResponseNorm(use_threshold=False, activation="silu"), (5, 30, 4), (1, 1, 4),
         lambda n, t, c: (n, c), (4,), **response),
     Row("crms", jn.CRMSNorm(), _tokens, (1, 1, 40), lambda n, t, c: (n, t), (40,), oracle=oracle.compressed, exempt=FUSED),
-    Row("gated-norm", jn.GatedNorm(init_rank=3, gate_scale=2.0, scale_offset=1.0), (4, 10, 8), (1, 1, 8),
+    Row("gated-norm", jn.GatedNorm(init_rank=3, gate_scale=2.0, scale_offset=1.0, use_pre_scale=True), (4, 10, 8), (1, 1, 8),
         lambda n, t, c: (n, t), (8,), oracle=oracle.gated_norm, exempt=FUSED),
     Row("seednorm-heads", jn.SeeDNorm(num_heads=3), (4, 6, 12), (1, 1, 12), lambda n, t, c: (n, t), (12,),
         oracle=oracle.seednorm, exempt=FUSED),
@@ -324,6 +324,8 @@ ROWS = [
         **segments | dict(oracle=oracle.without_mean, exempt=SEGMENTS | FUSED)),
     Row("graph-size", jn.GraphSizeNorm(num_segments=5), (20, 4), (1, 4), lambda m, c: (segment_ids(m), c),
         **segments | dict(oracle=oracle.by_size, exempt=SEGMENTS | FUSED)),
+    Row("diff-group", jn.DiffGroupNorm(init_groups=2, rate=0.5, scale_offset=1.0), (8, 3), (1, 3), lambda m, c: (0 * m,),
+        oracle=oracle.diff_group, exempt=FUSED),
     Row("message", jn.MessageNorm(scale_offset=1.0), (20, 6), (1, 6), lambda m, c: (m,), oracle=oracle.message_norm,
         operands=lambda shape: {"message": residual(shape)["residual"]}, exempt=FUSED | PER_SAMPLE | {
             "test_only_x_is_saved_at_full_size": "the message is kept as well"}),
@@ -377,6 +379,10 @@ ROWS = [
         oracle=oracle.renormalize, exempt=FUSED),
     Row("domain", jn.DomainBatchNorm(num_domains=3), (9, 3, 6), (1, 1, 6), lambda n, t, c: (n * n % 3, c), (6,),
         exempt=SEGMENTS | {NOT_NATIVE: FUSED[NOT_NATIVE]}, operands=lambda shape: {"domain": np.arange(shape[0]) ** 2 % 3}),
+    Row("rep", jn.RepBatchNorm(fade=0.25, scale_offset=1.0, activation="tanh"), (7, 4), (1, 4), lambda n, c: (0 * n,), (4,),
+        oracle=oracle.rep_batch, exempt=FUSED | {"test_only_x_is_saved_at_full_size": "with an activation the sum is kept as well"}),
+    Row("iter", jn.IterNorm(epsilon=0.5), (7, 3), (1, 3), lambda n, c: (0 * n,), (3,), oracle=oracle.whitened,
+        exempt={NOT_NATIVE: FUSED[NOT_NATIVE]}),
     Row("batch-l1", jn.BatchNorm(spread="l1"), (8, 3, 6), (1, 1, 6), lambda n, t, c: (c,), (6,), oracle=oracle.over_absolute,
         exempt={NOT_NATIVE: FUSED[NOT_NATIVE]}),
     Row("batch-ghost-remainder", jn.BatchNorm(virtual_batch_size=6), (16, 9, 6), (1, 1, 6), ghosts(6), (6,),

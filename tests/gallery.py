@@ -31,9 +31,9 @@ WHICH = ("inference", "forward+backward")  # of `passes`: y alone, in training t
 AS = {
     "AddLayerNorm": "LayerNorm", "AddRMSNorm": "RMSNorm", "LayerNormAdd": "LayerNorm", "GatedRMSNorm": "RMSNorm",
     "AdaLayerNormZero": "AdaLayerNorm", "AdaLayerNormSingle": "AdaLayerNorm", "PositionalNorm": "LayerNorm",
-    "ConditionalNorm": "BatchNorm", "IterNorm": "BatchNorm", "RepBatchNorm": "BatchNorm",
+    "ConditionalNorm": "BatchNorm",
 }  # fmt: skip
-XLA_ALONE = {"iter"}  # of those
+KERNELS_OF_SEGMENTS = (jn.SegmentNorm, jn.GraphNorm, jn.PairNorm, jn.MeanSubtractionNorm)
 TIER_A = {
     "BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "AddLayerNorm", "AddRMSNorm", "GatedRMSNorm",
     "BatchRenorm", "QKNorm", "RMSNormAdd", "LayerNormAdd", "GroupRMSNorm", "L2Norm", "DynamicTanh", "DynamicErf",
@@ -118,7 +118,7 @@ def entry(name: str, kind: Any, counts: dict[str, list[float]]) -> tuple[list[st
         params, state = row.spec.init(row.features)
     takes = inspect.signature(function).parameters
     options = {field.name for field in dataclasses.fields(kind)}
-    kernels = "XLA" if NOT_NATIVE in row.exempt or name in XLA_ALONE else "kernels"
+    kernels = "XLA" if NOT_NATIVE in row.exempt and not isinstance(row.spec, KERNELS_OF_SEGMENTS) else "kernels"
     devices = "axis_name" if {"axis_name", "share"} & options else "jit"
     passes = " / ".join(f"{n:.1f}" for n in counts.get(name, [])) or "-"
     cells = [

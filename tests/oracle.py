@@ -316,7 +316,8 @@ def _kept(x, groups):
 
 def gated_norm(x, params, groups, spec, **_):
     xp = groups.xp
-    h = affine(analytic(_kept(x, groups), groups, spec.epsilon, False), params.scale, None)
+    z = affine(_kept(x, groups), params.pre_scale, None)
+    h = affine(analytic(z, groups, spec.epsilon, False), params.scale, None)
     inner = h @ params.down
     gate = (inner * (0.5 + 0.5 * xp.tanh(0.5 * inner))) @ params.up
     return spec.gate_scale * h * (0.5 + 0.5 * xp.tanh(0.5 * gate))
@@ -443,6 +444,43 @@ def pair_norm(x, params, groups, spec, **_):
     v = xp.sum(of.mean(c * c), -1, keepdims=True) + spec.epsilon
     zero = (v == 0) | (of.count.sum(-1, keepdims=True) == 0)
     return spec.output_scale * xp.where(zero, 0.0, c / xp.sqrt(xp.where(zero, 1.0, v)))
+
+
+def diff_group(x, params, groups, spec, **_):
+    xp, of, y = groups.xp, of_channels(groups), x
+    logits = _kept(x, groups) @ params.weight
+    share = xp.exp(logits - logits.real.max(-1, keepdims=True))
+    share = share / share.sum(-1, keepdims=True)
+    for g in range(share.shape[-1]):
+        z = analytic(share[:, g : g + 1] * x, of, spec.epsilon, True)
+        y = y + spec.rate * affine(z, params.scale[g][None], params.bias[g][None])
+    return y
+
+
+def rep_batch(x, params, groups, spec, **_):
+    of = lambda labels: Groups(np.broadcast_to(labels, x.shape), None, groups.weight, groups.xp)
+    batch, rows = of(np.arange(x.shape[-1])), of(np.arange(x.shape[0])[:, None])
+    rep = affine(analytic(x, batch, spec.epsilon, True), params.scale, params.bias) + params.eta * x
+    layer = affine(analytic(x, rows, spec.epsilon, True), params.ln_scale, params.ln_bias)
+    return spec.fade * layer + (1.0 - spec.fade) * rep
+
+
+def whitened(x, params, groups, spec, **_):
+    """The recursion, for the rows that count for all channels of a group."""
+    xp, channels = groups.xp, x.shape[1]
+    parts, d = [], channels // spec.num_groups
+    for c in range(0, channels, d):
+        w = np.asarray(groups.weight)[:, c : c + d].min(1, keepdims=True)
+        n = max(w.sum(), 1.0)
+        part = xp.where(w == 0, 0.0, x[:, c : c + d])
+        mean = (w * part).sum(0, keepdims=True) / n
+        z = part - mean
+        s = (z * w).T @ z / n + spec.epsilon * np.eye(d)
+        trace, p = xp.trace(s), np.eye(d)
+        for _ in range(spec.steps):
+            p = 1.5 * p - 0.5 * p @ p @ p @ s / trace
+        parts.append((x[:, c : c + d] - mean) @ (p / xp.sqrt(trace)).T)
+    return affine(xp.concatenate(parts, 1), params.scale, params.bias)
 
 
 def without_mean(x, params, groups, spec, **_):

@@ -138,7 +138,7 @@ def only_static(request: Request) -> Support:
     if not are_static(*x.shape):
         return Support.no(f"x has symbolic sizes {x.shape}, as in jax.export")
     if not isinstance(reduction.over, Axes):
-        return Support.no("statistics of segments are XLA's")
+        return Support.no("segments have kernels of their own, which only implementation=None runs")
     if reduction.axis_name is not None:
         return Support.no("statistics over an axis name are merged by XLA")
     for p in (request.scale, request.bias):

@@ -159,6 +159,9 @@ class Segments:
 
     `ids` are int32 of x's rank, with size 1 beyond the rows' axes. A row whose id is not in 0..num_segments - 1 is
     absent. Statistics have the shape (1, ..., 1, num_segments) along the rows' axes. Ids mean the same on all devices.
+
+    On a TPU a gather is a kernel of its own. Where channels have statistics of their own, each that is spread is of x's
+    size, in float32, written and read again: in bfloat16 four passes over x for each.
     """
 
     num_segments: int

@@ -246,6 +246,8 @@ def first_shapes(spec: Any, width: Shape) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _first_value(spec: Any, name: str, width: Shape, key, shape: Shape, dtype) -> Array:
-    """From the key on an initializer's signature, without its randomness. The shape is what the spec makes."""
+    """From the key on an initializer's signature; only what is drawn needs it. The shape is what the spec makes."""
+    if name in spec.drawn:
+        return spec.draw_param(name, width, key).astype(dtype)
     made = spec.init_params(width) if name in spec.Params._fields else spec.init_state(width)
     return getattr(made, name).astype(dtype)

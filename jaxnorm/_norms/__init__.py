@@ -17,6 +17,7 @@ from .conditional import ConditionalNorm, conditional_norm
 from .crms import CRMSNorm, crms_norm
 from .cumulative_group import CumulativeGroupNorm, cumulative_group_norm
 from .deep import DeepNorm, deep_norm, deep_norm_alpha, deep_norm_beta
+from .diff_group import DiffGroupNorm, diff_group_norm
 from .dish_ts import DishTS, dish_ts
 from .domain_batch import DomainBatchNorm, domain_batch_norm
 from .dynamic_erf import DynamicErf, dynamic_erf

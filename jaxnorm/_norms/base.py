@@ -91,6 +91,7 @@ class Spec:
     state_axes: ClassVar[int] = 0  # how many axes its fields have before those of the features
     own_state_shape: ClassVar[bool] = False  # whether the state is not of the feature shape; the function checks it
     whole: ClassVar[tuple[str, ...]] = ()  # the parameters that have a shape of their own, not that of the features
+    drawn: ClassVar[tuple[str, ...]] = ()  # the parameters that start at random: `draw_param` makes them
     scales: ClassVar[tuple[str, ...]] = ("scale",)  # the parameters that scale_offset is added to
     decays: ClassVar[tuple[str, ...]] = ()  # the parameters that weight decay is for; for most norms none
     paths: ClassVar[Mapping[str, str]] = {}  # where layers keep a parameter, such as "q_norm/scale"; else by its name
@@ -199,8 +200,17 @@ class Spec:
         return f"use_{name}"
 
     def init_param(self, name: str, shape: tuple[int, ...]) -> Array:
-        """The first value of one parameter: of the effective scale 1, of all others 0."""
+        """The first value of one parameter: of the effective scale 1, of all others 0.
+
+        Of those that are `drawn` it is always the same; a Flax layer draws with its own key.
+        """
+        if name in self.drawn:
+            return self.draw_param(name, shape, jax.random.key(0))
         return jnp.full(shape, 1.0 - self.scale_offset if name in self.scales else 0.0, self.param_dtype)
+
+    def draw_param(self, name: str, shape: tuple[int, ...], key: Array) -> Array:
+        """The first value of one of the parameters that are `drawn`."""
+        raise NotImplementedError
 
     def init_state(self, shape: tuple[int, ...]) -> Any:
         """The first `State`; `()` where a norm has none."""

@@ -94,7 +94,8 @@ def graph_size_norm(
     """
     return normalize_nodes(
         "graph_size_norm", _by_size, x, segment_ids, {}, None, None, num_segments=num_segments, centered=False,
-        indices_are_sorted=indices_are_sorted, scale_offset=0.0, epsilon=0.0, mask=mask, **options,
+        indices_are_sorted=indices_are_sorted, scale_offset=0.0, epsilon=0.0, mask=mask, is_affine=False,
+        **options,
     )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def pair_norm(
     size = canonicalize_number(norm, "output_scale", output_scale, "1.0")
     return normalize_nodes(
         norm, _Pair(each), x, segment_ids, {}, size, None, num_segments=num_segments,
-        indices_are_sorted=indices_are_sorted, scale_offset=0.0, mask=mask, **options,
+        indices_are_sorted=indices_are_sorted, scale_offset=0.0, mask=mask, is_affine=not each, **options,
     )  # fmt: skip
 
 

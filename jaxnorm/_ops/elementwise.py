@@ -87,7 +87,7 @@ class OfElements:
 
     def rsqrt_of_sum(self, axis: int, epsilon: float) -> Array:
         """1 / sqrt(sum of var along an axis + epsilon), with size 1 along it; 0 for 1 / 0, and where all are empty."""
-        larger = self._spread().max(axis, keepdims=True, initial=0.0)
+        larger = self.spread().max(axis, keepdims=True, initial=0.0)
         larger = lax.stop_gradient(jnp.maximum(larger, math.sqrt(epsilon)))
         void = (larger == 0) | (self.count == 0).all(axis, keepdims=True)
         s = 1.0 / nan_if_infinite(jnp.where(void, 1.0, larger))
@@ -99,7 +99,7 @@ class OfElements:
     def _is_plain(self) -> bool:
         return self.reduction.large_prescale is None
 
-    def _spread(self) -> Array:
+    def spread(self) -> Array:
         """The root of the variance, with no care for its derivative."""
         m2, n = self.parts.m2, nonzero_divisor(self.count)
         return jnp.sqrt(m2 / n) / self.reduction.prescale if self._is_plain else m2 / jnp.sqrt(n)
@@ -136,7 +136,7 @@ def in_unit_range(mixture: Mixture, epsilon: float | Array, beside: Array | None
     The constant s brings the largest of the terms, but for its weight, to 1. So all that is differentiated is in range.
     """
     epsilon = jnp.asarray(epsilon, mixture[0][1].parts.m2.dtype)
-    spreads = [of._spread() for _, of in mixture]
+    spreads = [of.spread() for _, of in mixture]
     larger = lax.stop_gradient(functools.reduce(jnp.maximum, spreads, jnp.sqrt(epsilon)))
     if beside is not None:
         larger = jnp.maximum(larger, jnp.abs(lax.stop_gradient(beside)))
@@ -168,14 +168,16 @@ def normalize_by_statistics(
     norm: str, f: Callable[..., Array], x: Array, own: dict[str, Any], scale, bias, axes: tuple[int, ...],
     feature_axes: tuple[int, ...], *, epsilon, scale_offset, activation, mask, axis_name, axis_index_groups, dtype,
     implementation, centered=True, groups: int | None = None, segments: tuple[Segments, Array] | None = None,
+    by: Callable[..., Array] | None = None,
 ) -> Array:  # fmt: skip
     """y = activation(f(x, statistics, affine, epsilon, *own)), rounded once; statistics over `axes`, or `segments`.
 
     `f` is elementwise and gets x in the accumulator's dtype. It calls `affine`: z -> z (scale + scale_offset) + bias.
     `own` are further parameters by name: numbers, or arrays of the feature shape or of one that broadcasts. `groups` is
     the number of groups of channels, at the one feature axis, that statistics are over as well. `segments` are what
-    statistics are over in the place of `axes`, and the ids.
+    statistics are over in the place of `axes`, and the ids. `by` is in the place of `by_statistics`.
     """
+    by = by_statistics if by is None else by
     refuse_kernels(norm, implementation)
     given = [
         align_param(norm, name, p, x.shape, feature_axes) for name, p in {"scale": scale, "bias": bias, **own}.items()
@@ -199,7 +201,7 @@ def normalize_by_statistics(
     def normalized(*args) -> Array:
         seen, mask, params = jax.tree.map(view, args)
         with explain_unbound_axis(norm, axis_name):
-            return by_statistics(Whole(f, plan), plan.reduction, out, seen, mask, None, params, ids).reshape(x.shape)
+            return by(Whole(f, plan), plan.reduction, out, seen, mask, None, params, ids).reshape(x.shape)
 
     run: Any = jax.sharding.auto_axes(normalized, out_sharding=jax.typeof(x).sharding) if spans else normalized
     return run(finite_padding(x, mask), mask, params)
@@ -256,7 +258,7 @@ def by_several(
     rank; the mask leaves out what no segment has (`Over.present`).
     """
     stats = _statistics(reductions, x, mask, weights, given, ids)
-    return _output(f, reductions, dtype, x, mask, weights, stats, params, ids), stats
+    return output_of(f, reductions, dtype, x, mask, weights, stats, params, ids), stats
 
 
 @functools.partial(by_several.defjvp, symbolic_zeros=True)
@@ -264,9 +266,9 @@ def _(f, reductions, dtype, primals, tangents):
     x, mask, weights, params, given, ids = primals
     dx, _, dweights, *dparams = drop_symbolic_zeros((*tangents[:3], *jax.tree.leaves(tangents[3])))
     stats = _statistics(reductions, x, mask, weights, given, ids)
-    y = _output(f, reductions, dtype, x, mask, weights, stats, params, ids)
+    y = output_of(f, reductions, dtype, x, mask, weights, stats, params, ids)
     still = tuple(s is not None for s in given)
-    tangent = recompute(functools.partial(_tangent, f, reductions, still, dtype), reductions[0].plain)
+    tangent = recompute(functools.partial(tangent_of, f, reductions, still, dtype), reductions[0].plain)
     dy = tangent(x, mask, weights, stats, params, ids, (dx, dweights, dparams))
     return (y, stats), (tangent_like(y, dy), jax.tree.map(jnp.zeros_like, stats))
 
@@ -277,7 +279,7 @@ def _statistics(reductions, x, mask, weights, given, ids) -> Several:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _output(
+def output_of(
     f, reductions: tuple[Reduction, ...], dtype, x, mask, weights, stats: Several, params, ids, dm2s=None, units=None
 ) -> Array:
     keep, wide = valid_mask(mask, weights), x.astype(accumulator(x))
@@ -294,12 +296,12 @@ def _output(
     return broadcast_like(x, f(wide, *each, params)).astype(dtype)
 
 
-def _tangent(f, reductions, still, dtype, x, mask, weights, stats: Several, params, ids, tangents) -> Array:
+def tangent_of(f, reductions, still, dtype, x, mask, weights, stats: Several, params, ids, tangents) -> Array:
     """The chain rule through f and through the statistics. None is a tangent of zero."""
     dx, dweights, dparams = tangents
     leaves, tree = jax.tree.flatten(params)
     moves = dx is not None or dweights is not None
-    units = [_unit(r, s) for r, s in zip(reductions, stats, strict=True)]
+    units = [unit_of(r, s) for r, s in zip(reductions, stats, strict=True)]
     primals, moving = [], []
     for reduction, of, unit, given in zip(reductions, stats, units, still, strict=True):
         count = mean_lo = m2 = None
@@ -316,13 +318,13 @@ def _tangent(f, reductions, still, dtype, x, mask, weights, stats: Several, para
         )
         dm2s = tuple(None if unit is None else m2 for unit, (_, _, m2) in zip(units, parts, strict=True))
         params = jax.tree.unflatten(tree, values[3 * len(reductions) :])
-        return _output(f, reductions, dtype, x, mask, weights, now, params, ids, dm2s, tuple(units))
+        return output_of(f, reductions, dtype, x, mask, weights, now, params, ids, dm2s, tuple(units))
 
     dy = jvp_or_none(of_moving, (x, *primals, *leaves), (dx, *moving, *dparams))[1]
     return jnp.zeros(x.shape, dtype) if dy is None else dy
 
 
-def _unit(reduction: Reduction, stats: Statistics) -> Array | None:
+def unit_of(reduction: Reduction, stats: Statistics) -> Array | None:
     """What the tangent of m2 is that of the squares of, times x, where m2 is a root; else None."""
     if reduction.large_prescale is None:
         return None

@@ -18,6 +18,8 @@ from .._core.platforms import recompute
 from .._core.types import Reduction
 from .._core.vma import shard_like
 from .activation import check_activation
+from .by_segments import normalize_segments, standardized, takes_segments
+from .elementwise import Whole
 from .formula import affine_times
 from .plan import check_implementation, make_plan
 from .quantize import check_quantize, scale_of_tensor
@@ -92,7 +94,7 @@ def normalize_stream(
         if quantize is None and can_fuse_add(norm, plan, x, residual, scale, bias, mask):
             return add_and_standardize(plan, x, residual, scale, bias)
         x = add_rounded(lax_alone, x, residual)
-    stream = x
+    stream, by_ids_alone = x, segments is not None and mask is None and gate is None and quantize is None
     x, mask = align_boolean_mask(norm, x, mask)
     mask = keep = over.present(mask, ids)
     x, gate = finite_padding(x, mask), None if gate is None else finite_padding(gate, mask)
@@ -116,6 +118,8 @@ def normalize_stream(
 
     def normalized(*args) -> Array:
         x, scale, bias, mask, gate, ids = jax.tree.map(view, args)
+        if by_ids_alone and takes_segments(plan, x, (scale, bias)):
+            return normalize_segments(Whole(standardized, plan), x, (scale, bias), ids).reshape(stream.shape)
         with explain_unbound_axis(norm, axis_name):
             y, _ = standardize(norm, plan, x, scale, bias, mask, gate=gate, ids=ids)
         return y.reshape(stream.shape)

@@ -168,11 +168,13 @@ def by_newton(second: Array, epsilon: float, steps: int) -> Array:
     trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None]
     void = trace == 0
     safe = jnp.where(void, 1.0, trace)
-    s, p = jnp.where(void, 0.0, s / safe), eye
+    unit = lax.stop_gradient(1.0 / safe)  # brings the trace to 1: the derivatives of 1 / trace leave float32's range
+    safe = safe * unit
+    s, p = jnp.where(void, 0.0, (s * unit) / safe), eye
     product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     for _ in range(steps):
         p = 1.5 * p - 0.5 * product(product(product(p, p), p), s)
-    return jnp.where(void, 0.0, p * lax.rsqrt(safe))
+    return jnp.where(void, 0.0, p * (lax.rsqrt(safe) * jnp.sqrt(unit)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

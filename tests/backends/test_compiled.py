@@ -1,12 +1,14 @@
 """What programs do on GPUs and TPUs, compiled for them by XLA's own compilers, which need none: counted and bounded."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import compiled
 from helpers.compiled import AXIS, TARGETS, cases, hlo, placed, targets
+from helpers.devices import mesh_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -189,6 +191,35 @@ def test_a_scan_of_blocks_takes_less_temporary_memory_than_flax(target, monkeypa
         f, args = cases.scan(module)
         used[name] = compiled.report(f, needs(target), *placed(target, args), unit=1).temp_bytes
     assert used["jaxnorm"] <= 0.6 * used["flax.linen"]
+
+
+@pytest.mark.parametrize("target", ["cpu", "v5ex8"])
+@pytest.mark.parametrize("kind", ["layer", "graph"])
+def test_segments_gather_rows_of_statistics_and_never_x(kind, target):
+    """Over eight devices, each way: what is gathered are tables of the segments, and what travels are sums of them."""
+    mesh = mesh_of("auto", names=(AXIS,)) if target == "cpu" else targets.mesh(needs(target))
+    at = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(AXIS)))
+    x, ids, number = at((1 << 15, 64), jnp.bfloat16), at((1 << 15,), jnp.int32), 8
+
+    def norm(x, ids):
+        if kind == "graph":
+            return jn.graph_norm(x, ids, mean_scale=jnp.full(64, 0.5), num_segments=number)
+        return jn.segment_norm(x, ids, num_segments=number)
+
+    def both(x, ids, g):
+        y, vjp = jax.vjp(lambda x: norm(x, ids), x)
+        return y, vjp(g)[0]
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(both).lower(x, ids, x).compile().as_text()
+    tables = []
+    for computation in hlo.parsed(text)[1].values():
+        tables += [computation[it.operands[0]].type for it in computation.values() if it.opcode == "gather"]
+    rows = [int(re.match(r"\w+\[(\d+)", table)[1]) for table in tables]
+    most = 64 * (number + 2)  # blocks of the slots that sums are in
+    assert 0 < max(rows) <= most < x.shape[0] // 8
+    assert {each.kind for each in hlo.collectives(text)} <= {"all-reduce"}
+    assert all(each.bytes <= 4 * 4 * most * 64 for each in hlo.collectives(text))
 
 
 # --- the counting itself, on programs whose cost is known -------------------------------------------------------------

@@ -508,3 +508,45 @@ def test_each_reduction_has_its_view():
     assert view((8, 5, 64), (2,), {0, 2}) == (8, 5, 1, 1, 64, 1)
     assert cpu.view_of((8, 32, 9), (1,), frozenset({1})) is None
     assert Reduction(Axes((1,))).axes == (1,)
+
+
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+OF_SEGMENTS = {
+    "rms": lambda x, ids, s, b, **call: jn.segment_norm(x, ids, s, kind="rms", **call),
+    "group": lambda x, ids, s, b, **call: jn.segment_norm(x, ids, s, b, kind="group", num_groups=3, **call),
+    "instance": lambda x, ids, s, b, **call: jn.segment_norm(x, ids, s, b, kind="instance", **call),
+    "graph": lambda x, ids, s, b, **call: jn.graph_norm(x, ids, s, b, 0.5 * b, **call),
+}
+
+
+@pytest.mark.parametrize("kind", OF_SEGMENTS)
+def test_segments_of_any_order_and_length_match_xla(kind, rng):
+    """Long ones, one of a single row, one without rows, and absent rows that hold poison; in one piece each, or not."""
+    dtype = ml_dtypes.bfloat16 if kind == "group" else np.float32
+    lengths = [3000, 1, 0, 200, 7, 40]
+    ids = np.repeat([0, 1, 2, 3, 4, 9], lengths)
+    size = np.array([1.0, 1e-3, 1e15, 30.0] * 6 if kind == "instance" else [1.0] * 24, "f")
+    x, g = ((draw(rng, (len(ids), 24), 3.0) * size).astype(dtype), draw(rng, (len(ids), 24)).astype(dtype))
+    scale, bias = draw(rng, (2, 24))
+    x[ids == 9] = np.nan
+
+    def both(x, g, ids, scale, bias, implementation=None):
+        norm = lambda *a: OF_SEGMENTS[kind](a[0], ids, *a[1:], num_segments=5, implementation=implementation)
+        y, vjp = jax.vjp(norm, x, scale, bias)
+        return y, vjp(g)
+
+    xla = jax.jit(lambda *a: both(*a, implementation="xla"))
+    ours = jax.jit(both).lower(x, g, ids, scale, bias).compile()
+    names = re.findall(r'custom_call_target="jaxnorm_segment_(\w+)"', ours.as_text())
+    of_tables = ["gradient", "gradient_sums", "moments", "normalize"]
+    assert sorted(names) == (of_tables if kind == "graph" else ["backward", "forward"])
+    close = 2e-5 if dtype == np.float32 else 1e-2
+    for order in (np.arange(len(ids)), rng.permutation(len(ids))):
+        args = x[order], g[order], ids[order], scale, bias
+        (y, (dx, *sums)), (y_, (dx_, *sums_)) = ours(*args), xla(*args)
+        np.testing.assert_allclose(np.float64(y), np.float64(y_), rtol=close, atol=close)
+        unit = np.where(ids[order, None] == 1, 1.0, size)  # alone a row is its mean, and dx what rounding leaves
+        np.testing.assert_allclose(np.float64(dx) * unit, np.float64(dx_) * unit, rtol=close, atol=close)
+        for got, want in zip(sums, sums_, strict=True):
+            np.testing.assert_allclose(got, want, rtol=close, atol=close * np.abs(want).max())

@@ -187,26 +187,26 @@ def test_rep_batch_norm_fades_a_layer_norm_into_an_affine_map(rng):
     assert jn.RepBatchNorm(fade=0.0).init(4)[0].ln_scale is None
 
 
-def test_the_gradients_of_rep_batch_norm_match_the_formula_under_a_mask(rng):
-    norm, mask = jn.RepBatchNorm(fade=0.25, activation="tanh", scale_offset=1.0), np.arange(8)[:, None] < 6
+def test_soft_groups_are_batch_norms_with_their_states_and_layers_draw_their_weight(rng):
+    norm, mask = jn.DiffGroupNorm(init_groups=3, rate=0.5, momentum=0.5, unbiased_running_var=True), np.arange(9) < 7
     params, state = norm.init(4)
-    params = jax.tree.map(lambda p: p + jnp.asarray(draw(rng, p.shape)), params)
-    x, g = draw(rng, (8, 4), 2.0), draw(rng, (8, 4))
-
-    def plain(params, x):
-        d, e = (x - a for a in (x.mean(0, keepdims=True), x.mean(1, keepdims=True)))
-        over = lambda d, axis: d / jnp.sqrt((d * d).mean(axis, keepdims=True) + 1e-5)
-        layer = over(e, 1) * (params.ln_scale + 1)[None] + params.ln_bias[None]
-        batch = over(d, 0) * (params.scale + 1)[None] + params.bias[None] + params.eta * x
-        return jnp.tanh(0.25 * layer + 0.75 * batch)
-
-    def own(params, x):
-        return norm.apply(params, state, x, train=True, mask=mask)[0]
-
-    pull = lambda f: jax.jit(lambda params, x, g: jax.vjp(f, params, x)[1](g))
-    found, (dparams, dx) = pull(own)(params, np.where(mask, x, np.nan), g * mask), pull(plain)(params, x[:6], g[:6])
-    close(found[0], dparams, atol=1e-5)
-    close((found[1][:6], found[1][6:]), (dx, np.zeros((2, 4))), atol=1e-5)
+    params = params._replace(scale=draw(rng, (3, 4)), bias=draw(rng, (3, 4)))
+    x = draw(rng, (9, 4), 2.0)
+    a = np.exp(x @ np.asarray(params.weight))
+    z = (a / a.sum(-1, keepdims=True))[:, :, None] * x[:, None]
+    sums = lambda train, of: jn.batch_norm(
+        z, params[1:], of, train=train, axis=(1, 2), mask=mask, epsilon=1e-5, momentum=0.5, unbiased_running_var=True
+    )
+    want, moved = sums(True, state)
+    y, new = norm.apply(params, state, np.where(mask[:, None], x, np.nan), train=True, mask=mask)
+    close((y[:7], new), (x[:7] + 0.5 * want.sum(1)[:7], moved), atol=1e-5)
+    close(norm.apply(params, new, x, train=False)[0], x + 0.5 * sums(False, new)[0].sum(1), atol=1e-5)
+    first = lambda key: jnn.DiffGroupNorm(use_running_average=False).init(jax.random.key(key), x)["params"]["weight"]
+    assert first(0).shape == (4, 10)
+    assert not np.allclose(first(0), first(1))
+    of_nnx = [jnx.DiffGroupNorm(4, use_running_average=False, rngs=nnx.Rngs(key)).weight[...] for key in (0, 1)]
+    assert not np.allclose(*of_nnx)
+    assert np.abs(of_nnx[0]).max() <= 0.5
 
 
 @pytest.mark.parametrize("spread", ["l1", "rms", "none"])
@@ -245,6 +245,7 @@ SHARED = {  # the all-reduces of the statistics forward; as many backward, for x
     "rep": (jn.RepBatchNorm(fade=0.25, axis_name="d"), 1),
     "rms": (jn.BatchNorm(spread="rms", axis_name="d"), 1),
     "l1": (jn.BatchNorm(spread="l1", axis_name="d"), 2),
+    "soft groups": (jn.DiffGroupNorm(init_groups=2, axis_name="d"), 1),
 }
 
 

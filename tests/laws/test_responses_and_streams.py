@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from catalogue import draw
 from flax import nnx
+from helpers.devices import mesh_of, placed
 from helpers.jit import jit_unoptimized
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import jaxnorm as jn
 from jaxnorm import linen as jnn
@@ -139,6 +141,7 @@ def test_layers_have_the_parameters_of_their_own_shape(rng):
     x = draw(rng, (4, 6, 12))
     shapes = lambda layer, *more: jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x, *more)["params"])
     assert shapes(jnn.GatedNorm(init_rank=5)) == {"scale": (12,), "down": (12, 5), "up": (5, 12)}
+    assert not np.allclose(*(jnn.GatedNorm().init(jax.random.key(k), x)["params"]["down"] for k in (0, 1)))
     assert shapes(jnn.PolyNorm()) == {"weight": (3,), "bias": ()}
     assert shapes(jnn.HypersphereUpdate(), x) == {"alpha": (12,)}
     assert shapes(jnn.SeeDNorm()) == {"scale": (12,), "alpha": (12,), "beta": (12,)}
@@ -166,3 +169,29 @@ def test_layers_have_the_parameters_of_their_own_shape(rng):
 def test_these_norms_explain_a_wrong_call(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(np.ones((2, 4, 8), "f"))
+
+
+@pytest.mark.parametrize("spec", [P(None, None, "d"), P(None, "d")], ids=["features", "times"])
+def test_axes_that_jit_spreads_over_devices_are_whole_to_these_norms(spec, rng):
+    """Also where a norm reduces over that axis, or its windows and prefixes cross from one device to the next."""
+    x, weight = draw(rng, (2, 8, 16), 1.0), draw(rng, (16, 3))
+    by_channel, (down, up), g = draw(rng, (3, 16)), (weight, weight.T), draw(rng, (6, *x.shape))
+
+    def both(x):
+        def all_of_them(x):
+            return jnp.stack([
+                jn.gated_norm(x, by_channel[0], down, up),
+                jn.seednorm(x, *by_channel, num_heads=2),
+                jn.poly_norm(x, by_channel[0, :3], np.float32(0.5)),
+                jn.global_response_norm(x, *by_channel[:2]),
+                jn.local_response_norm(x, size=5),
+                jn.cumulative_group_norm(x, *by_channel[:2], num_groups=2, epsilon=1e-3)[0],
+            ])  # fmt: skip
+
+        y, vjp = jax.vjp(all_of_them, x)
+        return y, vjp(jnp.asarray(g))[0]
+
+    mesh = mesh_of("auto", (8,), ("d",))
+    with jax.set_mesh(mesh):
+        got = jit_unoptimized(both)(*placed(mesh, (x, spec)))
+    jax.tree.map(close, got, jit_unoptimized(both)(x))

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "norm.h"
+#include "segments.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -321,22 +322,103 @@ ffi::Error gradient(JN_CALL, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer 
   });
 }
 
+// Norms of segments: x is lines of one slab, each with an id. A table has a row for each segment, and one for absent lines.
+template <class Arrays, class Kernels, class Accumulator = typename Arrays::Accumulator>
+Segments<Accumulator> segments_of(const Arrays& arrays, const Job& job, const Kernels& kernels, const Threads& threads,
+                                  In ids, int64_t number) {
+  const View& v = arrays.v;
+  require(v.B == 1 && v.N == 1 && v.P == 1, "segments are of lines of one slab");
+  require(number >= 1 && number <= std::numeric_limits<int32_t>::max(), "the number of segments is out of range");
+  require(ids.element_type() == ffi::DataType::S32 && int64_t(ids.element_count()) == v.S,
+          "there is an id for each line, of 32 bits");
+  return Segments<Accumulator>(job, kernels, threads, static_cast<const int32_t*>(ids.untyped_data()), number);
+}
+
+template <class Arrays> typename Arrays::Accumulator* table(const Arrays& arrays, In a, int64_t rows, int64_t columns) {
+  return static_cast<typename Arrays::Accumulator*>(
+      checked(a, rows * columns, Arrays::accumulated, "a table has a row for each segment, of the accumulator's type"));
+}
+
+template <class Arrays> void place_segments(Job& job, const Arrays& arrays, int64_t number, In mean_hi, In mean_lo, In m2, In counts) {
+  const auto of = [&](In a) { return table(arrays, a, number, job.view.G); };
+  job.mean_hi = of(mean_hi), job.mean_lo = of(mean_lo), job.m2 = of(m2), job.counts = of(counts);
+}
+
+ffi::Error segment_forward(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer scale,
+                           ffi::AnyBuffer bias, Out y, Out mean_hi, Out mean_lo, Out m2, Out counts) {
+  return guarded(JN_ARGS, x, &*y, JN_BODY {
+    place_output(job, arrays.of_y(*y), *y), place_segments(job, arrays, segments, *mean_hi, *mean_lo, *m2, *counts);
+    job.scale = arrays.gradient(scale), job.bias = arrays.gradient(bias);
+    segments_of(arrays, job, kernels, threads, ids, segments).forward();
+  });
+}
+
+ffi::Error segment_backward(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer ids,
+                            ffi::AnyBuffer mean_hi, ffi::AnyBuffer mean_lo, ffi::AnyBuffer m2, ffi::AnyBuffer counts,
+                            ffi::AnyBuffer scale, Out dx, Out dscale, Out dbias) {
+  return guarded(JN_ARGS, x, &g, JN_BODY {
+    place_output(job, arrays.of_x(*dx), *dx), place_segments(job, arrays, segments, mean_hi, mean_lo, m2, counts);
+    job.g = arrays.of_y(g), job.scale = arrays.gradient(scale);
+    segments_of(arrays, job, kernels, threads, ids, segments).backward(arrays.gradient(*dscale), arrays.gradient(*dbias));
+  });
+}
+
+ffi::Error segment_moments(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer ids, Out mean_hi, Out mean_lo,
+                           Out m2, Out counts) {
+  return guarded(JN_ARGS, x, nullptr, JN_BODY {
+    place_segments(job, arrays, segments, *mean_hi, *mean_lo, *m2, *counts);
+    segments_of(arrays, job, kernels, threads, ids, segments).moments();
+  });
+}
+
+ffi::Error segment_normalize(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer ids, ffi::AnyBuffer shift,
+                             ffi::AnyBuffer r, ffi::AnyBuffer a, ffi::AnyBuffer b, Out y) {
+  return guarded(JN_ARGS, x, &*y, JN_BODY {
+    const auto of = [&](In from) { return table(arrays, from, segments + 1, job.view.columns()); };
+    place_output(job, arrays.of_y(*y), *y);
+    segments_of(arrays, job, kernels, threads, ids, segments).normalize(of(shift), of(r), of(a), of(b));
+  });
+}
+
+ffi::Error segment_gradient_sums(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer ids,
+                                 ffi::AnyBuffer shift, ffi::AnyBuffer r, Out of_gu, Out of_g) {
+  return guarded(JN_ARGS, x, &g, JN_BODY {
+    const auto of = [&](In from) { return table(arrays, from, segments + 1, job.view.columns()); };
+    job.g = arrays.of_y(g);
+    segments_of(arrays, job, kernels, threads, ids, segments).gradient_sums(of(shift), of(r), of(*of_gu), of(*of_g));
+  });
+}
+
+ffi::Error segment_gradient(JN_CALL, int64_t segments, ffi::AnyBuffer x, ffi::AnyBuffer g, ffi::AnyBuffer ids,
+                            ffi::AnyBuffer shift, ffi::AnyBuffer r, ffi::AnyBuffer a, ffi::AnyBuffer p,
+                            ffi::AnyBuffer q, Out dx) {
+  return guarded(JN_ARGS, x, &g, JN_BODY {
+    const auto of = [&](In from) { return table(arrays, from, segments + 1, job.view.columns()); };
+    place_output(job, arrays.of_x(*dx), *dx), job.g = arrays.of_y(g);
+    segments_of(arrays, job, kernels, threads, ids, segments).gradient(of(shift), of(r), of(a), of(p), of(q));
+  });
+}
+
 }  // namespace
 }  // namespace jaxnorm
 
 #define JN_IN(n) JN_IN##n
 #define JN_IN1 .Arg<ffi::AnyBuffer>()
+#define JN_IN2 JN_IN1 JN_IN1
 #define JN_IN3 JN_IN1 JN_IN1 JN_IN1
 #define JN_IN4 JN_IN3 JN_IN1
+#define JN_IN5 JN_IN4 JN_IN1
 #define JN_IN6 JN_IN3 JN_IN3
 #define JN_IN8 JN_IN6 JN_IN1 JN_IN1
 #define JN_OUT1 .Ret<ffi::AnyBuffer>()
+#define JN_OUT2 JN_OUT1 JN_OUT1
 #define JN_OUT3 JN_OUT1 JN_OUT1 JN_OUT1
 #define JN_OUT4 JN_OUT3 JN_OUT1
 #define JN_OUT5 JN_OUT4 JN_OUT1
 #define JN_FORMAT                                                                                                  \
   .Attr<int64_t>("kind").Attr<int64_t>("rule").Attr<int64_t>("block").Attr<double>("inverse").Attr<double>("upper") \
       .Attr<double>("floor").Attr<int64_t>("exponent").Attr<int64_t>("rounding").Attr<bool>("round_first")
+#define JN_SEGMENTS .Attr<int64_t>("segments")
 #define JN_MORE .RemainingArgs()
 #define JN_MORE_OUT .RemainingRets()
 #define JN_SYMBOL extern "C" __attribute__((visibility("default")))
@@ -351,6 +433,12 @@ JN_HANDLER(normalize, JN_IN6 JN_MORE, JN_OUT1);
 JN_HANDLER(backward, JN_IN6 JN_MORE, JN_OUT3);
 JN_HANDLER(gradient_sums, JN_IN6 JN_MORE, JN_OUT4);
 JN_HANDLER(gradient, JN_IN8 JN_MORE, JN_OUT1);
+JN_HANDLER(segment_forward, JN_SEGMENTS JN_IN4, JN_OUT5);
+JN_HANDLER(segment_backward, JN_SEGMENTS JN_IN8, JN_OUT3);
+JN_HANDLER(segment_moments, JN_SEGMENTS JN_IN2, JN_OUT4);
+JN_HANDLER(segment_normalize, JN_SEGMENTS JN_IN6, JN_OUT1);
+JN_HANDLER(segment_gradient_sums, JN_SEGMENTS JN_IN5, JN_OUT2);
+JN_HANDLER(segment_gradient, JN_SEGMENTS JN_IN8, JN_OUT1);
 
 JN_SYMBOL const char* jaxnorm_instruction_set() { return jaxnorm::instruction_set().name; }
 

@@ -16,7 +16,9 @@ from jaxlib import xla_client
 
 from ..._core.install import reinstall
 
-_TARGETS = ("forward", "quantize", "moments", "normalize", "backward", "gradient_sums", "gradient")
+_OF_SEGMENTS = ("forward", "backward", "moments", "normalize", "gradient_sums", "gradient")
+_TARGETS = ("forward", "quantize", "moments", "normalize", "backward", "gradient_sums", "gradient",
+            *(f"segment_{name}" for name in _OF_SEGMENTS))  # fmt: skip
 _NAME = "jaxnorm_cpu"
 _FOLDERS = list(sys.modules[__package__ or ""].__path__)  # several in an editable install
 
