@@ -2,3 +2,7 @@
 
 They take linen models with their variables, nnx modules, and trees of specs, parameters and states, by path.
 """
+
+from ._models.fold import Folded as Folded
+from ._models.fold import fold as fold
+from ._models.outcome import Outcome as Outcome

@@ -1,0 +1,220 @@
+"""One norm that is folded: what it is at inference, what its own variables become, and the changes to its neighbours."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._core.arrays import align_param, canonicalize_axes
+from .._core.intercept import Call
+from .._core.paths import path_of
+from .graph import Graph, Step, known
+from .kinds import Kind, Way
+from .moved import chain, fit, leaf_of, through
+from .pairs import Edits, Left, after, before
+
+MARK = "jaxnorm_folded_"
+LAST_IS_AFFINE = {"LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "DynamicTanh", "DynamicErf"}
+GIVEN = {"mask", "weights"}  # what makes elements differ
+
+
+@dataclasses.dataclass
+class Norm:
+    """One call of a norm, as it was traced. `form` is the tree of its parameters and state, `names` are its leaves'."""
+
+    path: str
+    spec: Any
+    form: Any
+    names: list[str]
+    shape: tuple[int, ...]
+    returns: Any  # the dtype of the output; None if that is not one array like x
+    refusal: str
+
+    @classmethod
+    def of(cls, path: str, call: Call, y: Any) -> Norm:
+        found, form = jax.tree_util.tree_flatten_with_path((call.params, call.state))
+        names = [path_of(keys).rpartition("/")[2] for keys, _ in found]
+        alike = isinstance(y, jax.ShapeDtypeStruct) and y.shape == jnp.shape(call.x)
+        returns = y.dtype if alike and jnp.issubdtype(y.dtype, jnp.inexact) else None
+        return cls(path, call.spec, form, names, jnp.shape(call.x), returns, _refusal(call, returns))
+
+    @property
+    def affine(self) -> bool:
+        """Whether all of it is x * scale + bias at inference."""
+        return hasattr(self.spec, "as_affine") or type(self.spec).__name__ == "LayerScale"
+
+
+def _refusal(call: Call, returns: Any) -> str:
+    spec, kind = call.spec, type(call.spec).__name__
+    if not (hasattr(spec, "as_affine") or kind in LAST_IS_AFFINE or kind == "LayerScale"):
+        return f"{kind} does not end with a scale and a bias of its channels"
+    if returns is None:
+        return "it returns more than one array like x"
+    if getattr(spec, "activation", None) is not None:
+        return "it has an activation"
+    if call.operands:
+        return "it takes another operand than x"
+    if given := [name for name in GIVEN if call.options.get(name) is not None]:
+        return f"it has a {given[0]}"
+    train = call.options.get("train")
+    if hasattr(spec, "as_affine") and not getattr(spec, "frozen", False) and train is not False:
+        return "it normalizes by the statistics of the batch: write train=False, or model.eval()"
+    return ""
+
+
+class Work:
+    """The variables of a model while its norms are folded one after another, in float64."""
+
+    def __init__(self, graph: Graph, leaves: list[Any], paths: list[str], kind: Kind):
+        self.graph, self.leaves, self.paths, self.kind = graph, leaves, paths, kind
+        self.changed: dict[int, np.ndarray] = {}
+        self.made: dict[int, np.ndarray] = {}
+
+    def step_of(self, number: int, norms: list[Norm]) -> Step:
+        """The step that stands for a norm."""
+        norm, name = norms[number], f"{MARK}{number}_"
+        if norm.refusal:
+            raise Left(norm.refusal)
+        steps = [step for step in self.graph.steps if step.params.get("name") == name]
+        if not steps:
+            around = next((s.name for s in self.graph.steps if name in str(s.eqn)), None)
+            raise Left(f"it runs inside of `{around}`" if around else "the model's output does not depend on it")
+        if len(steps) > 1 or [n.path for n in norms].count(norm.path) > 1:
+            raise Left("it is called more than once")
+        if steps[0].ins[0].shape != norm.shape:
+            raise Left("it runs inside of `vmap`")
+        return steps[0]
+
+    def fold(self, norm: Norm, step: Step) -> tuple[str, Way, str]:
+        """Its place in the model, what takes its place, and what was done. Nothing is changed where it raises."""
+        held = {name: value for name, value in zip(norm.names, step.ins[1:], strict=True)}
+        values = [known(value, self.leaves) for value in step.ins[1:]]
+        chains = {name: chain(value) for name, value in held.items() if name != "count"}
+        for name, value in zip(norm.names, values, strict=True):
+            if value is None:
+                raise Left(f"its {name} does not come from the variables alone")
+            if chains.get(name, []) is None:
+                raise Left(f"its {name} is not a variable that it alone reads")
+        axes = canonicalize_axes(type(norm.spec).__name__, len(norm.shape), norm.spec.feature_axes())
+        wide = [np.asarray(v, complex if np.iscomplexobj(v) else float) for v in values]
+        aligned = [np.reshape(a, np.shape(align_param("fold", "", a, norm.shape, axes))) for a in wide]
+        factor, shift = _affine(norm, aligned)
+        if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
+            raise Left("its scale or its statistics are not finite")
+        edits = self._neighbours(norm, step, factor, shift)
+        new, made = self._after(edits)
+        neighbours = [self.paths[leaf] for leaf in new]
+        for name, value in _identity(norm, held, edits.over).items():
+            steps = chains[name]
+            assert steps is not None
+            shape = aligned[norm.names.index(name)].shape
+            fitting = fit(np.broadcast_to(value, np.broadcast_shapes(np.shape(value), (1,) * len(shape))), shape)
+            own = None if fitting is None else through(steps, np.broadcast_to(fitting, shape).reshape(held[name].shape))
+            leaf = leaf_of(held[name], steps)
+            if own is None:
+                raise Left(f"its shift does not fit its {name}")
+            new[leaf] = np.broadcast_to(own, self.leaves[leaf].shape)
+        self._check(new)
+        self.changed.update(new)
+        self.made.update(made)
+        own = [self.paths[leaf_of(held[name], steps)] for name, steps in chains.items() if steps is not None]
+        neighbours += [f"a new bias beside {self.paths[leaf]}" for leaf in made]
+        what = "folded into " + ", ".join(neighbours) + ("" if edits.over is None else "; its shift stays")
+        way = Way("bare" if not norm.affine else "same", norm.returns, edits.over)
+        return self.kind.place(norm.path, own), way, what
+
+    def _neighbours(self, norm: Norm, step: Step, factor: np.ndarray, shift: np.ndarray) -> Edits:
+        reasons = []
+        if norm.affine:
+            try:
+                return before(step, factor, shift, self._can_make)
+            except Left as reason:
+                reasons.append(str(reason))
+        try:
+            return after(self.graph, step, factor, shift, self._of, self._can_make)
+        except Left as reason:
+            reasons.append(str(reason))
+        raise Left("; ".join(reasons))
+
+    def _can_make(self, leaf: int) -> bool:
+        return self.kind.can_make_bias(self.paths[leaf])
+
+    def _of(self, leaf: int) -> np.ndarray:
+        if leaf in self.changed:
+            return self.changed[leaf]
+        if not jnp.issubdtype(self.leaves[leaf].dtype, jnp.inexact):
+            raise Left(f"{self.paths[leaf]} is of {self.leaves[leaf].dtype}")
+        a = np.asarray(self.leaves[leaf])
+        return a.astype(complex if np.iscomplexobj(a) else float)
+
+    def _after(self, edits: Edits) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        new, made = {}, {}
+        with np.errstate(all="ignore"):
+            for leaf, factor, shift in edits.changes:
+                a = new.get(leaf, self._of(leaf))
+                new[leaf] = (a if factor is None else a * factor) + (0.0 if shift is None else shift)
+            for leaf, (factor, shift) in edits.made.items():
+                old = self.made.get(leaf)
+                if old is not None or shift.any():
+                    old = np.zeros(()) if old is None else old
+                    made[leaf] = (old if factor is None else old * factor) + shift
+        return new, made
+
+    def _check(self, new: dict[int, np.ndarray]) -> None:
+        for leaf, a in new.items():
+            with np.errstate(all="ignore"):
+                stored = np.isfinite(a.astype(self.leaves[leaf].dtype).astype(a.dtype))
+            if not stored.all() and np.isfinite(self._of(leaf)).all():
+                raise Left(f"{self.paths[leaf]} would overflow {self.leaves[leaf].dtype}")
+
+    def finished(self) -> list[Any]:
+        """All variables, rounded once, where they were."""
+        return [_stored(self.changed[n], leaf) if n in self.changed else leaf for n, leaf in enumerate(self.leaves)]
+
+    def biases(self) -> dict[str, np.ndarray]:
+        """The new biases, by the path of the weights that they follow."""
+        return {self.paths[leaf]: bias.astype(self.leaves[leaf].dtype) for leaf, bias in self.made.items()}
+
+
+def _stored(a: np.ndarray, like: Any) -> Any:
+    a = a.astype(like.dtype)
+    if not isinstance(like, jax.Array):
+        return a
+    return jax.device_put(a, like.sharding) if like.committed else jnp.asarray(a)
+
+
+def _affine(norm: Norm, values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The factor and the shift, of x's rank, that can be folded."""
+    ones, held = np.ones((1,) * len(norm.shape)), dict(zip(norm.names, values, strict=True))
+    offset = norm.spec.scale_offset
+    if hasattr(norm.spec, "as_affine"):
+        with _wide():
+            affine = norm.spec.as_affine(*jax.tree.unflatten(norm.form, values))
+            return tuple(ones * np.asarray(a) for a in affine)
+    if not {"scale", "bias", "gamma"} & set(norm.names):
+        raise Left("it has no scale and no bias")
+    scale = held.get("gamma", held.get("scale"))
+    bias = held.get("bias", np.zeros(())) * getattr(norm.spec, "output_scale", 1.0)
+    return ones * (1.0 if scale is None else scale + offset), ones * bias
+
+
+def _identity(norm: Norm, held: dict[str, Any], over: np.ndarray | None) -> dict[str, Any]:
+    """Of the norm's own variables, those that make it the identity, and what is over as its shift."""
+    offset, kept = norm.spec.scale_offset, 0.0 if over is None else over
+    values = {"scale": 1.0 - offset, "gamma": 1.0 - offset, "bias": kept, "eta": 0.0}
+    if norm.affine:
+        values |= {"mean": 0.0 if "bias" in held else -kept, "var": 1.0 - getattr(norm.spec, "epsilon", 0.0)}
+    return {name: value for name, value in values.items() if name in held}
+
+
+def _wide() -> contextlib.AbstractContextManager[Any]:
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)  # pyright: ignore
+    from jax.experimental import enable_x64
+
+    return enable_x64()

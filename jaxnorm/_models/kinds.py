@@ -1,0 +1,204 @@
+"""The three kinds of models: linen with variables, nnx modules, and functions of a tree of parameters and states."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._core.arrays import align_param, canonicalize_axes
+from .._core.dtypes import accumulator, widest
+from .._core.intercept import Call, alone
+from .calls import Watcher, watching
+
+
+class Way(NamedTuple):
+    """What stands in the place of a norm: itself without scale and bias ("bare"), or x ("same") plus a shift."""
+
+    what: str
+    dtype: Any
+    shift: np.ndarray | None
+
+
+@dataclasses.dataclass
+class Kind:
+    """A model as a function of its variables."""
+
+    f: Callable[..., Any]
+    variables: Any
+    args: tuple[Any, ...]
+
+    def run(self, watch: Watcher, variables: Any, args: Any, kwargs: Any) -> Any:
+        with watching(watch, None, (variables,)):
+            return self.f(variables, *args, **kwargs)
+
+    def place(self, path: str, own: list[str]) -> str:
+        """The path of a norm, from the one that was seen and those of its variables."""
+        return path
+
+    def can_make_bias(self, path: str) -> bool:
+        """Whether the layer with the weights at a path can be given a bias."""
+        return False
+
+    def finish(
+        self, variables: Any, ways: dict[str, Way], biases: dict[str, np.ndarray], defaults: dict[str, Any]
+    ) -> tuple[Callable[..., Any], Any, Any]:
+        """The function, the variables and the model without what was folded."""
+
+        def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            look = functools.partial(_in_place, ways)
+            return self.run(look, variables, args, {**defaults, **kwargs})
+
+        return apply, variables, None
+
+
+def _in_place(ways: dict[str, Way], path: str, call: Call, run: Callable[[], Any]) -> Any:
+    way = ways.get(path)
+    if way is None:
+        return run()
+    if way.what == "bare":
+        params = call.params
+        absent = {name: None for name in ("scale", "bias")}
+        params = {**params, **absent} if isinstance(params, Mapping) else params._replace(**absent)
+        return alone(call.spec.apply, params, call.state, call.x, *call.operands, **call.options)
+    if call.options.get("train") not in (None, False) and not getattr(call.spec, "frozen", False):
+        raise ValueError(f"{path}: the norm was folded for inference. Write train=False.")
+    x = jnp.asarray(call.x)
+    dtype = call.spec.dtype or x.dtype
+    if way.shift is not None:
+        axes = canonicalize_axes("fold", x.ndim, call.spec.feature_axes())
+        get = lambda tree, name: tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
+        bias = get(call.params, "bias")
+        bias = align_param("fold", "", -get(call.state, "mean") if bias is None else bias, x.shape, axes)
+        return _shifted(x, bias, dtype), call.state
+    return x.astype(dtype), call.state
+
+
+def _shifted(x: Any, shift: Any, dtype: Any) -> Any:
+    wide = widest(accumulator(x), shift.dtype)
+    return (x.astype(wide) + shift.astype(wide)).astype(dtype)
+
+
+class Nnx(Kind):
+    """An nnx module. The norms of the copy are replaced, and no hook is needed."""
+
+    def __init__(self, model: Any, args: tuple[Any, ...]):
+        from flax import nnx
+
+        self.graphdef, state = nnx.split(model)
+        self.model = model
+        super().__init__(lambda state, *args, **kwargs: nnx.merge(self.graphdef, state)(*args, **kwargs), state, args)
+
+    def run(self, watch: Watcher, variables: Any, args: Any, kwargs: Any) -> Any:
+        from flax import nnx
+
+        model = nnx.merge(self.graphdef, variables)
+        with watching(watch, model):
+            out = model(*args, **kwargs)
+        given = {id(a) for a in jax.tree.leaves(variables)}
+        return out, [a for a in jax.tree.leaves(nnx.state(model)) if id(a) not in given]  # also what it has written
+
+    def place(self, path: str, own: list[str]) -> str:
+        parents = {name.rpartition("/")[0] for name in own}
+        return parents.pop() if len(parents) == 1 else path
+
+    def can_make_bias(self, path: str) -> bool:
+        from flax import nnx
+
+        layer = _nodes(self.model).get(path.removesuffix("/kernel"))
+        known = type(layer) in (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
+        return known and getattr(layer, "bias", 0) is None and not getattr(layer, "batch_axis", None)
+
+    def finish(
+        self, variables: Any, ways: dict[str, Way], biases: dict[str, np.ndarray], defaults: dict[str, Any]
+    ) -> tuple[Callable[..., Any], Any, Any]:
+        from flax import nnx
+
+        model: Any = nnx.merge(self.graphdef, variables)
+        nodes = _nodes(model)
+        for path, bias in biases.items():
+            layer = nodes[path.removesuffix("/kernel")]
+            features = layer.out_features if isinstance(layer.out_features, tuple) else (layer.out_features,)
+            whole = np.broadcast_to(bias, (*(1,) * (bias.ndim - len(features)), *features))
+            layer.bias, layer.use_bias = nnx.Param(jnp.asarray(whole.reshape(features))), True
+        replaced = {}
+        for path, way in ways.items():
+            if way.what == "bare":
+                for name in ("scale", "bias"):
+                    if getattr(nodes[path], name, None) is not None:
+                        setattr(nodes[path], name, nnx.data(None))
+                        setattr(nodes[path], f"use_{name}", False)
+            else:
+                replaced[id(nodes[path])] = _stand_in()(way)
+        for node in list(nodes.values()):
+            _replace(node, replaced)
+        graphdef, state = nnx.split(model)
+        apply = lambda state, *args, **kwargs: nnx.merge(graphdef, state)(*args, **{**defaults, **kwargs})
+        return apply, state, model
+
+
+def _nodes(model: Any) -> dict[str, Any]:
+    from flax import nnx
+
+    return {"/".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
+
+
+def _replace(node: Any, by: dict[int, Any]) -> None:
+    """Put others in the place of some of a node's children."""
+    if isinstance(node, dict):
+        children, put = list(node.items()), node.__setitem__
+    elif isinstance(node, list) or type(node).__name__ in ("List", "Sequential") and hasattr(node, "__setitem__"):
+        children, put = list(enumerate(node)), node.__setitem__
+    elif hasattr(node, "__dict__"):
+        children, put = list(vars(node).items()), functools.partial(setattr, node)
+    else:
+        return
+    for name, child in children:
+        if id(child) in by:
+            put(name, by[id(child)])
+
+
+@functools.cache
+def _stand_in() -> Any:
+    from flax import nnx
+
+    class Folded(nnx.Module):
+        """What is left of a norm that was folded: the dtype of its output, and the shift that found no other place."""
+
+        def __init__(self, way: Way):
+            self.dtype = way.dtype
+            self.shift = nnx.data(None) if way.shift is None else nnx.Param(jnp.asarray(way.shift, jnp.float32))
+
+        def __call__(self, x: Any, *_: Any, **options: Any) -> Any:
+            if options.get("use_running_average") is False:
+                raise ValueError("the norm was folded for inference. Write model.eval().")
+            y = jnp.asarray(x)
+            return y.astype(self.dtype) if self.shift is None else _shifted(y, self.shift[...], self.dtype)
+
+    return Folded
+
+
+def as_model(model: Any, args: tuple[Any, ...]) -> Kind:
+    """A model, and what it is called with.
+
+    Raises:
+      TypeError: it is no model, or the variables are missing.
+    """
+    of = lambda name: getattr(sys.modules.get(f"flax.{name}"), "Module", ())  # a model's class has imported its module
+    if isinstance(model, of("nnx")):
+        return Nnx(model, args)
+    f = model.apply if isinstance(model, of("linen")) else model
+    if not callable(f) or isinstance(model, type):
+        raise TypeError(
+            f"fold: model must be a linen module, an nnx module or a function, got {type(model).__name__}. Write "
+            "fold(model, variables, x), fold(nnx_model, x) or fold(f, variables, x)."
+        )
+    if not args:
+        raise TypeError("fold: the variables are missing. Write fold(model, variables, x).")
+    return Kind(f, args[0], args[1:])
