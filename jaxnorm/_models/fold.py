@@ -103,11 +103,12 @@ def fold(model: Any, *args: Any, **kwargs: Any) -> Folded:
         )
     rows, ways = [], {}
     for number, norm in enumerate(norms):
+        path = work.place(number, norm)
         try:
-            path, ways[path], what = work.fold(norm, work.step_of(number, norms))
+            ways[path], what = work.fold(norm, work.step_of(number, norms))
             rows.append(Row(path, what))
         except Left as reason:
-            rows.append(Row(norm.path, "left", str(reason)))
+            rows.append(Row(path, "left", str(reason)))
     static = {name: value for name, value in kwargs.items() if not any(map(_is_array, jax.tree.leaves(value)))}
     variables = jax.tree.unflatten(jax.tree.structure(kind.variables), work.finished())
     apply, variables, made = kind.finish(variables, ways, work.biases(), static)

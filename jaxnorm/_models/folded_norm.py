@@ -15,7 +15,7 @@ from .._core.intercept import Call
 from .._core.paths import path_of
 from .graph import Graph, Step, known
 from .kinds import Kind, Way
-from .moved import chain, fit, leaf_of, through
+from .moved import chain, fit, leaf_of, origin, through
 from .pairs import Edits, Left, after, before
 
 MARK = "jaxnorm_folded_"
@@ -75,12 +75,20 @@ class Work:
         self.changed: dict[int, np.ndarray] = {}
         self.made: dict[int, np.ndarray] = {}
 
+    def place(self, number: int, norm: Norm) -> str:
+        """The path of a norm in the model."""
+        step = next(iter(self._steps(number)), None)
+        leaves = [] if step is None else [leaf for v in step.ins[1:] if (leaf := origin(v)) is not None]
+        return self.kind.place(norm.path, [self.paths[leaf] for leaf in leaves])
+
+    def _steps(self, number: int) -> list[Step]:
+        return [step for step in self.graph.steps if step.params.get("name") == f"{MARK}{number}_"]
+
     def step_of(self, number: int, norms: list[Norm]) -> Step:
         """The step that stands for a norm."""
-        norm, name = norms[number], f"{MARK}{number}_"
+        norm, name, steps = norms[number], f"{MARK}{number}_", self._steps(number)
         if norm.refusal:
             raise Left(norm.refusal)
-        steps = [step for step in self.graph.steps if step.params.get("name") == name]
         if not steps:
             around = next((s.name for s in self.graph.steps if name in str(s.eqn)), None)
             raise Left(f"it runs inside of `{around}`" if around else "the model's output does not depend on it")
@@ -90,8 +98,8 @@ class Work:
             raise Left("it runs inside of `vmap`")
         return steps[0]
 
-    def fold(self, norm: Norm, step: Step) -> tuple[str, Way, str]:
-        """Its place in the model, what takes its place, and what was done. Nothing is changed where it raises."""
+    def fold(self, norm: Norm, step: Step) -> tuple[Way, str]:
+        """What takes the place of a norm, and what was done. Nothing is changed where it raises."""
         held = {name: value for name, value in zip(norm.names, step.ins[1:], strict=True)}
         values = [known(value, self.leaves) for value in step.ins[1:]]
         chains = {name: chain(value) for name, value in held.items() if name != "count"}
@@ -122,11 +130,10 @@ class Work:
         self._check(new)
         self.changed.update(new)
         self.made.update(made)
-        own = [self.paths[leaf_of(held[name], steps)] for name, steps in chains.items() if steps is not None]
         neighbours += [f"a new bias beside {self.paths[leaf]}" for leaf in made]
         what = "folded into " + ", ".join(neighbours) + ("" if edits.over is None else "; its shift stays")
         way = Way("bare" if not norm.affine else "same", norm.returns, edits.over)
-        return self.kind.place(norm.path, own), way, what
+        return way, what
 
     def _neighbours(self, norm: Norm, step: Step, factor: np.ndarray, shift: np.ndarray) -> Edits:
         reasons = []

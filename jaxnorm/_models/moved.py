@@ -85,6 +85,13 @@ def chain(value: Value) -> list[Step] | None:
     return None
 
 
+def origin(value: Value) -> int | None:
+    """The number of the variable that a value is a rearrangement of."""
+    while value.made is not None and value.made.name in REARRANGE:
+        value = value.made.ins[0]
+    return value.leaf
+
+
 def leaf_of(value: Value, steps: list[Step]) -> int:
     """The number of the variable at the end of a chain."""
     leaf = (steps[-1].ins[0] if steps else value).leaf
