@@ -6,3 +6,4 @@ They take linen models with their variables, nnx modules, and trees of specs, pa
 from ._models.fold import Folded as Folded
 from ._models.fold import fold as fold
 from ._models.outcome import Outcome as Outcome
+from ._models.outcome import Row as Row

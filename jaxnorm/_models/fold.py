@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .._core.intercept import Call
 from .._core.paths import path_of
@@ -77,8 +78,9 @@ def fold(model: Any, *args: Any, **kwargs: Any) -> Folded:
     >>> f = lambda v, x: norm.apply(v["norm"], v["stats"], x @ v["w"], train=False)[0]
     >>> folded = models.fold(f, variables, jnp.ones((1, 3)))
     >>> print(folded.outcome)
-    path  what           why
-    norm  folded into w
+    fold: 1 changed, 0 left alone
+      path  what          why
+    + norm  folded into w
     >>> folded.variables["w"][0].tolist(), folded.apply(folded.variables, jnp.ones((1, 3))).tolist()
     ([0.5, 0.5], [[1.5, 1.5]])
     """
@@ -108,11 +110,11 @@ def fold(model: Any, *args: Any, **kwargs: Any) -> Folded:
             ways[path], what = work.fold(norm, work.step_of(number, norms))
             rows.append(Row(path, what))
         except Left as reason:
-            rows.append(Row(path, "left", str(reason)))
+            rows.append(Row(path, "left alone", str(reason), done=False))
     static = {name: value for name, value in kwargs.items() if not any(map(_is_array, jax.tree.leaves(value)))}
     variables = jax.tree.unflatten(jax.tree.structure(kind.variables), work.finished())
     apply, variables, made = kind.finish(variables, ways, work.biases(), static)
-    return Folded(apply, variables, Outcome(tuple(rows)), made)
+    return Folded(apply, variables, Outcome("fold", rows), made)
 
 
 def _is_array(a: Any) -> bool:
@@ -124,10 +126,10 @@ def _leaves(variables: Any) -> tuple[list[Any], list[str]]:
     found = jax.tree_util.tree_flatten_with_path(variables)[0]
     for keys, leaf in found:
         path = path_of(keys)
-        if not isinstance(leaf, (jax.Array, np.ndarray)) or isinstance(leaf, jax.core.Tracer):
+        if not isinstance(leaf, (jax.Array, np.ndarray)) or isinstance(leaf, Tracer):
             raise TypeError(
-                f"fold: variables must hold arrays whose values are known, got {type(leaf).__name__} at {path!r}. Write "
-                "fold(model, variables, x) outside of jax.jit, with the variables first, then the inputs."
+                f"fold: variables must hold arrays whose values are known, got {type(leaf).__name__} at {path!r}. "
+                "Write fold(model, variables, x) outside of jax.jit, with the variables first, then the inputs."
             )
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise ValueError(

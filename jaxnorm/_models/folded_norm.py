@@ -1,4 +1,4 @@
-"""One norm that is folded: what it is at inference, what its own variables become, and the changes to its neighbours."""
+"""Norms that are folded: what one is at inference, what its variables become, and what its neighbours become."""
 
 from __future__ import annotations
 
@@ -100,17 +100,9 @@ class Work:
 
     def fold(self, norm: Norm, step: Step) -> tuple[Way, str]:
         """What takes the place of a norm, and what was done. Nothing is changed where it raises."""
-        held = {name: value for name, value in zip(norm.names, step.ins[1:], strict=True)}
-        values = [known(value, self.leaves) for value in step.ins[1:]]
+        held = dict(zip(norm.names, step.ins[1:], strict=True))
         chains = {name: chain(value) for name, value in held.items() if name != "count"}
-        for name, value in zip(norm.names, values, strict=True):
-            if value is None:
-                raise Left(f"its {name} does not come from the variables alone")
-            if chains.get(name, []) is None:
-                raise Left(f"its {name} is not a variable that it alone reads")
-        axes = canonicalize_axes(type(norm.spec).__name__, len(norm.shape), norm.spec.feature_axes())
-        wide = [np.asarray(v, complex if np.iscomplexobj(v) else float) for v in values]
-        aligned = [np.reshape(a, np.shape(align_param("fold", "", a, norm.shape, axes))) for a in wide]
+        aligned = self._values(norm, step, chains)
         factor, shift = _affine(norm, aligned)
         if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
             raise Left("its scale or its statistics are not finite")
@@ -121,7 +113,7 @@ class Work:
             steps = chains[name]
             assert steps is not None
             shape = aligned[norm.names.index(name)].shape
-            fitting = fit(np.broadcast_to(value, np.broadcast_shapes(np.shape(value), (1,) * len(shape))), shape)
+            fitting = fit(np.ones((1,) * len(shape)) * value, shape)
             own = None if fitting is None else through(steps, np.broadcast_to(fitting, shape).reshape(held[name].shape))
             leaf = leaf_of(held[name], steps)
             if own is None:
@@ -134,6 +126,19 @@ class Work:
         what = "folded into " + ", ".join(neighbours) + ("" if edits.over is None else "; its shift stays")
         way = Way("bare" if not norm.affine else "same", norm.returns, edits.over)
         return way, what
+
+    def _values(self, norm: Norm, step: Step, chains: dict[str, list[Step] | None]) -> list[np.ndarray]:
+        """The parameters and the state, of x's rank."""
+        axes, aligned = canonicalize_axes("fold", len(norm.shape), norm.spec.feature_axes()), []
+        for name, value in zip(norm.names, step.ins[1:], strict=True):
+            a = known(value, self.leaves)
+            if a is None:
+                raise Left(f"its {name} does not come from the variables alone")
+            if chains.get(name, []) is None:
+                raise Left(f"its {name} is not a variable that it alone reads")
+            placed: Any = align_param("fold", "", a, norm.shape, axes)
+            aligned.append(_wide_array(a).reshape(placed.shape))
+        return aligned
 
     def _neighbours(self, norm: Norm, step: Step, factor: np.ndarray, shift: np.ndarray) -> Edits:
         reasons = []
@@ -156,8 +161,7 @@ class Work:
             return self.changed[leaf]
         if not jnp.issubdtype(self.leaves[leaf].dtype, jnp.inexact):
             raise Left(f"{self.paths[leaf]} is of {self.leaves[leaf].dtype}")
-        a = np.asarray(self.leaves[leaf])
-        return a.astype(complex if np.iscomplexobj(a) else float)
+        return _wide_array(np.asarray(self.leaves[leaf]))
 
     def _after(self, edits: Edits) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         new, made = {}, {}
@@ -188,6 +192,10 @@ class Work:
         return {self.paths[leaf]: bias.astype(self.leaves[leaf].dtype) for leaf, bias in self.made.items()}
 
 
+def _wide_array(a: np.ndarray) -> np.ndarray:
+    return a.astype(complex if np.iscomplexobj(a) else float)
+
+
 def _stored(a: np.ndarray, like: Any) -> Any:
     a = a.astype(like.dtype)
     if not isinstance(like, jax.Array):
@@ -202,7 +210,7 @@ def _affine(norm: Norm, values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarra
     if hasattr(norm.spec, "as_affine"):
         with _wide():
             affine = norm.spec.as_affine(*jax.tree.unflatten(norm.form, values))
-            return tuple(ones * np.asarray(a) for a in affine)
+            return ones * np.asarray(affine.scale), ones * np.asarray(affine.bias)
     if not {"scale", "bias", "gamma"} & set(norm.names):
         raise Left("it has no scale and no bias")
     scale = held.get("gamma", held.get("scale"))
@@ -220,8 +228,8 @@ def _identity(norm: Norm, held: dict[str, Any], over: np.ndarray | None) -> dict
 
 
 def _wide() -> contextlib.AbstractContextManager[Any]:
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)  # pyright: ignore
-    from jax.experimental import enable_x64
+    if hasattr(jax, "enable_x64"):  # from JAX 0.8 on
+        return jax.enable_x64(True)
+    from jax import experimental
 
-    return enable_x64()
+    return experimental.enable_x64()  # pyright: ignore

@@ -1,4 +1,4 @@
-"""A traced program as one list of steps: who makes each value, and who reads it. Calls of other programs are inlined."""
+"""A traced program as one list of steps: who makes each value, and who reads it. Calls of programs are inlined."""
 
 from __future__ import annotations
 

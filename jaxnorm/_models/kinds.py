@@ -64,7 +64,7 @@ def _in_place(ways: dict[str, Way], path: str, call: Call, run: Callable[[], Any
         return run()
     if way.what == "bare":
         params = call.params
-        absent = {name: None for name in ("scale", "bias")}
+        absent = dict.fromkeys(("scale", "bias"))
         params = {**params, **absent} if isinstance(params, Mapping) else params._replace(**absent)
         return alone(call.spec.apply, params, call.state, call.x, *call.operands, **call.options)
     if call.options.get("train") not in (None, False) and not getattr(call.spec, "frozen", False):
@@ -73,11 +73,14 @@ def _in_place(ways: dict[str, Way], path: str, call: Call, run: Callable[[], Any
     dtype = call.spec.dtype or x.dtype
     if way.shift is not None:
         axes = canonicalize_axes("fold", x.ndim, call.spec.feature_axes())
-        get = lambda tree, name: tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
-        bias = get(call.params, "bias")
-        bias = align_param("fold", "", -get(call.state, "mean") if bias is None else bias, x.shape, axes)
-        return _shifted(x, bias, dtype), call.state
+        held: Any = {**_named(call.state), **{k: v for k, v in _named(call.params).items() if v is not None}}
+        shift = held["bias"] if "bias" in held else -held["mean"]
+        return _shifted(x, align_param("fold", "", shift, x.shape, axes), dtype), call.state
     return x.astype(dtype), call.state
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return dict(tree) if isinstance(tree, Mapping) else tree._asdict() if hasattr(tree, "_asdict") else {}
 
 
 def _shifted(x: Any, shift: Any, dtype: Any) -> Any:
@@ -151,9 +154,11 @@ def _nodes(model: Any) -> dict[str, Any]:
 
 def _replace(node: Any, by: dict[int, Any]) -> None:
     """Put others in the place of some of a node's children."""
+    put: Callable[[Any, Any], Any]
+    children: list[tuple[Any, Any]]
     if isinstance(node, dict):
         children, put = list(node.items()), node.__setitem__
-    elif isinstance(node, list) or type(node).__name__ in ("List", "Sequential") and hasattr(node, "__setitem__"):
+    elif hasattr(node, "__setitem__") and hasattr(node, "__iter__"):
         children, put = list(enumerate(node)), node.__setitem__
     elif hasattr(node, "__dict__"):
         children, put = list(vars(node).items()), functools.partial(setattr, node)

@@ -73,7 +73,7 @@ def fit(factor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def chain(value: Value) -> list[Step] | None:
-    """The steps from a variable to this value, the last one first, if all rearrange and nothing else reads. Else None."""
+    """The steps from a variable to this value, last one first, if all rearrange and nothing else reads. Else None."""
     steps = []
     while value.only_reader is not None:
         if value.made is None:
@@ -120,7 +120,7 @@ def _plain(step: Step) -> bool:
 
 
 def _reversed(step: Step, factor: np.ndarray) -> np.ndarray:
-    return np.flip(factor, [a for a in step.params["dimensions"] if factor.shape[a] > 1])
+    return np.flip(factor, tuple(a for a in step.params["dimensions"] if factor.shape[a] > 1))
 
 
 def _collapsed(factor: np.ndarray) -> np.ndarray:

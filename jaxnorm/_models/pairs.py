@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 
 from .graph import Graph, Step, Value
 from .moved import REARRANGE, back, chain, fit, leaf_of, on, rearranged, through
+from .weighted import WEIGHTED, made_of_shift, of_inputs, of_outputs, pads_with_zeros
 
-ADD, WEIGHTED = ("add", "add_any"), ("conv_general_dilated", "dot_general")
+ADD = ("add", "add_any")
 
 
 class Left(Exception):
@@ -43,7 +45,7 @@ def before(norm: Step, factor: np.ndarray, shift: np.ndarray, can_make: CanMake)
         if value.only_reader is None:
             raise Left(f"its input, from {_named(step)}, has other readers")
         if step.name in ADD:
-            bias, steps, value = _bias(step)
+            bias, steps, value = _bias(step) or _left("its input is a sum that adds no bias")
             of_bias = through(steps, fit(factor, bias.shape))
             moved = None if over is None else through(steps, fit(over, bias.shape))
             if of_bias is None or (moved is None and over is not None):
@@ -53,14 +55,14 @@ def before(norm: Step, factor: np.ndarray, shift: np.ndarray, can_make: CanMake)
         elif step.name in WEIGHTED:
             break
         elif step.name in REARRANGE or step.name == "slice":
-            moved, value = [a if a is None else back(step, a) for a in (factor, over)], step.ins[0]
-            if moved[0] is None or (moved[1] is None and over is not None):
+            moved, left, value = back(step, factor), None if over is None else back(step, over), step.ins[0]
+            if moved is None or (left is None and over is not None):
                 raise Left(f"its channels are mixed by {_named(step)}")
-            factor, over = moved
+            factor, over = moved, left
         else:
             raise Left(f"its input comes from {_named(step)}")
     weight, steps = _weight_that_makes(step)
-    of_weight = through(steps, _of_outputs(step, step.ins.index(weight), factor))
+    of_weight = through(steps, of_outputs(step, step.ins.index(weight), factor))
     if of_weight is None:
         raise Left(f"its channels are not those that {_named(step)} makes")
     leaf = leaf_of(weight, steps)
@@ -128,14 +130,18 @@ def _into(step: Step, at: int, factor, shift, edits: Edits, leaves: Leaves, can_
     steps = chain(weight)
     if steps is None:
         raise Left(f"the weights of {_named(step)} are not one array of the variables, used once")
-    of_weight = through(steps, _of_inputs(step, at, factor))
+    of_weight = through(steps, of_inputs(step, at, factor))
     if of_weight is None:
         raise Left(f"{_named(step)} does not sum over its channels alone")
     leaf = leaf_of(weight, steps)
     edits.changes.append((leaf, of_weight, None))
     if not shift.any():
         return
-    made = _made_of_shift(step, at, shift, rearranged(steps, leaves(leaf)))
+    if step.name == "conv_general_dilated" and pads_with_zeros(step):
+        raise Left("the convolution that reads it is padded with zeros, where its shift would be missing")
+    made = made_of_shift(step, at, shift, rearranged(steps, leaves(leaf)))
+    if made is None:
+        raise Left(f"{_named(step)} does not sum over its channels alone")
     value, moved = step.outs[0], made
     while (reader := value.only_reader) is not None and moved is not None:
         if reader.name in ADD and (found := _bias(reader, value)) is not None:
@@ -154,14 +160,16 @@ def _into(step: Step, at: int, factor, shift, edits: Edits, leaves: Leaves, can_
 
 
 def _bias(step: Step, of: Value | None = None):
-    """The bias that an addition adds, the steps to its leaf, and what it is added to. None if it is not added to `of`."""
+    """The bias that an addition adds to `of`, the steps to its leaf, and what it is added to. None if there is none."""
     for n in (1, 0):
         bias, value = step.ins[n], step.ins[1 - n]
         if of in (None, value) and value.shape == step.outs[0].shape and (steps := chain(bias)) is not None:
             return bias, steps, value
-    if of is None:
-        raise Left("its input is a sum that adds no bias")
     return None
+
+
+def _left(why: str) -> NoReturn:
+    raise Left(why)
 
 
 def _weight_that_makes(step: Step) -> tuple[Value, list]:
@@ -170,98 +178,6 @@ def _weight_that_makes(step: Step) -> tuple[Value, list]:
         if steps is not None:
             return weight, steps
     raise Left(f"the weights of {_named(step)} are not one array of the variables, used once")
-
-
-def _dot_axes(step: Step, weight: int):
-    """Of the weights and of the other operand of a dot product: batch axes, contracted axes, free axes."""
-    contract, batch = step.params["dimension_numbers"]
-    of = lambda n: (tuple(batch[n]), tuple(contract[n]), tuple(
-        a for a in range(len(step.ins[n].shape)) if a not in batch[n] and a not in contract[n]))  # fmt: skip
-    return of(weight), of(1 - weight)
-
-
-def _spec(step: Step):
-    return step.params["dimension_numbers"]
-
-
-def _of_outputs(step: Step, weight: int, factor: np.ndarray) -> np.ndarray | None:
-    """The factor of the weights, from one of what they make."""
-    shape = [1] * len(step.ins[weight].shape)
-    if step.name == "conv_general_dilated":
-        channel = _spec(step).out_spec[1]
-        wanted = tuple(n if a == channel else 1 for a, n in enumerate(step.outs[0].shape))
-        fitting = fit(factor, wanted)
-        shape[_spec(step).rhs_spec[0]] = -1
-        return None if fitting is None else fitting.reshape(shape)
-    (batch, _, free), (_, _, others) = _dot_axes(step, weight)
-    first = len(batch) + (len(others) if weight else 0)
-    axes = (*range(len(batch)), *range(first, first + len(free)))
-    fitting = fit(factor, tuple(n if a in axes else 1 for a, n in enumerate(step.outs[0].shape)))
-    return None if fitting is None else _placed(fitting, axes, (*batch, *free), len(shape))
-
-
-def _of_inputs(step: Step, at: int, factor: np.ndarray) -> np.ndarray | None:
-    """The factor of the weights, from one of what they are applied to."""
-    other = step.ins[at].shape
-    if step.name == "conv_general_dilated":
-        if step.params["batch_group_count"] != 1:
-            return None
-        spec, channel = _spec(step), _spec(step).lhs_spec[1]
-        fitting = fit(factor, tuple(n if a == channel else 1 for a, n in enumerate(other)))
-        return None if fitting is None else _by_output(step, fitting)
-    (batch, contract, _), (batch_of, contract_of, _) = _dot_axes(step, 1 - at)
-    theirs = (*batch_of, *contract_of)
-    fitting = fit(factor, tuple(n if a in theirs else 1 for a, n in enumerate(other)))
-    if fitting is None:
-        return None
-    return _placed(fitting, theirs, (*batch, *contract), len(step.ins[1 - at].shape))
-
-
-def _placed(a: np.ndarray, axes: tuple[int, ...], to: tuple[int, ...], rank: int) -> np.ndarray:
-    """Axes of an array, whose others have size 1, as axes of one of another rank."""
-    rest = [n for n in range(a.ndim) if n not in axes]
-    a = a.transpose(*axes, *rest).reshape([a.shape[n] for n in axes])
-    order = sorted(range(len(to)), key=to.__getitem__)
-    sizes = [1] * rank
-    for n, axis in zip(a.shape, to, strict=True):
-        sizes[axis] = n
-    return a.transpose(order).reshape(sizes)
-
-
-def _by_output(step: Step, a: np.ndarray) -> np.ndarray:
-    """A factor of the input channels of a convolution, for each element of its kernel: groups read channels of theirs."""
-    spec, kernel = _spec(step), step.ins[1].shape
-    out_axis, in_axis = spec.rhs_spec[:2]
-    groups = step.params["feature_group_count"]
-    channels = np.broadcast_to(a.reshape(-1), step.ins[0].shape[spec.lhs_spec[1]]).reshape(groups, 1, kernel[in_axis])
-    each = np.broadcast_to(channels, (groups, kernel[out_axis] // groups, kernel[in_axis]))
-    each = each.reshape(kernel[out_axis], kernel[in_axis])
-    return _placed(each, (0, 1), (out_axis, in_axis), len(kernel))
-
-
-def _made_of_shift(step: Step, at: int, shift: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """What the weights make of a shift of their input: it is added to all that they make."""
-    out = len(step.outs[0].shape)
-    if step.name == "conv_general_dilated":
-        padded = any(n > 0 for pair in step.params["padding"] for n in pair)
-        if padded or any(n != 1 for n in step.params["lhs_dilation"]):
-            raise Left("the convolution that reads it is padded with zeros, where its shift would be missing")
-        spec = _spec(step)
-        fitting = fit(shift, tuple(n if a == spec.lhs_spec[1] else 1 for a, n in enumerate(step.ins[0].shape)))
-        assert fitting is not None
-        sums = (weight * _by_output(step, fitting)).sum(tuple(a for a in range(weight.ndim) if a != spec.rhs_spec[0]))
-        return sums.reshape([-1 if a == spec.out_spec[1] else 1 for a in range(out)])
-    (batch, contract, free), (batch_of, contract_of, free_of) = _dot_axes(step, 1 - at)
-    theirs = (*batch_of, *contract_of)
-    fitting = fit(shift, tuple(n if a in theirs else 1 for a, n in enumerate(step.ins[at].shape)))
-    if fitting is None:
-        raise Left(f"{_named(step)} does not sum over its channels alone")
-    sums = (weight * _placed(fitting, theirs, (*batch, *contract), weight.ndim)).sum(contract, keepdims=True)
-    ones = (1,) * len(free_of)
-    sums = sums.transpose(*batch, *free, *contract).reshape([weight.shape[a] for a in (*batch, *free)])
-    left = [weight.shape[a] for a in batch]
-    right = [weight.shape[a] for a in free]
-    return sums.reshape(*left, *(ones if at == 0 else ()), *right, *(ones if at == 1 else ()))
 
 
 def _named(step: Step) -> str:

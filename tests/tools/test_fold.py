@@ -35,7 +35,7 @@ def random_values(tree, rng):
 
 def compiled(f, *args):
     """The program for these arguments, and how often it has each operation that norms are made of."""
-    program = jax.jit(f).lower(*args).compile()
+    program = jit_unoptimized(f).lower(*args).compile()
     text = program.as_text()
     return program, {op: len(re.findall(rf" {op}\(", text)) for op in OF_NORMS}
 
@@ -71,7 +71,8 @@ class ConvNet(nn.Module):
         y = nn.relu(norm("no_bias")(nn.Conv(4, (3, 3), use_bias=False)(x)))
         y = norm("strided")(nn.Conv(8, (3, 3), strides=2)(y))
         x = nn.relu(y + norm("shortcut")(nn.Conv(8, (1, 1), strides=2, name="short")(x)))
-        x = nn.remat(nn.Conv)(8, (3, 3), padding="VALID", feature_group_count=2, name="grouped")(norm("into_grouped")(x))
+        grouped = nn.remat(nn.Conv)(8, (3, 3), padding="VALID", feature_group_count=2, name="grouped")
+        x = grouped(norm("into_grouped")(x))
         x = nn.ConvTranspose(8, (2, 2), strides=(2, 2), name="transposed")(nn.relu(x))
         x = nn.relu(norm("after_transposed")(x))
         x = norm("after_wrapped")(nn.Conv(8, (3, 3), padding="CIRCULAR", feature_group_count=8, name="wrapped")(x))
@@ -152,10 +153,9 @@ def test_an_nnx_model_is_copied_without_its_norms_and_with_new_biases(rng):
     assert at_first["rsqrt"] - after["rsqrt"] == at_first["subtract"] - after["subtract"] == 2
     np.testing.assert_allclose(without(folded.variables, x), plain(state, x), rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(folded.model(x), without(folded.variables, x), rtol=2e-6, atol=2e-6)
-    assert folded.model.conv.bias.shape == (4,) and folded.model.dense.bias.shape == (6,)
-    assert folded.model.rest[0].scale is None and folded.model.rest[0].bias is None
-    assert not nnx.state(folded.model.norm) and not nnx.state(folded.model.rest[1])
-    assert [(row.path, row.why) for row in folded.outcome.rows if row.why] == [("left", "it has an activation")]
+    assert (folded.model.conv.bias.shape, folded.model.dense.bias.shape) == ((4,), (6,))
+    assert [jax.tree.leaves(nnx.state(norm)) for norm in (folded.model.norm, *folded.model.rest)] == [[], [], []]
+    assert [(row.path, row.why) for row in folded.outcome.left] == [("left", "it has an activation")]
     assert folded.outcome["rest/0"].what == "folded into dense/kernel, a new bias beside dense/kernel"
     with pytest.raises(ValueError, match=r"folded for inference. Write model.eval\(\)"):
         folded.model.norm(x, use_running_average=False)
@@ -177,7 +177,7 @@ def conv(layout, padding="VALID", strides=(1, 1), **options):
 BN = jn.BatchNorm
 FOLDED = {
     "nchw": (BN(axis=1), lambda v, x: conv(NCHW)(v, first(x)), same, (3, 4, 2, 2)),
-    "transposed": (BN(), lambda v, x: first(conv(("NHWC", "HWIO", "NCHW"))(v, x)).swapaxes(2, 3), same, (2, 2, 4, 3)),
+    "transposed": (BN(), lambda v, x: conv(("NHWC", "HWIO", "NCHW"))(v, x).swapaxes(1, 3), same, (2, 2, 4, 3)),
     "cropped": (BN(), lambda v, x: dense(v, x)[:, 1:4], same, (4, 3)),
     "weights_first": (BN(axis=1), lambda v, x: jnp.einsum("oi,nhwi->nohw", v["w"], x), same, (3, 4)),
     "per_head": (BN(axis=(-2, -1)), lambda v, x: jnp.einsum("nhwi,iab->nhab", x, v["w"]), same, (4, 2, 3)),
@@ -190,7 +190,8 @@ FOLDED = {
     "rep": (jn.RepBatchNorm(), dense, same, (4, 3)),
     "layer_scale": (jn.LayerScale(axis=()), dense, same, (4, 3)),
     "flattened": (BN(), same, lambda v, y: y.reshape(2, -1) @ v["w"] + v["b"][None], (100, 3)),
-    "grouped": (BN(), same, lambda v, y: conv(NHWC, feature_group_count=2)(v, y) + v["b"][None, None, None], (3, 3, 2, 6)),
+    "grouped": (BN(), same, lambda v, y: conv(NHWC, feature_group_count=2)(v, y) + v["b"][None, None, None],
+                (3, 3, 2, 6)),
     "depthwise": (jn.LayerScale(axis=1), lambda v, x: first(x), conv(NCHW, feature_group_count=4), (4, 1, 3, 3)),
     "padded": (jn.RMSNorm(), same, conv(NHWC, "SAME", strides=(2, 2)), (3, 3, 4, 2)),
     "layer": (jn.LayerNorm(output_scale=0.5), same, with_bias, (4, 3)),
@@ -225,7 +226,8 @@ def test_layouts_siblings_and_rows_as_functions_of_specs(rng):
     x = rng.normal(size=(2, 5, 5, 4)).astype("f")
     folded, before, after = against_float64(f, variables, x)
     assert [row.path for row in folded.outcome.rows if f"{row.path.split('/')[0]}/w" not in row.what] == []
-    assert after["rsqrt"] < before["rsqrt"] and after["subtract"] < before["subtract"]
+    assert after["rsqrt"] < before["rsqrt"]
+    assert after["subtract"] < before["subtract"]
 
 
 def test_folding_where_it_would_be_wrong_is_left_with_the_reason(rng):
@@ -240,7 +242,7 @@ def test_folding_where_it_would_be_wrong_is_left_with_the_reason(rng):
         "its input comes from `tanh`; its output is read by `tanh`": lambda v, x: jnp.tanh(norm(v, jnp.tanh(x))),
         "has other readers; the model returns": lambda v, x: [y := x @ v["w"], norm(v, y)],
         "its input is a sum that adds no bias": lambda v, x: norm(v, x @ v["w"] + x),
-        "its channels are not those that a dense layer makes": lambda v, x: norm(v, (x[:, :4] @ v["w"]).swapaxes(-1, 1)),
+        "are not those that a dense layer makes": lambda v, x: norm(v, (x[:, :4] @ v["w"]).swapaxes(3, 1)),
         "padded with zeros": lambda v, x: conv(NHWC, "SAME")({"w": v["k"]}, norm(v, x)),
         "its output is padded": lambda v, x: jnp.pad(norm(v, x), ((0, 0), (1, 1), (0, 0), (0, 0))) @ v["w"],
         "a dense layer has no bias to take its shift": lambda v, x: norm(v, x) @ v["w"],
@@ -254,7 +256,7 @@ def test_folding_where_it_would_be_wrong_is_left_with_the_reason(rng):
         "inside of `vmap`": lambda v, x: jax.vmap(lambda x: norm(v, x @ v["w"]))(x),
         "L2Norm does not end with": lambda v, x: jn.L2Norm().apply({"scale": v["n"].scale}, (), x)[0] @ v["w"],
         "its output is read by another norm": lambda v, x: layer(v, norm({**v, "n": None}, x)),
-        "its scale does not come from the variables alone": lambda v, x: layer({"n": jn.Affine(x[0, 0, 0], None)}, x) @ v["w"],
+        "its scale does not come from": lambda v, x: layer({"n": jn.Affine(x[0, 0, 0], None)}, x) @ v["w"],
     }
     for reason, f in why.items():
         folded = models.fold(f, v, x)
@@ -277,7 +279,7 @@ def test_variables_stay_where_they_are_and_are_rounded_once(rng):
         folded = models.fold(f, v, jax.ShapeDtypeStruct(x.shape, x.dtype))
         np.testing.assert_allclose(jax.jit(folded.apply)(folded.variables, x), f(v, x), rtol=0.02, atol=0.02)
     w = folded.variables["w"]
-    assert w.sharding == columns and folded.variables["n"].bias.sharding == whole
+    assert (w.sharding, folded.variables["n"].bias.sharding) == (columns, whole)
     exact = np.float64(v["n"].scale) / np.sqrt(np.float64(v["s"].var))
     np.testing.assert_array_equal(w, (np.float64(v["w"]) * exact).astype(w.dtype))
     v["s"] = v["s"]._replace(var=v["s"].var * 1e-14)
@@ -300,8 +302,9 @@ def test_what_cannot_be_folded_at_all_is_refused():
         models.fold(f, jax.eval_shape(lambda: init), x)
     with pytest.raises(TypeError, match=r"whose values are known.*outside of jax.jit"):
         jax.jit(lambda v: models.fold(f, v, x).variables)(init)
-    with pytest.raises(ValueError, match="the model calls no norm of jaxnorm. Flax's own are not seen: write jaxnorm"):
-        model = nn.LayerNorm()
-        models.fold(model, model.init(jax.random.key(0), x), x)
-    with pytest.raises(KeyError, match=r"no layer at 'b'; there are \['0'\]"):
+    model = nn.LayerNorm()
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"the model calls no norm of jaxnorm. Flax's own are not seen: write jaxnorm"):
+        models.fold(model, variables, x)
+    with pytest.raises(KeyError, match=r"fold: no row of the path 'b'. There are \['0'\]"):
         models.fold(f, init, x).outcome["b"]
