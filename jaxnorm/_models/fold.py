@@ -104,10 +104,11 @@ def fold(model: Any, *args: Any, **kwargs: Any) -> Folded:
             "jaxnorm.nnx.BatchNorm, which have the same variables."
         )
     rows, ways = [], {}
-    for number, norm in enumerate(norms):
+    seen = work.seen(norms)
+    for number, norm in seen:
         path = work.place(number, norm)
         try:
-            ways[path], what = work.fold(norm, work.step_of(number, norms))
+            ways[path], what = work.fold(norm, work.step_of(number, seen))
             rows.append(Row(path, what))
         except Left as reason:
             rows.append(Row(path, "left alone", str(reason), done=False))

@@ -75,6 +75,11 @@ class Work:
         self.changed: dict[int, np.ndarray] = {}
         self.made: dict[int, np.ndarray] = {}
 
+    def seen(self, norms: list[Norm]) -> list[tuple[int, Norm]]:
+        """The norms, by number, without calls that JAX has traced more than once and kept once."""
+        kept = {norm.path for n, norm in enumerate(norms) if self._steps(n) or self._around(n)}
+        return [(n, norm) for n, norm in enumerate(norms) if self._steps(n) or self._around(n) or norm.path not in kept]
+
     def place(self, number: int, norm: Norm) -> str:
         """The path of a norm in the model."""
         step = next(iter(self._steps(number)), None)
@@ -84,15 +89,19 @@ class Work:
     def _steps(self, number: int) -> list[Step]:
         return [step for step in self.graph.steps if step.params.get("name") == f"{MARK}{number}_"]
 
-    def step_of(self, number: int, norms: list[Norm]) -> Step:
+    def _around(self, number: int) -> str | None:
+        """The loop or the like that a norm runs inside of."""
+        return next((step.name for step in self.graph.steps if f"{MARK}{number}_" in step.inside), None)
+
+    def step_of(self, number: int, seen: list[tuple[int, Norm]]) -> Step:
         """The step that stands for a norm."""
-        norm, name, steps = norms[number], f"{MARK}{number}_", self._steps(number)
+        norm, steps = dict(seen)[number], self._steps(number)
         if norm.refusal:
             raise Left(norm.refusal)
         if not steps:
-            around = next((s.name for s in self.graph.steps if name in str(s.eqn)), None)
+            around = self._around(number)
             raise Left(f"it runs inside of `{around}`" if around else "the model's output does not depend on it")
-        if len(steps) > 1 or [n.path for n in norms].count(norm.path) > 1:
+        if len(steps) > 1 or [n.path for _, n in seen].count(norm.path) > 1:
             raise Left("it is called more than once")
         if steps[0].ins[0].shape != norm.shape:
             raise Left("it runs inside of `vmap`")
@@ -122,7 +131,7 @@ class Work:
         self._check(new)
         self.changed.update(new)
         self.made.update(made)
-        neighbours += [f"a new bias beside {self.paths[leaf]}" for leaf in made]
+        neighbours += [self.paths[leaf].removesuffix("kernel") + "bias (new)" for leaf in made]
         what = "folded into " + ", ".join(neighbours) + ("" if edits.over is None else "; its shift stays")
         way = Way("bare" if not norm.affine else "same", norm.returns, edits.over)
         return way, what

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.core
 import numpy as np
 from jax.extend.core import Literal
 
@@ -44,6 +46,13 @@ class Step:
     @property
     def params(self) -> dict[str, Any]:
         return self.eqn.params
+
+    @functools.cached_property
+    def inside(self) -> str:
+        """The text of the programs that it runs, such as the body of a loop."""
+        has = jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr
+        programs = [p for p in jax.tree.leaves(self.params, is_leaf=lambda p: isinstance(p, has)) if isinstance(p, has)]
+        return "\n".join(map(str, programs))
 
 
 class Graph:

@@ -156,7 +156,7 @@ def test_an_nnx_model_is_copied_without_its_norms_and_with_new_biases(rng):
     assert (folded.model.conv.bias.shape, folded.model.dense.bias.shape) == ((4,), (6,))
     assert [jax.tree.leaves(nnx.state(norm)) for norm in (folded.model.norm, *folded.model.rest)] == [[], [], []]
     assert [(row.path, row.why) for row in folded.outcome.left] == [("left", "it has an activation")]
-    assert folded.outcome["rest/0"].what == "folded into dense/kernel, a new bias beside dense/kernel"
+    assert folded.outcome["rest/0"].what == "folded into dense/kernel, dense/bias (new)"
     with pytest.raises(ValueError, match=r"folded for inference. Write model.eval\(\)"):
         folded.model.norm(x, use_running_average=False)
 
