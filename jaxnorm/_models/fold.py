@@ -86,18 +86,18 @@ def fold(model: Any, *args: Any, **kwargs: Any) -> Folded:
     """
     kind = as_model(model, args)
     leaves, paths = _leaves(kind.variables)
-    given, form = jax.tree.flatten((kind.args, kwargs))
     norms: list[Norm] = []
 
     def run(leaves: list[Any], inputs: list[Any]) -> Any:
         norms.clear()
-        arrays = iter(inputs)
-        args, kwargs = jax.tree.unflatten(form, [next(arrays) if _is_array(a) else a for a in given])
-        variables = jax.tree.unflatten(jax.tree.structure(kind.variables), leaves)
+        args, kwargs = _with_arrays(called, inputs)
         look = lambda path, call, run: _mark(norms, path, call, run)
-        return [a for a in jax.tree.leaves(kind.run(look, variables, args, kwargs)) if _is_array(a)]
+        out = kind.run(look, _with_arrays(kind.variables, leaves), args, kwargs)
+        return [a for a in jax.tree.leaves(out) if _is_array(a)]
 
-    work = Work(Graph(run, leaves, [a for a in given if _is_array(a)], MARK), leaves, paths, kind)
+    called = kind.args, kwargs
+    inputs = [a for a in jax.tree.leaves(called) if _is_array(a)]
+    work = Work(Graph(run, leaves, inputs, MARK), leaves, paths, kind)
     if not norms:
         raise ValueError(
             "fold: the model calls no norm of jaxnorm. Flax's own are not seen: write jaxnorm.linen.BatchNorm or "
@@ -113,7 +113,7 @@ def fold(model: Any, *args: Any, **kwargs: Any) -> Folded:
         except Left as reason:
             rows.append(Row(path, "left alone", str(reason), done=False))
     static = {name: value for name, value in kwargs.items() if not any(map(_is_array, jax.tree.leaves(value)))}
-    variables = jax.tree.unflatten(jax.tree.structure(kind.variables), work.finished())
+    variables = _with_arrays(kind.variables, work.finished())
     apply, variables, made = kind.finish(variables, ways, work.biases(), static)
     return Folded(apply, variables, Outcome("fold", rows), made)
 
@@ -122,9 +122,15 @@ def _is_array(a: Any) -> bool:
     return isinstance(a, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
+def _with_arrays(tree: Any, arrays: list[Any]) -> Any:
+    """The tree with other arrays, and all else as it is."""
+    others = iter(arrays)
+    return jax.tree.map(lambda a: next(others) if _is_array(a) else a, tree)
+
+
 def _leaves(variables: Any) -> tuple[list[Any], list[str]]:
     """The arrays of the variables, whose values must be known, and their paths."""
-    found = jax.tree_util.tree_flatten_with_path(variables)[0]
+    found = [(keys, a) for keys, a in jax.tree_util.tree_flatten_with_path(variables)[0] if _is_array(a)]
     for keys, leaf in found:
         path = path_of(keys)
         if not isinstance(leaf, (jax.Array, np.ndarray)) or isinstance(leaf, Tracer):

@@ -34,6 +34,7 @@ class Norm:
     shape: tuple[int, ...]
     returns: Any  # the dtype of the output; None if that is not one array like x
     refusal: str
+    layer: type  # of the layer that calls it; NoneType if none does
 
     @classmethod
     def of(cls, path: str, call: Call, y: Any) -> Norm:
@@ -41,7 +42,7 @@ class Norm:
         names = [path_of(keys).rpartition("/")[2] for keys, _ in found]
         alike = isinstance(y, jax.ShapeDtypeStruct) and y.shape == jnp.shape(call.x)
         returns = y.dtype if alike and jnp.issubdtype(y.dtype, jnp.inexact) else None
-        return cls(path, call.spec, form, names, jnp.shape(call.x), returns, _refusal(call, returns))
+        return cls(path, call.spec, form, names, jnp.shape(call.x), returns, _refusal(call, returns), type(call.layer))
 
     @property
     def affine(self) -> bool:
@@ -96,8 +97,8 @@ class Work:
     def step_of(self, number: int, seen: list[tuple[int, Norm]]) -> Step:
         """The step that stands for a norm."""
         norm, steps = dict(seen)[number], self._steps(number)
-        if norm.refusal:
-            raise Left(norm.refusal)
+        if refusal := norm.refusal or self.kind.refusal(self.place(number, norm), norm.layer):
+            raise Left(refusal)
         if not steps:
             around = self._around(number)
             raise Left(f"it runs inside of `{around}`" if around else "the model's output does not depend on it")
@@ -110,7 +111,7 @@ class Work:
     def fold(self, norm: Norm, step: Step) -> tuple[Way, str]:
         """What takes the place of a norm, and what was done. Nothing is changed where it raises."""
         held = dict(zip(norm.names, step.ins[1:], strict=True))
-        chains = {name: chain(value) for name, value in held.items() if name != "count"}
+        chains = {name: chain(value, may_return=True) for name, value in held.items() if name != "count"}
         aligned = self._values(norm, step, chains)
         factor, shift = _affine(norm, aligned)
         if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
@@ -188,9 +189,9 @@ class Work:
     def _check(self, new: dict[int, np.ndarray]) -> None:
         for leaf, a in new.items():
             with np.errstate(all="ignore"):
-                stored = np.isfinite(a.astype(self.leaves[leaf].dtype).astype(a.dtype))
-            if not stored.all() and np.isfinite(self._of(leaf)).all():
-                raise Left(f"{self.paths[leaf]} would overflow {self.leaves[leaf].dtype}")
+                lost = np.abs(a.astype(self.leaves[leaf].dtype).astype(a.dtype) - a)
+            if np.isfinite(self._of(leaf)).all() and not np.all(lost <= np.abs(a).max(initial=0.0) / 8):  # or NaN
+                raise Left(f"{self.paths[leaf]} would overflow or vanish in {self.leaves[leaf].dtype}")
 
     def finished(self) -> list[Any]:
         """All variables, rounded once, where they were."""

@@ -42,6 +42,10 @@ class Kind:
         """The path of a norm, from the one that was seen and those of its variables."""
         return path
 
+    def refusal(self, path: str, layer: type) -> str:
+        """Why the norm at a path cannot be taken out; "" if it can. `layer` is the type of what has called it."""
+        return ""
+
     def can_make_bias(self, path: str) -> bool:
         """Whether the layer with the weights at a path can be given a bias."""
         return False
@@ -110,6 +114,10 @@ class Nnx(Kind):
     def place(self, path: str, own: list[str]) -> str:
         parents = {name.rpartition("/")[0] for name in own}
         return parents.pop() if len(parents) == 1 else path
+
+    def refusal(self, path: str, layer: type) -> str:
+        is_layer = type(_nodes(self.model).get(path)) is layer
+        return "" if is_layer else "it is not a layer of jaxnorm.nnx, but applied by another module"
 
     def can_make_bias(self, path: str) -> bool:
         from flax import nnx

@@ -69,13 +69,18 @@ def on(step: Step, factor: np.ndarray) -> np.ndarray | None:
 def fit(factor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """The factor, if it broadcasts to this shape once the axes along which it is constant have size 1."""
     factor = _collapsed(factor)
+    if not shape:
+        return factor.reshape(()) if factor.size == 1 else None
     return factor if all(n in (1, m) for n, m in zip(factor.shape, shape, strict=True)) else None
 
 
-def chain(value: Value) -> list[Step] | None:
-    """The steps from a variable to this value, last one first, if all rearrange and nothing else reads. Else None."""
+def chain(value: Value, may_return: bool = False) -> list[Step] | None:
+    """The steps from a variable to this value, last one first, if all rearrange and nothing else reads. Else None.
+
+    A state that the program returns too is one with `may_return`.
+    """
     steps = []
-    while value.only_reader is not None:
+    while len(value.read) == 1 and (may_return or not value.returned):
         if value.made is None:
             return steps if value.leaf is not None else None
         if value.made.name not in REARRANGE:

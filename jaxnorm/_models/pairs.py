@@ -116,7 +116,7 @@ def _through_one(graph: Graph, step: Step, at, given) -> tuple[np.ndarray, np.nd
             return factor.squeeze(axes), shift.squeeze(axes) * count
     elif len(at) == 1 and step.name in ("mul", "div") and (at == [0] or step.name == "mul"):
         by = step.ins[1 - at[0]].constant
-        if by is not None and np.ndim(by) == 0:
+        if by is not None and np.ndim(by) == 0 and np.isrealobj(by):
             return factor, shift * float(by) if step.name == "mul" else shift / float(by)
     who = "another norm" if graph.opaque in str(step.params.get("name", "")) else _named(step)
     raise Left(f"its output is read by {who}")

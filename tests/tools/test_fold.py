@@ -160,6 +160,15 @@ def test_an_nnx_model_is_copied_without_its_norms_and_with_new_biases(rng):
     with pytest.raises(ValueError, match=r"folded for inference. Write model.eval\(\)"):
         folded.model.norm(x, use_running_average=False)
 
+    class Applies(nnx.Module):
+        def __init__(self):
+            self.scale, self.kernel = nnx.Param(jnp.ones(3)), nnx.Param(jnp.ones((3, 2)))
+
+        def __call__(self, x):
+            return jn.LayerNorm().apply({"scale": self.scale[...]}, (), x)[0] @ self.kernel[...]
+
+    assert "not a layer of jaxnorm.nnx" in models.fold(Applies(), x).outcome.left[0].why
+
 
 NCHW, NHWC = ("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC")
 same = lambda v, y: y
@@ -230,10 +239,25 @@ def test_layouts_siblings_and_rows_as_functions_of_specs(rng):
     assert after["subtract"] < before["subtract"]
 
 
+def test_a_function_may_return_the_state_and_read_plain_numbers(rng):
+    norm, x = BN(), rng.normal(size=(2, 3)).astype("f")
+    params, state = norm.init(4)
+    variables = random_values({"w": jnp.zeros((3, 4)), "n": params, "s": state}, rng) | {"times": 2}
+
+    def f(v, x):
+        return norm.apply(v["n"], v["s"], sum([x] * v["times"]) @ v["w"], train=False)
+
+    folded = models.fold(f, variables, x)
+    assert folded.outcome["n"].done
+    y, after = jax.jit(lambda x: folded.apply(folded.variables, x))(x)
+    np.testing.assert_allclose(y, f(variables, x)[0], rtol=2e-6, atol=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, after, folded.variables["s"])
+
+
 def test_folding_where_it_would_be_wrong_is_left_with_the_reason(rng):
     x = rng.normal(size=(2, 5, 5, 4)).astype("f")
     spec, params, state = BN(), *BN().init(4)
-    v = {"w": jnp.ones((4, 4)), "k": jnp.ones((3, 3, 4, 4)), "n": params, "s": state, "b": jnp.zeros(4)}
+    v = {"w": jnp.ones((4, 4)), "k": jnp.ones((3, 3, 4, 4)), "n": params, "s": state, "one": jnp.zeros(())}
     v = random_values(v, rng)
     norm = lambda v, x, spec=spec, **o: spec.apply(v["n"], v["s"], x, train=False, **o)[0]
     layer = lambda v, x: jn.LayerNorm().apply(v["n"], (), x)[0]
@@ -248,6 +272,7 @@ def test_folding_where_it_would_be_wrong_is_left_with_the_reason(rng):
         "a dense layer has no bias to take its shift": lambda v, x: norm(v, x) @ v["w"],
         "used once": lambda v, x: norm(v, x @ v["w"]) @ v["w"],
         "its scale is not a variable that it alone reads": lambda v, x: layer(v, x) @ v["w"] + v["n"].scale.sum(),
+        "the bias before it is not one of its channels": lambda v, x: norm(v, x @ v["w"] + v["one"]),
         "it has an activation": lambda v, x: norm(v, x @ v["w"], BN(activation="relu")),
         "it has a mask": lambda v, x: norm(v, x @ v["w"], mask=x[..., :1] > 0),
         "write train=False": lambda v, x: spec.apply(v["n"], v["s"], x @ v["w"], train=True)[0],
@@ -283,7 +308,7 @@ def test_variables_stay_where_they_are_and_are_rounded_once(rng):
     exact = np.float64(v["n"].scale) / np.sqrt(np.float64(v["s"].var))
     np.testing.assert_array_equal(w, (np.float64(v["w"]) * exact).astype(w.dtype))
     v["s"] = v["s"]._replace(var=v["s"].var * 1e-14)
-    assert models.fold(second, v, np.ones((2, 8), "f2")).outcome["n"].why.startswith("half would overflow float16")
+    assert "half would overflow or vanish in float16" in models.fold(second, v, np.ones((2, 8), "f2")).outcome["n"].why
     v["s"] = v["s"]._replace(var=v["s"].var * np.nan)
     assert "not finite" in models.fold(second, v, np.ones((2, 8), "f2")).outcome["n"].why
 
