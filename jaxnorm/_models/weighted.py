@@ -106,4 +106,4 @@ def made_of_shift(step: Step, at: int, shift: np.ndarray, weight: np.ndarray) ->
     sums = sums.transpose(*batch, *free, *contract).reshape([weight.shape[a] for a in (*batch, *free)])
     left = [weight.shape[a] for a in batch]
     right = [weight.shape[a] for a in free]
-    return sums.reshape(*left, *(ones if at == 0 else ()), *right, *(ones if at == 1 else ()))
+    return sums.reshape((*left, *(ones if at == 0 else ()), *right, *(ones if at == 1 else ())))
