@@ -112,6 +112,9 @@ def fold(model: Any, *args: Any, **kwargs: Any) -> Folded:
             rows.append(Row(path, what))
         except Left as reason:
             rows.append(Row(path, "left alone", str(reason), done=False))
+    places = {path.rpartition("/")[0] for path in paths}
+    if any(norm.by_turn and norm.path in ways and norm.path not in places for norm in norms):
+        kind.calls = [norm.path for norm in norms]
     static = {name: value for name, value in kwargs.items() if not any(map(_is_array, jax.tree.leaves(value)))}
     variables = _with_arrays(kind.variables, work.finished())
     apply, variables, made = kind.finish(variables, ways, work.biases(), static)
@@ -154,7 +157,7 @@ def _mark(norms: list[Norm], path: str, call: Call, run: Callable[[], Any]) -> A
     x, held = jnp.asarray(call.x), (call.params, call.state)
     norm = Norm.of(path, call, y)
     norms.append(norm)
-    if norm.returns is None:
+    if norm.returns is None or jax.tree.structure(state) != jax.tree.structure(call.state):
         return run()
 
     def step(x: Any, *_: Any) -> Any:

@@ -14,7 +14,7 @@ from .._core.arrays import align_param, canonicalize_axes
 from .._core.intercept import Call
 from .._core.paths import path_of
 from .graph import Graph, Step, known
-from .kinds import Kind, Way
+from .kinds import Kind, Way, normalizes_the_batch
 from .moved import chain, fit, leaf_of, origin, through
 from .pairs import Edits, Left, after, before
 
@@ -45,6 +45,16 @@ class Norm:
         return cls(path, call.spec, form, names, jnp.shape(call.x), returns, _refusal(call, returns), type(call.layer))
 
     @property
+    def by_turn(self) -> bool:
+        """Whether its path is one of a norm that is known by its turn alone, unless a variable has this path."""
+        return self.path.rpartition("_")[0] == type(self.spec).__name__ and not hasattr(self.layer, "scope")
+
+    @property
+    def keys(self) -> tuple[Any, ...]:
+        """What two traces of one call have in common, and paths that are taken from turns have not."""
+        return self.path, (self.spec, self.shape, self.layer)
+
+    @property
     def affine(self) -> bool:
         """Whether all of it is x * scale + bias at inference."""
         return hasattr(self.spec, "as_affine") or type(self.spec).__name__ == "LayerScale"
@@ -62,8 +72,7 @@ def _refusal(call: Call, returns: Any) -> str:
         return "it takes another operand than x"
     if given := [name for name in GIVEN if call.options.get(name) is not None]:
         return f"it has a {given[0]}"
-    train = call.options.get("train")
-    if hasattr(spec, "as_affine") and not getattr(spec, "frozen", False) and train is not False:
+    if normalizes_the_batch(call):
         return "it normalizes by the statistics of the batch: write train=False, or model.eval()"
     return ""
 
@@ -78,8 +87,9 @@ class Work:
 
     def seen(self, norms: list[Norm]) -> list[tuple[int, Norm]]:
         """The norms, by number, without calls that JAX has traced more than once and kept once."""
-        kept = {norm.path for n, norm in enumerate(norms) if self._steps(n) or self._around(n)}
-        return [(n, norm) for n, norm in enumerate(norms) if self._steps(n) or self._around(n) or norm.path not in kept]
+        kept = [n for n in range(len(norms)) if self._steps(n) or self._around(n)]
+        known = {key for n in kept for key in norms[n].keys}
+        return [(n, norm) for n, norm in enumerate(norms) if n in kept or not known.intersection(norm.keys)]
 
     def place(self, number: int, norm: Norm) -> str:
         """The path of a norm in the model."""
@@ -97,8 +107,8 @@ class Work:
     def step_of(self, number: int, seen: list[tuple[int, Norm]]) -> Step:
         """The step that stands for a norm."""
         norm, steps = dict(seen)[number], self._steps(number)
-        if refusal := norm.refusal or self.kind.refusal(self.place(number, norm), norm.layer):
-            raise Left(refusal)
+        if norm.refusal:
+            raise Left(norm.refusal)
         if not steps:
             around = self._around(number)
             raise Left(f"it runs inside of `{around}`" if around else "the model's output does not depend on it")
@@ -106,6 +116,8 @@ class Work:
             raise Left("it is called more than once")
         if steps[0].ins[0].shape != norm.shape:
             raise Left("it runs inside of `vmap`")
+        if refusal := self.kind.refusal(self.place(number, norm), norm.layer):
+            raise Left(refusal)
         return steps[0]
 
     def fold(self, norm: Norm, step: Step) -> tuple[Way, str]:
@@ -188,6 +200,8 @@ class Work:
 
     def _check(self, new: dict[int, np.ndarray]) -> None:
         for leaf, a in new.items():
+            if np.iscomplexobj(a) and not np.iscomplexobj(self._of(leaf)):
+                raise Left(f"{self.paths[leaf]} would be complex")
             with np.errstate(all="ignore"):
                 lost = np.abs(a.astype(self.leaves[leaf].dtype).astype(a.dtype) - a)
             if np.isfinite(self._of(leaf)).all() and not np.all(lost <= np.abs(a).max(initial=0.0) / 8):  # or NaN

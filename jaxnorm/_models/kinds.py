@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableSequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,7 @@ class Kind:
     f: Callable[..., Any]
     variables: Any
     args: tuple[Any, ...]
+    calls: list[str] | None = None  # the paths of all calls in order, if norms are known by their turn alone
 
     def run(self, watch: Watcher, variables: Any, args: Any, kwargs: Any) -> Any:
         with watching(watch, None, (variables,)):
@@ -56,8 +57,20 @@ class Kind:
         """The function, the variables and the model without what was folded."""
 
         def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            look = functools.partial(_in_place, ways)
-            return self.run(look, variables, args, {**defaults, **kwargs})
+            called: list[str] = []
+
+            def look(path: str, call: Call, run: Callable[[], Any]) -> Any:
+                called.append(path)
+                return _in_place(ways, path, call, run)
+
+            out = self.run(look, variables, args, {**defaults, **kwargs})
+            if self.calls not in (None, called):
+                raise ValueError(
+                    f"fold: the function has called {len(called)} norms, and {len(self.calls or ())} when it was "
+                    "folded, so that they are not known by their turn. Fold it without jax.jit, and apply specs to the "
+                    "very parameters that the variables hold."
+                )
+            return out
 
         return apply, variables, None
 
@@ -71,7 +84,7 @@ def _in_place(ways: dict[str, Way], path: str, call: Call, run: Callable[[], Any
         absent = dict.fromkeys(("scale", "bias"))
         params = {**params, **absent} if isinstance(params, Mapping) else params._replace(**absent)
         return alone(call.spec.apply, params, call.state, call.x, *call.operands, **call.options)
-    if call.options.get("train") not in (None, False) and not getattr(call.spec, "frozen", False):
+    if normalizes_the_batch(call):
         raise ValueError(f"{path}: the norm was folded for inference. Write train=False.")
     x = jnp.asarray(call.x)
     dtype = call.spec.dtype or x.dtype
@@ -81,6 +94,12 @@ def _in_place(ways: dict[str, Way], path: str, call: Call, run: Callable[[], Any
         shift = held["bias"] if "bias" in held else -held["mean"]
         return _shifted(x, align_param("fold", "", shift, x.shape, axes), dtype), call.state
     return x.astype(dtype), call.state
+
+
+def normalizes_the_batch(call: Call) -> bool:
+    """Whether it takes statistics of the batch, not those of its state."""
+    with_state = hasattr(call.spec, "as_affine") and not getattr(call.spec, "frozen", False)
+    return with_state and call.options.get("train") is not False
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -149,6 +168,11 @@ class Nnx(Kind):
                 replaced[id(nodes[path])] = _stand_in()(way)
         for node in list(nodes.values()):
             _replace(node, replaced)
+        left = [path for path, node in _nodes(model).items() if id(node) in replaced]
+        if left:
+            raise TypeError(
+                f"fold: {left[0]} stands in a container that cannot be assigned to. Write nnx.List, or a dict."
+            )
         graphdef, state = nnx.split(model)
         apply = lambda state, *args, **kwargs: nnx.merge(graphdef, state)(*args, **{**defaults, **kwargs})
         return apply, state, model
@@ -162,19 +186,13 @@ def _nodes(model: Any) -> dict[str, Any]:
 
 def _replace(node: Any, by: dict[int, Any]) -> None:
     """Put others in the place of some of a node's children."""
-    put: Callable[[Any, Any], Any]
-    children: list[tuple[Any, Any]]
-    if isinstance(node, dict):
-        children, put = list(node.items()), node.__setitem__
-    elif hasattr(node, "__setitem__") and hasattr(node, "__iter__"):
-        children, put = list(enumerate(node)), node.__setitem__
-    elif hasattr(node, "__dict__"):
-        children, put = list(vars(node).items()), functools.partial(setattr, node)
-    else:
-        return
-    for name, child in children:
+    for name, child in list(getattr(node, "__dict__", {}).items()):
         if id(child) in by:
-            put(name, by[id(child)])
+            setattr(node, name, by[id(child)])
+    if isinstance(node, (dict, MutableSequence)) or type(node).__name__ == "List":
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            if id(node[key]) in by:
+                node[key] = by[id(node[key])]
 
 
 @functools.cache

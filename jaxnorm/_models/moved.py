@@ -68,7 +68,7 @@ def on(step: Step, factor: np.ndarray) -> np.ndarray | None:
 
 def fit(factor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """The factor, if it broadcasts to this shape once the axes along which it is constant have size 1."""
-    factor = _collapsed(factor)
+    factor = collapsed(factor)
     if not shape:
         return factor.reshape(()) if factor.size == 1 else None
     return factor if all(n in (1, m) for n, m in zip(factor.shape, shape, strict=True)) else None
@@ -128,7 +128,7 @@ def _reversed(step: Step, factor: np.ndarray) -> np.ndarray:
     return np.flip(factor, tuple(a for a in step.params["dimensions"] if factor.shape[a] > 1))
 
 
-def _collapsed(factor: np.ndarray) -> np.ndarray:
+def collapsed(factor: np.ndarray) -> np.ndarray:
     """With size 1 along the axes where it is constant."""
     for axis in range(factor.ndim):
         first = factor.take([0], axis) if factor.shape[axis] > 1 else factor
@@ -148,7 +148,7 @@ def _regrouped(factor: np.ndarray, before: tuple[int, ...], after: tuple[int, ..
         whole = math.prod(own) > 1
         sizes += before[left.start : left.stop] if whole else own
         shape += after[right.start : right.stop] if whole else [1] * len(right)
-    return _collapsed(np.broadcast_to(factor, sizes).reshape(shape))
+    return collapsed(np.broadcast_to(factor, sizes).reshape(shape))
 
 
 def _runs(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[range, range]]:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import numpy as np
 
 from .graph import Graph, Step, Value
-from .moved import REARRANGE, back, chain, fit, leaf_of, on, rearranged, through
+from .moved import REARRANGE, back, chain, collapsed, fit, leaf_of, on, rearranged, through
 from .weighted import WEIGHTED, made_of_shift, of_inputs, of_outputs, pads_with_zeros
 
 ADD = ("add", "add_any")
@@ -62,16 +62,16 @@ def before(norm: Step, factor: np.ndarray, shift: np.ndarray, can_make: CanMake)
         else:
             raise Left(f"its input comes from {_named(step)}")
     weight, steps = _weight_that_makes(step)
-    of_weight = through(steps, of_outputs(step, step.ins.index(weight), factor))
+    of_weights = lambda a: of_outputs(step, step.ins.index(weight), a)
+    of_weight = through(steps, of_weights(factor))
     if of_weight is None:
         raise Left(f"its channels are not those that {_named(step)} makes")
-    leaf = leaf_of(weight, steps)
+    leaf, biased = leaf_of(weight, steps), bool(edits.changes)
     edits.changes.append((leaf, of_weight, None))
-    if len(edits.changes) == 1:  # no bias
-        if can_make(leaf):
-            edits.made[leaf] = (factor, np.zeros_like(factor) if over is None else over)
-        else:
-            edits.over = None if over is None else shift
+    fits = not biased and can_make(leaf) and (over is None or of_weights(over) is not None)
+    if not biased and can_make(leaf):
+        edits.made[leaf] = (collapsed(factor), collapsed(over) if fits and over is not None else np.zeros(()))
+    edits.over = None if over is None or fits else shift
     return edits
 
 
@@ -117,7 +117,8 @@ def _through_one(graph: Graph, step: Step, at, given) -> tuple[np.ndarray, np.nd
     elif len(at) == 1 and step.name in ("mul", "div") and (at == [0] or step.name == "mul"):
         by = step.ins[1 - at[0]].constant
         if by is not None and np.ndim(by) == 0 and np.isrealobj(by):
-            return factor, shift * float(by) if step.name == "mul" else shift / float(by)
+            by = np.asarray(by, float)
+            return factor, shift * by if step.name == "mul" else shift / by
     who = "another norm" if graph.opaque in str(step.params.get("name", "")) else _named(step)
     raise Left(f"its output is read by {who}")
 

@@ -254,6 +254,26 @@ def test_a_function_may_return_the_state_and_read_plain_numbers(rng):
     jax.tree.map(np.testing.assert_array_equal, after, folded.variables["s"])
 
 
+def test_norms_that_are_known_by_their_turn_must_come_in_the_same_turns(rng):
+    norm = BN()
+    v = random_values({"a": norm.init(3), "w": jnp.zeros((3, 3))}, rng)
+    again = False
+
+    @jax.jit
+    def f(v, x):
+        if again:
+            norm.apply(*norm.init(3), x, train=False)
+        return norm.apply(*v["a"], x @ v["w"], train=False)[0]
+
+    x = rng.normal(size=(2, 3)).astype("f")
+    folded = models.fold(f, v, x)
+    assert folded.outcome["BatchNorm_0"].done
+    np.testing.assert_allclose(folded.apply(folded.variables, x), f(v, x), rtol=2e-6, atol=2e-6)
+    again = True
+    with pytest.raises(ValueError, match=r"has called 2 norms, and 1 when it was folded.*Fold it without jax.jit"):
+        folded.apply(folded.variables, x)
+
+
 def test_folding_where_it_would_be_wrong_is_left_with_the_reason(rng):
     x = rng.normal(size=(2, 5, 5, 4)).astype("f")
     spec, params, state = BN(), *BN().init(4)
