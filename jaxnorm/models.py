@@ -9,6 +9,8 @@ from ._models.adapt import fedbn_mask as fedbn_mask
 from ._models.adapt import tent_mask as tent_mask
 from ._models.collect import Seen as Seen
 from ._models.collect import collect as collect
+from ._models.fold import Folded as Folded
+from ._models.fold import fold as fold
 from ._models.layer import Finding as Finding
 from ._models.optimizers import decay_mask as decay_mask
 from ._models.optimizers import ema_init as ema_init

@@ -90,13 +90,14 @@ def intercepted(apply: F) -> F:
         assert f is not None
         given = signature.bind(self, *args, **options)
         _, params, state, x, *operands = given.args
-        run = functools.partial(_alone, apply, *given.args, **given.kwargs)
+        run = functools.partial(alone, apply, *given.args, **given.kwargs)
         return f(Call(self, _layer.get(), params, state, x, tuple(operands), dict(given.kwargs)), run)
 
     return cast(F, call)
 
 
-def _alone(apply, *args, **options):
+def alone(apply: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """A call that no hook sees, such as that of a hook itself."""
     token = watched.set(None)
     try:
         return apply(*args, **options)
