@@ -29,6 +29,7 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = "jaxnorm"
+html_static_path, html_css_files = ["static"], ["tables.css"]
 html_use_index = False  # the reference has an index of its own
 html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
 
