@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -21,12 +20,11 @@ from .._ops.activation import activate_output, check_activation
 from .._ops.batch import ByFormula, normalize_batch
 from .._ops.elementwise import OfElements
 from .._ops.plan import refuse_kernels
-from .._ops.policy import EMA, Cumulative, Devices, Running, running_policy, sharing_policy
-from .base import Spec
+from .._ops.policy import running_policy
 from .declare import S, as_params, function_of, refuse_params_as_state, spec
+from .running import RunningOptions
 
 Array = jax.Array
-_RUNNING = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
 
 
 class DiffGroupParams(NamedTuple):
@@ -38,7 +36,7 @@ class DiffGroupParams(NamedTuple):
 
 
 @spec
-class DiffGroupNorm(Spec):
+class DiffGroupNorm(RunningOptions):
     """The hyperparameters of `diff_group_norm`. See `BatchNorm` for those of the running statistics.
 
     `weight` starts uniform within C**-0.5 of 0, as in PyTorch Geometric: from a key that is always the same, and in a
@@ -47,19 +45,7 @@ class DiffGroupNorm(Spec):
     Args:
       init_groups: G, the number of groups.
       rate: what multiplies the sum of the normalized groups. The paper calls it lambda.
-      momentum: the weight of the old statistics: a number, a scalar array such as a schedule computes, or None for the
-        exact cumulative statistics.
-      epsilon: added to the variance, in units of x squared; >= 0.
-      running: how the running statistics are updated, as one object: `EMA(...)` or `Cumulative()`.
-      share: which devices share statistics, as one object: `Devices(axis_name, groups)`.
-      axis_name: the mapped axis, or axes, whose devices share statistics.
-      axis_index_groups: the same as a `sync` of lists, by Flax's name.
-      sync: which devices along axis_name share statistics: "global", "local", an int, or lists of indices.
       min_count: a channel with fewer nodes than this leaves its state as it was.
-      frozen: normalize by the running statistics and never update them, in training too.
-      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
-      zero_debias: correct the running statistics for their start, as Adam does.
-      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does.
 
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.DiffGroupNorm(init_groups=1, rate=1.0, epsilon=0.)
@@ -69,26 +55,12 @@ class DiffGroupNorm(Spec):
     """
 
     Params: ClassVar[Any] = DiffGroupParams
-    State: ClassVar[Any] = RunningStats
     own_state_shape: ClassVar[bool] = True
     whole: ClassVar[tuple[str, ...]] = ("weight", "scale", "bias")
     drawn: ClassVar[tuple[str, ...]] = ("weight",)
 
-    use_bias: bool = True
     init_groups: int = 10
     rate: float = 0.01
-    momentum: float | Array | None = 0.99
-    epsilon: float = 1e-5
-    running: EMA | Cumulative | None = None
-    share: Devices | None = None
-    axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
-    sync: str | int | Sequence[Sequence[int]] = "global"
-    min_count: float | None = None
-    frozen: bool = False
-    skip_nonfinite: bool = False
-    zero_debias: bool = False
-    unbiased_running_var: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,11 +70,6 @@ class DiffGroupNorm(Spec):
                 f"DiffGroupNorm: init_groups must be an int >= 1, got {shown(groups)}. Write init_groups=10."
             )
         canonicalize_number("DiffGroupNorm", "rate", self.rate, "0.01")
-        self._running()
-        sharing_policy("DiffGroupNorm", self.share, self.axis_name, self.axis_index_groups, self.sync, None)
-
-    def _running(self) -> Running:
-        return running_policy("DiffGroupNorm", self.running, **{name: getattr(self, name) for name in _RUNNING})
 
     if TYPE_CHECKING:
 
@@ -118,8 +85,7 @@ class DiffGroupNorm(Spec):
 
     def init_state(self, shape: tuple[int, ...]) -> RunningStats:
         """Mean 0 and variance 1, of each group."""
-        first = jnp.zeros((self.init_groups, *shape), jnp.float32)
-        return RunningStats(first, first + 1.0, first if self._running().needs_count else None)
+        return super().init_state((self.init_groups, *shape))
 
     @explained("apply")
     def apply(

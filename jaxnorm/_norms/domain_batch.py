@@ -18,37 +18,25 @@ from .._core.over import Segments
 from .._core.types import Affine, Features, Params, Plan, RunningStats
 from .._ops.batch import normalize_batch
 from .._ops.normalize import as_affine, normalize_given
-from .._ops.policy import EMA, Cumulative, Devices, Running, running_policy, sharing_policy
+from .._ops.policy import running_policy
 from .._ops.standardize import standardize
 from .._ops.states import as_given, as_stats, is_stats
-from .base import Spec
 from .declare import S, as_params, function_of, refuse_params_as_state, spec
+from .running import RunningOptions
 
 Array = jax.Array
-_RUNNING = ("momentum", "min_count", "skip_nonfinite", "zero_debias", "unbiased_running_var")
 
 
 @spec
-class DomainBatchNorm(Spec):
+class DomainBatchNorm(RunningOptions):
     """The hyperparameters of `domain_batch_norm`. See `BatchNorm` for those that it has too. The domain comes after x.
 
     Args:
       num_domains: K, the number of domains. Static.
       use_domain_params: whether `init` makes a scale and a bias for each domain, (K, C), or for all, (C,).
       axis: the channel axis, or axes. The batch axis is 0.
-      momentum: the weight of the old statistics: a number, a scalar array such as a schedule computes, or None for the
-        exact cumulative statistics.
-      epsilon: added to the variance, in units of x squared; >= 0.
-      running: how the running statistics are updated, as one object: `EMA(...)` or `Cumulative()`.
-      share: which devices share statistics, as one object: `Devices(axis_name, groups)`.
-      axis_name: the mapped axis, or axes, whose devices share statistics.
-      axis_index_groups: the same as a `sync` of lists, by Flax's name.
-      sync: which devices along axis_name share statistics: "global", "local", an int, or lists of indices.
       min_count: a channel with fewer elements of a domain than this leaves that state as it was.
-      frozen: normalize by the running statistics and never update them, in training too.
-      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
       zero_debias: correct the running statistics for their start, as Adam does: by the updates of each domain.
-      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does.
 
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.DomainBatchNorm(num_domains=2, momentum=0.5, epsilon=0.)
@@ -58,34 +46,12 @@ class DomainBatchNorm(Spec):
     ([[-1.0], [1.0]], [[1.0], [0.0]])
     """
 
-    State: ClassVar[Any] = RunningStats
     state_axes: ClassVar[int] = 1
     whole: ClassVar[tuple[str, ...]] = ("scale", "bias")
 
-    use_bias: bool = True
     use_domain_params: bool = False
     num_domains: int | None = None
     axis: int | Sequence[int] = -1
-    momentum: float | Array | None = 0.99
-    epsilon: float = 1e-5
-    running: EMA | Cumulative | None = None
-    share: Devices | None = None
-    axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
-    sync: str | int | Sequence[Sequence[int]] = "global"
-    min_count: float | None = None
-    frozen: bool = False
-    skip_nonfinite: bool = False
-    zero_debias: bool = False
-    unbiased_running_var: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._running()
-        sharing_policy("DomainBatchNorm", self.share, self.axis_name, self.axis_index_groups, self.sync, None)
-
-    def _running(self) -> Running:
-        return running_policy("DomainBatchNorm", self.running, **{name: getattr(self, name) for name in _RUNNING})
 
     if TYPE_CHECKING:
 
@@ -97,9 +63,7 @@ class DomainBatchNorm(Spec):
 
     def init_state(self, shape: tuple[int, ...]) -> RunningStats:
         """Mean 0 and variance 1, of each domain."""
-        shape = (_number("DomainBatchNorm.init", self.num_domains), *shape)
-        count = jnp.zeros(shape, jnp.float32) if self._running().needs_count else None
-        return RunningStats(jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32), count)
+        return super().init_state((_number("DomainBatchNorm.init", self.num_domains), *shape))
 
     @explained("apply")
     def apply(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -28,11 +28,10 @@ def taken_policy(norm: str, options: dict[str, Any]) -> Running:
 
 
 @spec
-class RunningSpec(Spec):
-    """What the norms share that keep running statistics of the batch.
+class RunningOptions(Spec):
+    """How running statistics are updated, and which devices share statistics.
 
     Args:
-      axis: the channel axis, or axes, at any position but 0.
       momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
         schedule computes, which may be traced. None: the exact cumulative statistics, those
         of all elements seen so far (needs `state.count`).
@@ -49,8 +48,6 @@ class RunningSpec(Spec):
         neighbouring devices, where the last of several axes runs fastest: the chips of one host, for
         axis_name=("host", "chip")), or lists of indices. The running statistics always use all devices, and are the
         same on all. "local" costs that small all-reduce alone; nothing waits for it, and there is none backward.
-      virtual_batch_size: ghost batch norm: normalize each block of `virtual_batch_size` consecutive examples by its own
-        statistics, on its own device. The last block may be shorter. The running statistics use the whole batch.
       min_count: a channel with fewer elements than this leaves its state as it was.
       frozen: normalize by the running statistics and never update them, in training too.
       skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
@@ -62,7 +59,6 @@ class RunningSpec(Spec):
     State: ClassVar[Any] = RunningStats
 
     use_bias: bool = True
-    axis: int | Sequence[int] = -1
     momentum: float | Array | None = 0.99
     epsilon: float = 1e-5
     running: EMA | Cumulative | None = None
@@ -70,7 +66,6 @@ class RunningSpec(Spec):
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
     sync: str | int | Sequence[Sequence[int]] = "global"
-    virtual_batch_size: int | None = None
     min_count: float | None = None
     frozen: bool = False
     skip_nonfinite: bool = False
@@ -80,7 +75,8 @@ class RunningSpec(Spec):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._running()
-        sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, self.virtual_batch_size)
+        ghosts = getattr(self, "virtual_batch_size", None)
+        sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, ghosts)
         sharing_policy(type(self).__name__, *sharing)
 
     def _running(self) -> Running:
@@ -92,6 +88,20 @@ class RunningSpec(Spec):
         f32 = jnp.float32
         count = jnp.zeros(shape, f32) if self._running().needs_count else None
         return RunningStats(jnp.zeros(shape, f32), jnp.ones(shape, f32), count)
+
+
+@spec
+class RunningSpec(RunningOptions):
+    """What the norms share that keep running statistics of the batch.
+
+    Args:
+      axis: the channel axis, or axes, at any position but 0.
+      virtual_batch_size: ghost batch norm: normalize each block of `virtual_batch_size` consecutive examples by its own
+        statistics, on its own device. The last block may be shorter. The running statistics use the whole batch.
+    """
+
+    axis: int | Sequence[int] = -1
+    virtual_batch_size: int | None = None
 
     @explained("apply")
     def apply(
