@@ -5,9 +5,9 @@ The arrays of the catalogue are small, and the default leaves such to XLA. So th
 `--backend auto` leaves the default as users have it, and `--backend absent` is an installation without the extension.
 On a machine with a GPU, `JAX_PLATFORMS=cuda,cpu` and `--backend auto` run the laws and the kernels' tests on it.
 `--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others; with `--backend
-absent` the rows that no kernel takes are not among them: they are XLA's programs with the extension as well. `--versions`
-runs the tests marked `versions`, on one row for each norm. `-m "not slow"` leaves out layouts, backends, and whatever
-starts processes: CONTRIBUTING has the tiers.
+absent` not on rows that no kernel takes either, whose programs are XLA's with the extension as well. `--versions` runs
+the tests marked `versions`, on one row for each norm. `-m "not slow"` leaves out layouts, backends, and whatever starts
+processes: CONTRIBUTING has the tiers.
 """
 
 import gc

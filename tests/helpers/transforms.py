@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from catalogue import EACH, MECHANISMS, ghosts
+from catalogue import MECHANISMS, ghosts
 from jax import lax
 
 from helpers.jit import jit_unoptimized
@@ -70,15 +70,17 @@ def modes(f, params, x, v, dp, g):
     }
 
 
-# Rows of one norm differ in axes and parameters, not in rules: a norm goes through all modes, a row with a mechanism of
-# its own through those that reach each rule, and any other row through the least that differentiates twice and batches.
+# There are rules for statistics of an example and for those of a batch: a row of each goes through all modes. A row
+# with a mechanism of its own goes through those that reach each rule, and any other row through the least that
+# differentiates twice and batches.
+ALL = ("layer", "batch-nhwc")
 ESSENTIAL = ("value", "jvp", "vjp", "vmap", "vmap of params", "reverse over reverse", "vmap of forward over reverse")
 FEWEST = ("vjp", "vmap of forward over reverse")
 
 
 def modes_for(row) -> tuple[str, ...]:
     """The names of the modes that a row of the catalogue goes through."""
-    if row.name in {each.name for each in EACH}:
+    if row.name in ALL:
         return (*modes(None, *[None] * 5),)
     return ESSENTIAL if row.name in MECHANISMS else FEWEST
 
