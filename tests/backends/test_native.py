@@ -12,7 +12,7 @@ import oracle
 import pytest
 from catalogue import EACH, NOT_NATIVE, ROWS, by_name, draw
 from helpers.devices import mesh_of, placed
-from helpers.jit import jit_unoptimized
+from helpers.jit import FLAGS, jit_unoptimized
 from helpers.memory import kept_bytes
 from helpers.native import forced, kernels_in, kernels_of, run_python
 from hypothesis import given, settings
@@ -397,7 +397,7 @@ for shape, axis in (((40, 37), 1), ((40, 64), 1), ((9, 5, 5, 33), (0, 1, 2)), ((
         worst = max(worst, float(error.max()) * (1 if unit > 1e-5 else 0.1))
 print(set_in_use, worst)
 """
-    in_use, worst = run_python(code, JAXNORM_ISA=name).split()
+    in_use, worst = run_python(code, JAXNORM_ISA=name, XLA_FLAGS=FLAGS).split()
     assert in_use == name
     assert float(worst) <= 1.0  # one unit in the last place of a half-precision result; ten of float32
 
