@@ -4,9 +4,10 @@ The arrays of the catalogue are small, and the default leaves such to XLA. So th
 `--backend native`, which is what plain `pytest` does, runs those wherever they take a call, however small it is;
 `--backend auto` leaves the default as users have it, and `--backend absent` is an installation without the extension.
 On a machine with a GPU, `JAX_PLATFORMS=cuda,cpu` and `--backend auto` run the laws and the kernels' tests on it.
-`--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others; `--versions`
-runs the tests marked `versions`, on one row for each norm. `-m "not slow"` leaves out layouts, backends, and whatever
-starts processes: CONTRIBUTING has the tiers.
+`--rows mechanisms` runs the laws on one row of the catalogue for each mechanism, and not on the others; with `--backend
+absent` not on rows that no kernel takes either, whose programs are XLA's with the extension as well. `--versions` runs
+the tests marked `versions`, on one row for each norm. `-m "not slow"` leaves out layouts, backends, and whatever starts
+processes: CONTRIBUTING has the tiers.
 """
 
 import gc
@@ -57,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.path.parent.name in SLOW:
             item.add_marker(pytest.mark.slow)
-    from catalogue import EACH, MECHANISMS, Row
+    from catalogue import EACH, MECHANISMS, NOT_NATIVE, Row
 
     rows = {item: [v for v in item.callspec.params.values() if isinstance(v, Row)] for item in items
             if hasattr(item, "callspec")}  # fmt: skip
@@ -69,10 +70,14 @@ def pytest_collection_modifyitems(config, items):
     if not versions and config.getoption("--rows") == "all":
         return
     names = {row.name for row in EACH} if versions else MECHANISMS
+    absent = config.getoption("--backend") == "absent"
+
+    def chosen(row) -> bool:
+        return row.name in names and not (absent and NOT_NATIVE in row.exempt)
 
     def kept(item) -> bool:
         marked = not versions or item.get_closest_marker("versions") is not None
-        return marked and all(row.name in names for row in rows.get(item, ()))
+        return marked and all(map(chosen, rows.get(item, ())))
 
     config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
     items[:] = [item for item in items if kept(item)]

@@ -33,25 +33,27 @@ class _ThisInterpreter(KernelSpecManager):
         return KernelSpec(argv=argv, display_name=kernel_name, language="python")
 
 
-def _environment(folder: Path) -> dict[str, str]:
+def _environment(folder: Path, flags: str) -> dict[str, str]:
     """That of this process, without what the tests, or a person's profile, would bring into the kernel."""
     strict = ("JAX_", "XLA_", "PYTEST_", "PYTHONWARNINGS", "MPLBACKEND", "IPYTHON", "JPY_", "COV_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(strict)}
-    return kept | {"JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder), "MPLCONFIGDIR": str(folder)}
+    return kept | {
+        "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder), "MPLCONFIGDIR": str(folder), "XLA_FLAGS": flags
+    }  # fmt: skip
 
 
 def read(path: Path) -> Any:
     return nbformat.read(path, as_version=4)
 
 
-def execute(path: Path, folder: Path) -> Any:
-    """The notebook, run from top to bottom by this interpreter. `folder` is for files of the kernel."""
+def execute(path: Path, folder: Path, flags: str = "") -> Any:
+    """The notebook, run from top to bottom by this interpreter. `folder` is for the kernel's files, `flags` for XLA."""
     notebook = read(path)
     manager = AsyncKernelManager(kernel_spec_manager=_ThisInterpreter(), connection_file=str(folder / "kernel.json"))
     client = nbclient.NotebookClient(
         notebook, km=manager, timeout=SECONDS, resources={"metadata": {"path": str(path.parent)}}
     )
-    client.execute(env=_environment(folder), cleanup_kc=True)
+    client.execute(env=_environment(folder, flags), cleanup_kc=True)
     return notebook
 
 

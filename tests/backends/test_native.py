@@ -12,8 +12,9 @@ import oracle
 import pytest
 from catalogue import EACH, NOT_NATIVE, ROWS, by_name, draw
 from helpers.devices import mesh_of, placed
+from helpers.jit import FLAGS, jit_unoptimized
 from helpers.memory import kept_bytes
-from helpers.native import forced, kernels_in, run_python
+from helpers.native import forced, kernels_in, kernels_of, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -40,12 +41,12 @@ def gradients(f):
 def test_the_native_backend_runs_every_row(row, rng):
     params, x, g = row.params(rng), draw(rng, row.shape, 3.0), draw(rng, row.shape)
     apply = forced(row).apply
-    forward, backward = ["forward"] * row.calls, ["backward"] * row.calls
-    assert kernels_in(apply, params, x) == forward
-    assert sorted(kernels_in(gradients(apply), params, x, g)) == backward + forward
-    y, vjp = jax.vjp(apply, params, x)
-    np.testing.assert_allclose(y, row.truth(params, x).y, rtol=1e-6, atol=2e-6)
-    dparams, dx = vjp(jnp.asarray(g))
+    forward, backward = (jax.jit(f).lower(*args).compile() for f, *args in ((apply, params, x),
+                         (gradients(apply), params, x, g)))  # fmt: skip
+    assert kernels_of(forward) == ["forward"] * row.calls
+    assert sorted(kernels_of(backward)) == ["backward"] * row.calls + ["forward"] * row.calls
+    np.testing.assert_allclose(forward(params, x), row.truth(params, x).y, rtol=1e-6, atol=2e-6)
+    dparams, dx = backward(params, x, g)
     for got, true in zip((dx, *dparams), row.gradients(params, x, g), strict=True):
         if got is not None:
             np.testing.assert_allclose(np.reshape(got, true.shape), true, rtol=1e-5, atol=4e-6 * np.abs(true).max())
@@ -113,6 +114,7 @@ def test_an_example_has_the_same_bits_in_every_batch(which, by_default, rng):
     """Law 10, by the default rule: y and dx, in any batch and place, eager or jit, on one device or on eight."""
     norm, shapes = IN_EVERY_BATCH[which]
     both = lambda x, g: (lambda y, pull: (y, *pull(g)))(*jax.vjp(norm, x))
+    among_others = jax.jit(lambda x, g: (both(x, g), both(-x, g)))
     mesh = mesh_of("auto")
     for shape in shapes:
         x, g = draw(rng, (48, *shape), 1.0), draw(rng, (48, *shape))
@@ -120,11 +122,12 @@ def test_an_example_has_the_same_bits_in_every_batch(which, by_default, rng):
         same = lambda got, part, want=want: [
             np.testing.assert_array_equal(a, b[part]) for a, b in zip(got, want, strict=True)
         ]
-        for first, last in ((0, 1), (47, 48), (5, 7), (8, 11), (1, 33)):
+        for first, last in ((0, 1), (47, 48), (8, 11), (1, 33)):
             part = slice(first, last)
             same(jax.jit(both)(x[part], g[part]), part)
             same(both(jnp.asarray(x[part]), jnp.asarray(g[part])), part)
-            same(jax.jit(lambda x, g: (both(x, g), both(-x, g)))(x[part], g[part])[0], part)
+        for part in (slice(47, 48), slice(1, 33)):
+            same(among_others(x[part], g[part])[0], part)
         sharded = placed(mesh, (x, P(mesh.axis_names)), (g, P(mesh.axis_names)))
         same(jax.jit(both)(*sharded), slice(None))
 
@@ -251,7 +254,7 @@ def test_any_shape_may_be_reduced_over_any_axes(shape, data):
         return
     assert np.prod(view.sizes) == np.prod(shape)
 
-    @jax.jit
+    @jit_unoptimized
     def run(x, scale, g):
         def of(backend):
             norm = lambda x, s: jn.layer_norm(x, s, s, axis=axes, epsilon=0.01, implementation=backend)
@@ -394,7 +397,7 @@ for shape, axis in (((40, 37), 1), ((40, 64), 1), ((9, 5, 5, 33), (0, 1, 2)), ((
         worst = max(worst, float(error.max()) * (1 if unit > 1e-5 else 0.1))
 print(set_in_use, worst)
 """
-    in_use, worst = run_python(code, JAXNORM_ISA=name).split()
+    in_use, worst = run_python(code, JAXNORM_ISA=name, XLA_FLAGS=FLAGS).split()
     assert in_use == name
     assert float(worst) <= 1.0  # one unit in the last place of a half-precision result; ten of float32
 

@@ -19,4 +19,7 @@ def _options() -> dict[str, Any]:
 
 # LLVM optimizes none of their code. XLA's own passes run, so that kernels, collectives and bytes are those of any
 # program; where accuracy is measured or bits are compared, use jax.jit.
-jit_unoptimized = functools.partial(jax.jit, compiler_options=_options())
+OPTIONS = _options()
+jit_unoptimized = functools.partial(jax.jit, compiler_options=OPTIONS)
+# The same for all programs of a process that a test starts, as its XLA_FLAGS.
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())

@@ -17,8 +17,12 @@ def forced(row):
 
 
 def kernels_in(f, *args) -> list[str]:
-    """The kernels that a compiled program calls, each as often as it stands there."""
-    return re.findall(r'custom_call_target="jaxnorm_(\w+)"', jax.jit(f).lower(*args).compile().as_text())
+    """The kernels that the compiled program of f calls, each as often as it stands there."""
+    return kernels_of(jax.jit(f).lower(*args).compile())
+
+
+def kernels_of(compiled) -> list[str]:
+    return re.findall(r'custom_call_target="jaxnorm_(\w+)"', compiled.as_text())
 
 
 def run_python(code: str, **env) -> str:

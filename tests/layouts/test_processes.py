@@ -31,6 +31,7 @@ import oracle
 import pytest
 from catalogue import EACH
 from helpers.devices import row_case
+from helpers.jit import FLAGS
 from jax.sharding import Mesh
 
 pytest.importorskip("optax")
@@ -55,7 +56,8 @@ def run(command, env, status=0, limit=240) -> str:
     """What a command and the processes that it starts print; none of them outlives this call."""
     theirs = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    with subprocess.Popen([sys.executable, *command], env=theirs | env, cwd=ROOT, **piped) as child:
+    env = theirs | {"XLA_FLAGS": FLAGS} | env
+    with subprocess.Popen([sys.executable, *command], env=env, cwd=ROOT, **piped) as child:
         try:
             printed, _ = child.communicate(timeout=limit)
         except subprocess.TimeoutExpired:

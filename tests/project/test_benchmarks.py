@@ -44,6 +44,14 @@ class Here:
     kill = close
 
 
+@pytest.fixture
+def unoptimized():
+    """What is compiled runs a few times, and is no function that another test calls."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def ordered(low, middle, high) -> bool:
     return 0 < low <= middle <= high
 
@@ -209,7 +217,7 @@ def test_cpu_records_each_pass_of_each_contestant(monkeypatch):
     assert sum(line.startswith("| rms 8x16 bfloat16") for line in cpu.page(found).splitlines()) == len(cpu.PASSES)
 
 
-def test_gpu_on_a_cpu_checks_and_measures_each_pass(monkeypatch):
+def test_gpu_on_a_cpu_checks_and_measures_each_pass(monkeypatch, unoptimized):
     monkeypatch.setattr(gpu, "CHECKS", gpu.CHECKS[-2:] * 5)
     monkeypatch.setattr(gpu, "ROUNDS", 3)
     names = ("jaxnorm-xla", "jaxnorm-composed")
@@ -238,7 +246,7 @@ def test_gpu_says_when_there_is_none(monkeypatch):
         next(gpu.measure("gpu", ("jaxnorm-xla",), [], 1.0, Here))
 
 
-def test_training_compares_the_same_training(monkeypatch):
+def test_training_compares_the_same_training(monkeypatch, unoptimized):
     pytest.importorskip("optax")
     from benchmarks import training
 

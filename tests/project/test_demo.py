@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers.jit import FLAGS
 from jax.sharding import Mesh
 
 import jaxnorm as jn
@@ -26,7 +27,7 @@ def command(*arguments: str, cwd) -> subprocess.CompletedProcess:
     theirs = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "FORCE_COLOR")}
     return subprocess.run(
         [sys.executable, "-m", "jaxnorm.demo", *arguments], cwd=cwd, capture_output=True, text=True, timeout=240,
-        env=theirs | {"JAX_PLATFORMS": "cpu", "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"},
+        env=theirs | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
 
 

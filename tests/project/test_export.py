@@ -65,7 +65,7 @@ def values(rng, shape):
     return arguments(shape, make)
 
 
-@pytest.mark.parametrize("sizes", ["b, 4, 4, 6", "3, h, 4, 6", "3, 4, 4, 2*c", "b, h, w, 2*c"])
+@pytest.mark.parametrize("sizes", ["b, 4, 4, 6", "3, h, 4, 2*c", "b, h, w, 2*c"])
 def test_any_size_may_be_a_symbol(sizes):
     args = arguments(jax.export.symbolic_shape(sizes), jax.ShapeDtypeStruct)
     program = jax.export.export(jax.jit(with_gradients))(*args)

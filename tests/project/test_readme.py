@@ -1,5 +1,6 @@
 """README and docs/ keep their word: their code runs when pasted, their links lead somewhere, CI runs their command."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers.jit import FLAGS
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -43,7 +45,8 @@ def test_the_code_of_every_page_runs_when_pasted(tmp_path):
     """Outside the checkout, in one process, each page with names of its own."""
     pages = [str(page) for page in PAGES if "```python\n" in TEXT[page]]
     assert len(pages) >= 7
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", RUN, *pages], check=True, cwd=tmp_path)
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FLAGS}"}
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", RUN, *pages], check=True, cwd=tmp_path, env=env)
 
 
 def links(page: Path) -> list[tuple[str, str]]:
