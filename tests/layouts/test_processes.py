@@ -433,6 +433,17 @@ with joined(address, 2, int(process), 2):
         mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType[kind],))
         with jax.set_mesh(mesh):
             out |= dict(on(mesh))
+
+    import jaxnorm as jn
+    from jaxnorm import inputs, models
+    rows = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P("data"))
+    own = lambda a: jax.make_array_from_process_local_data(rows, np.split(a, 2)[int(process)])
+    batches = [*map(own, np.split(np.load(f"{folder}/data.npy"), (8, 16)))]
+    norm = jn.BatchNorm()
+    params, state = norm.init(3)
+    state, _ = models.recompute_stats(lambda state, x: norm.apply(params, state, x), state, batches, passes=1)
+    seen = inputs.StandardizeInputs().fit(batches)
+    out |= {"recomputed": np.stack([state.mean, state.var]), "fitted": np.stack([seen.mean, seen.std**2])}
     np.savez(f"{folder}/{process}.npz", **out)
 """
 ALONE, SYNCED = ["backward", "forward"], ["gradient", "gradient_sums", "moments", "normalize"]
@@ -448,8 +459,12 @@ def test_norms_over_global_arrays_are_exact_and_gather_nothing(native, kernels, 
     if native and not kernels:
         pytest.skip("the kernels are not under test")
     env = {"JAXNORM_NATIVE": str(int(native)), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    data = np.random.default_rng(0).normal(3.0, 2.0, (20, 3)).astype(np.float32)  # in three batches, the last of 4
+    np.save(tmp_path / "data.npy", data)
     printed = run(["-c", LAUNCH, sys.executable, "-c", NORMS, str(tmp_path)], env)
     halves = [np.load(tmp_path / f"{i}.npz") for i in (0, 1)]
+    for half, which in itertools.product(halves, ("recomputed", "fitted")):
+        np.testing.assert_allclose(half[which], [data.mean(0), data.var(0)], rtol=1e-5)
     for kind, row in itertools.product(("Auto", "Explicit"), EACH):
         name = f"{kind} {row.name}"
         rounds = (2 if native else 3) if row.batch else 1  # all norms: one for gradients, those of parameters included
