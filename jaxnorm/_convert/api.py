@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .._core.messages import shown
@@ -34,7 +35,10 @@ def from_torch(layer: Any, state_dict: Any = None, *, cast: bool = False, **opti
     >>> params.scale.tolist(), params.bias
     ([1.0, 1.0, 1.0], None)
     """
-    read = torch.read_layer("from_torch", layer, state_dict)
+    if isinstance(layer, Spec):
+        _check_arrays("from_torch", "state_dict", state_dict, "layer.state_dict()")
+    known = isinstance(layer, Spec) or torch.is_module(layer)
+    read = torch.read_layer("from_torch", layer, state_dict) if known else None
     return from_layer("from_torch", _known("from_torch", layer, read), options, cast)
 
 
@@ -50,6 +54,8 @@ def to_torch(spec: Spec, params: Any, state: Any, into: Any, *, cast: bool = Fal
     Raises:
       ConversionError: something does not fit; nothing was changed.
     """
+    if not torch.is_module(into):
+        _check_arrays("to_torch", "into", into, "layer, or layer.state_dict()")
     read = torch.read_layer("to_torch", into) if torch.is_module(into) else torch.read_layer("to_torch", spec, into)
     return to_layer("to_torch", spec, params, state, _known("to_torch", into, read), cast)
 
@@ -61,12 +67,16 @@ def from_flax(layer: Any, variables: Any = None, *, cast: bool = False, **option
       layer: a layer of nnx; a layer of linen or a spec, with its `variables`.
       variables: {"params": ..., "batch_stats": ...} of that layer alone.
     """
+    if isinstance(layer, Spec):
+        _check_arrays("from_flax", "variables", variables, '{"params": ...}')
     read = flax.read_layer("from_flax", layer, variables)
     return from_layer("from_flax", _known("from_flax", layer, read), options, cast)
 
 
 def to_flax(spec: Spec, params: Any, state: Any, into: Any, *, cast: bool = False) -> tuple[Any, Report]:
     """Put a norm into a layer of nnx, in place; or into variables of a linen layer, of which new ones are returned."""
+    if not flax.is_nnx(into):
+        _check_arrays("to_flax", "into", into, "a layer of nnx, or variables of linen")
     read = flax.read_layer("to_flax", into) if flax.is_nnx(into) else flax.read_layer("to_flax", spec, into)
     return to_layer("to_flax", spec, params, state, _known("to_flax", into, read), cast)
 
@@ -111,14 +121,19 @@ def to_equinox(spec: Spec, params: Any, state: Any, into: Any, *, cast: bool = F
 
 def from_keras(layer: Any, *, cast: bool = False, **options: Any) -> Converted:
     """A norm of keras, built, as (spec, params, state, report), as `from_torch`."""
-    read = keras.read_layer("from_keras", layer)
+    read = keras.read_layer("from_keras", layer) if keras.is_layer(layer) else None
     return from_layer("from_keras", _known("from_keras", layer, read), options, cast)
 
 
 def to_keras(spec: Spec, params: Any, state: Any, into: Any, *, cast: bool = False) -> tuple[Any, Report]:
     """Put a norm into a built layer of keras, in place."""
-    read = keras.read_layer("to_keras", into)
+    read = keras.read_layer("to_keras", into) if keras.is_layer(into) else None
     return to_layer("to_keras", spec, params, state, _known("to_keras", into, read), cast)
+
+
+def _check_arrays(name: str, argument: str, given: Any, write: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name}: {argument} must be a mapping of arrays, got {shown(given)}. Write {write}.")
 
 
 def _known(name: str, layer: Any, read: Read | None) -> Read:

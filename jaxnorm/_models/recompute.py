@@ -86,6 +86,9 @@ def recompute_stats(
       path  what      why
     + ""    BatchNorm 3 elements in 2 batches, 1.4 deviations from the old
     """
+    if any(c.__module__.startswith("flax.linen") and c.__name__ == "Module" for c in type(apply).__mro__):
+        write = 'lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])'
+        raise TypeError(f"recompute_stats: apply must be a function, got a linen module. Write {write}.")
     _check(batches, passes, save_every)
     model = _model(variables)
     states: dict[str, Any] = {path: as_stats(node) for path, node in model.states.items()}

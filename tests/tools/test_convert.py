@@ -1011,3 +1011,13 @@ def test_the_target_s_shardings_and_dtypes_are_kept_and_rounding_is_asked_for():
     boxed = {"params": {"fc": {"kernel": linen.Partitioned(jnp.zeros((4, 6)), ("in", "out")), "bias": jnp.zeros(6)}}}
     again, _ = convert.transfer(source, boxed)
     assert again["params"]["fc"]["kernel"].names == ("in", "out")
+
+
+@pytest.mark.parametrize("library", ["torch", "flax", "haiku", "equinox", "keras"])
+@pytest.mark.parametrize("given", [3, None, {"weight": 1.0}, np.ones(3)], ids=str)
+def test_what_is_no_layer_is_refused(library, given):
+    with pytest.raises(TypeError, match="Write the layer itself, or a spec"):
+        getattr(convert, f"from_{library}")(given)
+    spec = jn.LayerNorm()
+    with pytest.raises((TypeError, convert.ConversionError), match=r"into must be|is no norm|no arrays of a norm"):
+        getattr(convert, f"to_{library}")(spec, *spec.init(3), given)

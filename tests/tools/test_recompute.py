@@ -393,6 +393,8 @@ def test_flax_layers_and_batch_stats_that_cannot_change(data):
     variables = model.init(jax.random.key(0), x)
     with pytest.raises(TypeError, match=r'mutable=\["batch_stats"\]'):
         models.recompute_stats(model.apply, variables, [x])
+    with pytest.raises(TypeError, match="got a linen module"):
+        models.recompute_stats(nn.Dense(3), {}, [])
     with pytest.raises(TypeError, match="must be the nnx module itself"):
         models.recompute_stats(APPLY, nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), [x])
     both = nnx.Dict(theirs=nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)), ours=jnnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)))
