@@ -6,15 +6,18 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from catalogue import EACH, ROWS, by_name, draw
+from catalogue import EACH, MECHANISMS, ROWS, by_name, draw
 from helpers.rounding import HALVES, ulp
 
 import jaxnorm as jn
 
+# What rounds is the same for all rows: both dtypes for each mechanism, and one of them, in turn, for each other row.
+IN_HALF = [(row, dtype) for i, row in enumerate(ROWS) for j, dtype in enumerate(HALVES)
+           if row.name in MECHANISMS or i % 2 == j]  # fmt: skip
+
 
 @pytest.mark.versions
-@pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize(("row", "dtype"), IN_HALF, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_half_precision_is_the_truth_rounded_once(row, dtype, rng):
     params = row.params(rng, dtype)
     g = draw(rng, row.shape, dtype=dtype)

@@ -80,7 +80,7 @@ ONE = [
     (lambda: jn.SegmentNorm(num_segments=4, num_groups=2), ValueError, r"SegmentNorm: num_groups=2 and group_size=None are for kind=\"group\".*Write kind=\"group\""),
     (lambda: jn.segment_norm(x, ids, num_segments=4, kind="group"), ValueError, r"segment_norm: give one of num_groups and group_size.*Write num_groups=32"),
     (lambda: jn.segment_norm(x, ids, num_segments=4, kind="group", num_groups=3), ValueError, r"num_groups=3 does not divide the 8 channels"),
-    (lambda: jn.segment_norm(x, ids, num_segments=4, implementation="native"), ValueError, r"segment_norm: implementation='native' cannot run here: statistics of segments are XLA's\. Write implementation=None"),
+    (lambda: jn.segment_norm(x, ids, num_segments=4, implementation="native"), ValueError, r"segment_norm: implementation='native' cannot run here: segments have kernels of their own, which only implementation=None runs\. Write implementation=None"),
     (lambda: jn.segment_norm(x, num_segments=4), TypeError, r"segment_norm: segment_ids missing\. Write segment_norm\(x, segment_ids"),
     (lambda: jn.SegmentNorm(num_segments=4).apply(None, (), x), TypeError, r"SegmentNorm\.apply: segment_ids missing"),
     (lambda: jn.GroupNorm(num_groups=3).init(8), ValueError, r"GroupNorm\.init: num_groups=3 does not divide the 8 channels"),
