@@ -86,7 +86,7 @@ def recompute_stats(
       path  what      why
     + ""    BatchNorm 3 elements in 2 batches, 1.4 deviations from the old
     """
-    if any(c.__module__.startswith("flax.linen") and c.__name__ == "Module" for c in type(apply).__mro__):
+    if _is_linen(apply):
         write = 'lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])'
         raise TypeError(f"recompute_stats: apply must be a function, got a linen module. Write {write}.")
     _check(batches, passes, save_every)
@@ -133,6 +133,10 @@ def recompute_stats(
     if saved is not None:
         saved.remove()
     return run.result(states, total), outcome
+
+
+def _is_linen(apply: Any) -> bool:
+    return any(c.__module__.startswith("flax.linen") and c.__name__ == "Module" for c in type(apply).__mro__)
 
 
 def _model(variables: Any) -> Tree | Module:
