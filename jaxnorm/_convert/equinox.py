@@ -6,13 +6,13 @@ jaxnorm's state with `zero_debias`. With mode="ema" it normalizes by the running
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core.loaded import is_a
 from .._core.paths import path_of
 from .._norms.base import Spec
 from .leaf import Leaf, Specs, as_jax, as_numpy
@@ -23,8 +23,7 @@ MANY = 2**30
 
 
 def is_module(tree: Any) -> bool:
-    loaded = sys.modules.get("equinox")
-    return loaded is not None and isinstance(tree, loaded.Module)
+    return is_a(tree, "equinox")
 
 
 def is_tree(tree: Any) -> bool:

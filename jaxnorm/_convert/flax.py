@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core.loaded import is_a
 from .._core.messages import shown
 from .._core.paths import path_of
 from .._norms.base import Spec
@@ -21,17 +21,12 @@ _COUNTED = (("counter", lambda n: n, "the updates"),)
 _KEPT = (("", None, "kept"),)
 
 
-def _is(module: str, kind: str, tree: Any) -> bool:
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(tree, getattr(loaded, kind))
-
-
 def is_nnx(tree: Any) -> bool:
-    return _is("flax.nnx", "Module", tree) or _is("flax.nnx", "State", tree)
+    return is_a(tree, "flax.nnx") or is_a(tree, "flax.nnx", "State")
 
 
 def is_linen_layer(tree: Any) -> bool:
-    return _is("flax.linen", "Module", tree)
+    return is_a(tree, "flax.linen")
 
 
 class Tree:
@@ -188,8 +183,7 @@ def read(layer: Any, arrays: bool = True) -> Read | None:
 
 
 def _of_flax(layer: Any, kind: str) -> bool:
-    modules = [sys.modules.get(name) for name in ("flax.linen", "flax.nnx")]
-    return any(hasattr(module, kind) and isinstance(layer, getattr(module, kind)) for module in modules)
+    return is_a(layer, "flax.linen", kind) or is_a(layer, "flax.nnx", kind)
 
 
 def _axes(axes: Any) -> tuple[int, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 
+from .._core.loaded import is_a
 from .._norms.base import Spec
 from .leaf import Leaf, Specs
 from .norm import Read, add_spec, read_arrays, refuse
@@ -15,8 +15,7 @@ LIBRARY = "keras"
 
 
 def is_layer(tree: Any) -> bool:
-    loaded = sys.modules.get("keras")
-    return loaded is not None and isinstance(tree, loaded.layers.Layer)
+    return is_a(tree, "keras.layers", "Layer")
 
 
 class Tree:

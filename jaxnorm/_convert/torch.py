@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from .._core.loaded import is_a
 from .._norms.base import Spec
 from .leaf import Leaf, Specs, as_like
 from .norm import Read, add_spec, read_arrays, refuse
@@ -18,8 +18,7 @@ _KEPT = (("", None, "kept"),)
 
 
 def is_module(tree: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(tree, torch.nn.Module)
+    return is_a(tree, "torch.nn")
 
 
 def is_state_dict(tree: Any) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -54,17 +55,23 @@ _keys: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("keys", 
 
 
 @contextlib.contextmanager
+def setting(variable: contextvars.ContextVar[T], value: T) -> Iterator[None]:
+    """Within the context, the variable has this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+@contextlib.contextmanager
 def intercept(f: Interceptor) -> Iterator[None]:
     """Within the context, `f(call, run)` stands in place of each call. `run()` makes the call and returns (y, state).
 
     What `jax.jit` has compiled outside of the context is traced anew in it, and the other way round.
     """
-    token = watched.set(f)
-    try:
-        with traced_anew(f):
-            yield
-    finally:
-        watched.reset(token)
+    with setting(watched, f), traced_anew(f):
+        yield
 
 
 def from_layer(layer: Any, apply: F) -> F:
@@ -73,11 +80,8 @@ def from_layer(layer: Any, apply: F) -> F:
 
 
 def _from(layer, apply, *args, **options):
-    token = _layer.set(layer)
-    try:
+    with setting(_layer, layer):
         return apply(*args, **options)
-    finally:
-        _layer.reset(token)
 
 
 def intercepted(apply: F) -> F:
@@ -98,11 +102,8 @@ def intercepted(apply: F) -> F:
 
 def alone(apply: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """A call that no hook sees, such as that of a hook itself."""
-    token = watched.set(None)
-    try:
+    with setting(watched, None):
         return apply(*args, **options)
-    finally:
-        watched.reset(token)
 
 
 @contextlib.contextmanager
@@ -110,12 +111,8 @@ def traced_anew(key: Any) -> Iterator[None]:
     """Within the context, `jax.jit` uses only what it has compiled in contexts of equal keys."""
     if _USER_CONTEXT is not None:
         keys = (*_keys.get(), key)
-        token = _keys.set(keys)
-        try:
-            with _USER_CONTEXT(keys):
-                yield
-        finally:
-            _keys.reset(token)
+        with setting(_keys, keys), _USER_CONTEXT(keys):
+            yield
     else:
         jax.clear_caches()
         try:

@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .intercept import traced_anew
+from .intercept import setting, traced_anew
 
 passed: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("passed", default={})  # noqa: B039
 
@@ -42,9 +42,6 @@ def passing(**values: Any) -> Iterator[None]:
     Args:
       **values: by the names of the norm's operands.
     """
-    token = passed.set({**passed.get(), **values})
-    try:
-        with traced_anew(_Values(passed.get())):
-            yield
-    finally:
-        passed.reset(token)
+    now = {**passed.get(), **values}
+    with setting(passed, now), traced_anew(_Values(now)):
+        yield

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from .._core.intercept import Call, intercept
+from .._core.loaded import is_a
 from .._core.paths import path_of
 
 Watcher = Callable[[str, Call, Callable[[], tuple[Any, Any]]], tuple[Any, Any]]
@@ -52,12 +53,10 @@ def _path(call: Call, places: dict[int, str], turns: collections.Counter[str]) -
 
 def _places_of_modules(model: Any) -> dict[int, str]:
     """The path of each nnx module inside of a model, by its identity."""
-    if model is None:
+    if not is_a(model, "flax.nnx"):
         return {}
     from flax import nnx
 
-    if not isinstance(model, nnx.Module):
-        return {}
     return {id(node): "/".join(map(str, path)) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.intercept import Call
+from .._core.loaded import is_a
 from .._core.messages import shown
 from .._core.paths import matches, path_of
 from .._norms.base import Spec
@@ -201,7 +202,7 @@ def _check_mapped(axis_name: Any) -> None:
 def _module(f: Any, args: tuple[Any, ...]) -> Any:
     """The nnx module that is called: f, the owner of the method f, or the first one among the arguments."""
     for candidate in (f, getattr(f, "__self__", None), getattr(f, "func", None), *args):
-        if any(kind.__module__.startswith("flax.nnx") for kind in type(candidate).__mro__):
+        if is_a(candidate, "flax.nnx"):
             return candidate
     return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, MutableSequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from .._core.arrays import align_param, canonicalize_axes
 from .._core.dtypes import accumulator, widest
 from .._core.intercept import Call, alone
+from .._core.loaded import is_a
 from .calls import Watcher, watching
 
 
@@ -221,10 +221,9 @@ def as_model(model: Any, args: tuple[Any, ...]) -> Kind:
     Raises:
       TypeError: it is no model, or the variables are missing.
     """
-    of = lambda name: getattr(sys.modules.get(f"flax.{name}"), "Module", ())  # a model's class has imported its module
-    if isinstance(model, of("nnx")):
+    if is_a(model, "flax.nnx"):
         return Nnx(model, args)
-    f = model.apply if isinstance(model, of("linen")) else model
+    f = model.apply if is_a(model, "flax.linen") else model
     if not callable(f) or isinstance(model, type):
         raise TypeError(
             f"fold: model must be a linen module, an nnx module or a function, got {type(model).__name__}. Write "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._core.loaded import is_a
 from .._core.messages import shown
 from .._ops.states import as_stats
 from .gathering import Module, Tree
@@ -86,7 +87,7 @@ def recompute_stats(
       path  what      why
     + ""    BatchNorm 3 elements in 2 batches, 1.4 deviations from the old
     """
-    if _is_linen(apply):
+    if is_a(apply, "flax.linen"):
         write = 'lambda variables, x: model.apply(variables, x, mutable=["batch_stats"])'
         raise TypeError(f"recompute_stats: apply must be a function, got a linen module. Write {write}.")
     _check(batches, passes, save_every)
@@ -135,15 +136,10 @@ def recompute_stats(
     return run.result(states, total), outcome
 
 
-def _is_linen(apply: Any) -> bool:
-    return any(c.__module__.startswith("flax.linen") and c.__name__ == "Module" for c in type(apply).__mro__)
-
-
 def _model(variables: Any) -> Tree | Module:
-    kind = type(variables).__module__ or ""
-    if any(c.__module__.startswith("flax.nnx") and c.__name__ == "Module" for c in type(variables).__mro__):
+    if is_a(variables, "flax.nnx"):
         model: Tree | Module = Module(variables)
-    elif kind.startswith("flax.nnx"):
+    elif (type(variables).__module__ or "").startswith("flax.nnx"):
         raise TypeError(
             f"recompute_stats: variables must be the nnx module itself, got {shown(variables)}. Write "
             "recompute_stats(apply, nnx.merge(graphdef, state), batches)."

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .._core.intercept import Call
+from .._core.loaded import is_a
 from .._core.messages import shown
 from .._norms.base import Spec
 from .._ops.plan import backend_in, plans_made
@@ -120,7 +121,7 @@ def _function(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tup
             rest = args
             variables = jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), *args)
         return functools.partial(model.apply, mutable=True), None, (variables, *rest)
-    if any(kind.__module__.startswith("flax.nnx") for kind in type(model).__mro__):
+    if is_a(model, "flax.nnx") or is_a(model, "flax.nnx", "Pytree"):
         from flax import nnx
 
         graph, state = nnx.split(model)

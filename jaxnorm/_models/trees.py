@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from .._core.loaded import is_a
 from .._core.messages import shown
 from .._norms.base import Spec
 
@@ -16,9 +16,8 @@ Keys = tuple[Any, ...]
 
 def kind_of(tool: str, model: Any) -> str:
     """Whether a model is "linen", "nnx", or a tree of "specs". Raises on anything else."""
-    for kind in ("linen", "nnx"):  # a model is of what has been imported
-        layers = sys.modules.get(f"flax.{kind}")
-        if layers is not None and isinstance(model, layers.Module):
+    for kind in ("linen", "nnx"):
+        if is_a(model, f"flax.{kind}"):
             return kind
     if any(isinstance(leaf, Spec) for leaf in jax.tree.leaves(model)):
         return "specs"
