@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import jax.numpy as jnp
 from flax import linen as nn
 
-from .._core.intercept import CONTEXTS, traced_anew
+from .._core.intercept import CONTEXTS, setting, traced_anew
 from .._core.passing import passed
 from .._norms.base import same_param
 from . import linen
@@ -160,12 +160,9 @@ def _swapping(model: Any) -> Iterator[None]:
         given = given_to(positional_of(layer), args[1:], given)
         return made[id(layer)][1](x, **fitted(new, given, getattr(layer, "use_running_average", None)))
 
-    token = _active.set(_active.get() | {key})
-    try:
-        with traced_anew(model.norm_swaps) if CONTEXTS else contextlib.nullcontext(), nn.intercept_methods(intercept):
-            yield
-    finally:
-        _active.reset(token)
+    anew = traced_anew(model.norm_swaps) if CONTEXTS else contextlib.nullcontext()
+    with setting(_active, _active.get() | {key}), anew, nn.intercept_methods(intercept):
+        yield
 
 
 _active: ContextVar[frozenset[Any]] = ContextVar("active", default=frozenset())

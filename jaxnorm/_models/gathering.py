@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.dtypes import widest
-from .._core.intercept import Call, intercept, watched
+from .._core.intercept import Call, intercept, setting, watched
 from .._core.paths import path_of
 from .._core.types import Moments, RunningStats
 from .._norms.batch import BatchNorm
@@ -113,14 +113,11 @@ def gathering(by_batch: bool, known: dict[str, Known], quiet: bool) -> Iterator[
         state, seen, put = slot
         reason = reason_to_leave(call.spec)
         known[seen.path] = Known(call.spec, reason)
-        token = watched.set(None)
-        try:
+        with setting(watched, None):
             if reason is not None:
                 y, _ = call.spec.apply(call.params, state, call.x, *call.operands, **call.options | {"train": False})
                 return y, call.state
             y, moments = _moments(call, state, by_batch, quiet)
-        finally:
-            watched.reset(token)
         if call.options.get("update_stats", True) is not False:
             seen = Seen(_merged(seen.moments, moments), seen.path)
         return y, put(seen)

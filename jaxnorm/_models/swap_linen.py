@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from .._core.intercept import traced_anew
+from .._core.intercept import setting, traced_anew
 from .._core.messages import shown
 from .._core.paths import path_of
 from .carry import carry, first_of, param_paths
@@ -62,12 +62,8 @@ def traced(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, dict[s
         return model.init(key, *args, **kwargs)
 
     found: list[Any] = []
-    token = seen.set(found)
-    try:
-        with traced_anew(object()):  # all layers are called
-            shapes = jax.eval_shape(init, jax.random.key(0), [a for a, of in zip(leaves, array, strict=True) if of])
-    finally:
-        seen.reset(token)
+    with setting(seen, found), traced_anew(object()):  # all layers are called
+        shapes = jax.eval_shape(init, jax.random.key(0), [a for a, of in zip(leaves, array, strict=True) if of])
     return shapes, {norm.path: norm for norm in found}
 
 

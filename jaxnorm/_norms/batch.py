@@ -134,14 +134,12 @@ def batch_norm(
         dict {"mean", "var"}, with or without "count", does as well, and comes back as a dict.
         A variance that is nothing beside epsilon may be recorded as 0. In training also `Moments`, which those of the
         batch are merged into, for one `update_state` after many micro-batches.
-      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: True where an element counts. Broadcasts to x, or covers its leading axes. Masked-out elements do
         not affect the statistics, the state or any gradient, even if they are NaN. Finite ones are still normalized.
         A float mask holds 1 and 0. An additive one (0 where an element counts, negative elsewhere) is refused; if it
         is traced, so that its values are not known, it makes the output NaN.
       weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable. Negative ones are refused
         unless they are traced; then the result means nothing.
-      update_stats: False leaves the state as it was.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,18 @@ from .._core.types import Affine, Features, Moments, Params, RunningStats
 from .._ops.batch import ByFormula, normalize_batch
 from .._ops.elementwise import OfElements
 from .._ops.normalize import as_affine
-from .._ops.policy import EMA, Devices, Ramp, Running, check_schedule, counting_policy, scheduled, sharing_policy
+from .._ops.policy import EMA, Ramp, Running, check_schedule, counting_policy, scheduled
 from .._ops.running import update_and_count
 from .._ops.states import as_stats, is_stats
-from .base import Spec
 from .declare import S, as_params, function_of, refuse_params_as_state, spec
+from .running import SharingOptions
 
 Array = jax.Array
 _RUNNING = ("momentum", "min_count", "skip_nonfinite", "zero_debias")
 
 
 @spec
-class BatchRenorm(Spec):
+class BatchRenorm(SharingOptions):
     """The hyperparameters of `batch_renorm`. See `BatchNorm` for those that it has too.
 
     Args:
@@ -44,15 +44,7 @@ class BatchRenorm(Spec):
       track: what the running average is of: "std", the deviation sqrt(var + epsilon), as in the paper and Keras; "var",
         the variance, as in sbx. `state.var` holds a variance either way.
       running: how the running statistics are updated, as one object: `EMA(...)`.
-      share: which devices share statistics, as one object: `Devices(axis_name, groups)`.
-      axis_name: the mapped axis, or axes, whose devices share statistics.
-      axis_index_groups: the same as a `sync` of lists, by Flax's name.
-      sync: which devices along axis_name share statistics: "global", "local", an int, or lists of indices.
       virtual_batch_size: ghost batches of so many examples, each with its own statistics.
-      min_count: a channel with fewer elements than this leaves its state as it was.
-      frozen: normalize by the running statistics and never update them, in training too.
-      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
-      zero_debias: correct the running statistics for their start, as Adam does.
 
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.BatchRenorm(r_max=1.0, d_max=1.0, epsilon=0.)
@@ -62,9 +54,6 @@ class BatchRenorm(Spec):
     ([[0.0], [2.0]], [1.0])
     """
 
-    State: ClassVar[Any] = RunningStats
-
-    use_bias: bool = True
     axis: int | Sequence[int] = -1
     momentum: float | Array = 0.99
     epsilon: float = 1e-3
@@ -72,22 +61,12 @@ class BatchRenorm(Spec):
     d_max: float | Callable[[Any], Any] = Ramp(0.0, 5.0, 5_000.0, 25_000.0)
     track: str = "std"
     running: EMA | None = None
-    share: Devices | None = None
-    axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
-    sync: str | int | Sequence[Sequence[int]] = "global"
     virtual_batch_size: int | None = None
-    min_count: float | None = None
-    frozen: bool = False
-    skip_nonfinite: bool = False
-    zero_debias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._step()
         _check_limits("BatchRenorm", self.r_max, self.d_max)
-        sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, self.virtual_batch_size)
-        sharing_policy("BatchRenorm", *sharing)
 
     def _step(self) -> tuple[Running, Callable[..., RunningStats]]:
         flat = {name: getattr(self, name) for name in _RUNNING}
@@ -157,10 +136,7 @@ def batch_renorm(
       params: `Affine(scale, bias)`. Each is None or has shape (C,) or a shape that broadcasts against x.
       state: `RunningStats(mean, var, count)`, float32 (C,); `BatchRenorm(...).init(C)` makes one. `count` is the number
         of updates, and `RunningStats` of a batch norm do as well once they have one. A dict does too.
-      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: as for `batch_norm`.
-      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
-      update_stats: False leaves the state as it was.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.

@@ -125,10 +125,8 @@ def diff_group_norm(
       params: `DiffGroupParams(weight, scale, bias)`, or a dict of these. weight is of shape (C, G), scale and bias are
         of shape (G, C) or None.
       state: `RunningStats(mean, var, count)`, float32 (G, C); `DiffGroupNorm(...).init(C)` makes one. A dict does.
-      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: True where an element counts. What is masked out counts as 0 in x weight, and in no statistic.
       weights: a float weight >= 0 for each element, in the statistics of the batch. Differentiable.
-      update_stats: False leaves the state as it was.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.

@@ -120,10 +120,7 @@ def domain_batch_norm(
       params: `Affine(scale, bias)`, or a dict. Each is None, or (C,) for all domains, or (K, C).
       state: `RunningStats(mean, var, count)`, float32 (K, C); `DomainBatchNorm(...).init(C)` makes one. A dict does.
       num_domains: K. None reads it off the state.
-      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: True where an element counts, as for `batch_norm`.
-      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
-      update_stats: False leaves the state as it was.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.

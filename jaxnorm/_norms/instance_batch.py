@@ -98,10 +98,7 @@ def instance_batch_norm(
         same names.
       state: `RunningStats(mean, var, count)`, float32 (C - k,), or a dict of them, as for `batch_norm`. In training
         also `Moments`, which those of the batch are merged into.
-      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: True where an element counts, as for `batch_norm`. It holds for both kinds of statistics.
-      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
-      update_stats: False leaves the state as it was.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.

@@ -21,12 +21,12 @@ from .._ops.batch import ByFormula, normalize_batch
 from .._ops.elementwise import OfElements
 from .._ops.normalize import as_affine, normalize_given
 from .._ops.plan import make_plan
-from .._ops.policy import EMA, Devices, Ramp, check_schedule, counting_policy, scheduled, sharing_policy
+from .._ops.policy import EMA, Ramp, check_schedule, counting_policy, scheduled
 from .._ops.running import update_and_count
 from .._ops.standardize import standardize
 from .._ops.states import as_stats, is_stats
-from .base import Spec
 from .declare import S, as_params, function_of, refuse_params_as_state, spec
+from .running import SharingOptions
 
 Array = jax.Array
 _RUNNING = ("momentum", "min_count", "skip_nonfinite", "zero_debias")
@@ -43,7 +43,7 @@ class RepBatchParams(NamedTuple):
 
 
 @spec
-class RepBatchNorm(Spec):
+class RepBatchNorm(SharingOptions):
     """The hyperparameters of `rep_batch_norm`. See `BatchNorm` for those that it has too.
 
     Args:
@@ -53,14 +53,6 @@ class RepBatchNorm(Spec):
       fade: the share of the layer norm in training: a number from 0 to 1, or a function of the count of updates, such
         as `Ramp` or a schedule of optax, which maps an array of counts to one of its shape. 0.0 is RepBN alone.
       running: how the running statistics are updated, as one object: `EMA(...)`.
-      share: which devices share statistics, as one object: `Devices(axis_name, groups)`.
-      axis_name: the mapped axis, or axes, whose devices share statistics of the batch.
-      axis_index_groups: the same as a `sync` of lists, by Flax's name.
-      sync: which devices along axis_name share statistics: "global", "local", an int, or lists of indices.
-      min_count: a channel with fewer elements than this leaves its state as it was.
-      frozen: normalize by the running statistics and never update them, in training too.
-      skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
-      zero_debias: correct the running statistics for their start, as Adam does.
 
     >>> import jaxnorm as jn, numpy as np
     >>> norm = jn.RepBatchNorm(fade=0.0, epsilon=0.)
@@ -70,29 +62,18 @@ class RepBatchNorm(Spec):
     """
 
     Params: ClassVar[Any] = RepBatchParams
-    State: ClassVar[Any] = RunningStats
     scales: ClassVar[tuple[str, ...]] = ("scale", "ln_scale")
 
-    use_bias: bool = True
     axis: int | Sequence[int] = -1
     momentum: float | Array = 0.99
     epsilon: float = 1e-5
     fade: float | Callable[[Any], Any] = Ramp(1.0, 0.0, 0.0, 300_000.0)
     running: EMA | None = None
-    share: Devices | None = None
-    axis_name: str | tuple[str, ...] | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
-    sync: str | int | Sequence[Sequence[int]] = "global"
-    min_count: float | None = None
-    frozen: bool = False
-    skip_nonfinite: bool = False
-    zero_debias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_schedule("RepBatchNorm", "fade", self.fade, 0.0)
         counting_policy("RepBatchNorm", self.running, {name: getattr(self, name) for name in _RUNNING})
-        sharing_policy("RepBatchNorm", self.share, self.axis_name, self.axis_index_groups, self.sync, None)
 
     if TYPE_CHECKING:
 
@@ -163,10 +144,8 @@ def rep_batch_norm(
       params: `RepBatchParams(scale, bias, eta, ln_scale, ln_bias)`, a dict of these, or None. eta is one number or of
         shape (C,), the others of shape (C,); None is a scale of 1, a bias of 0 and an eta of 0.
       state: `RunningStats(mean, var, count)`, float32 (C,); `count` is the number of updates. A dict does as well.
-      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: True where an element counts, as for `batch_norm`.
       weights: a float weight >= 0 for each element, in the statistics of the batch.
-      update_stats: False leaves the state as it was.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.

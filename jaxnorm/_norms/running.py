@@ -28,16 +28,10 @@ def taken_policy(norm: str, options: dict[str, Any]) -> Running:
 
 
 @spec
-class RunningOptions(Spec):
-    """How running statistics are updated, and which devices share statistics.
+class SharingOptions(Spec):
+    """Which devices share statistics, and which statistics of a batch count.
 
     Args:
-      momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
-        schedule computes, which may be traced. None: the exact cumulative statistics, those
-        of all elements seen so far (needs `state.count`).
-      epsilon: added to the variance, in units of x squared; >= 0.
-      running: how the running statistics are updated, as one object: `EMA(...)` or `Cumulative()`, in place of
-        momentum, min_count, skip_nonfinite, zero_debias and unbiased_running_var.
       share: which devices share statistics, as one object: `Devices(axis_name, groups)`, in place of axis_name,
         axis_index_groups and sync.
       axis_name: the mapped axis, or axes, of pmap, shard_map or vmap whose devices share statistics. Not touched at
@@ -53,15 +47,14 @@ class RunningOptions(Spec):
       skip_nonfinite: a channel whose batch statistics are not finite keeps its old ones.
       zero_debias: correct the running statistics for their start, as Adam does: after t updates their weights sum to 1,
         with nothing of the initial values (needs `state.count`).
-      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
+      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
+      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
+      update_stats: False leaves the state as it was.
     """
 
     State: ClassVar[Any] = RunningStats
 
     use_bias: bool = True
-    momentum: float | Array | None = 0.99
-    epsilon: float = 1e-5
-    running: EMA | Cumulative | None = None
     share: Devices | None = None
     axis_name: str | tuple[str, ...] | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
@@ -70,14 +63,36 @@ class RunningOptions(Spec):
     frozen: bool = False
     skip_nonfinite: bool = False
     zero_debias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ghosts = getattr(self, "virtual_batch_size", None)
+        sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, ghosts)
+        sharing_policy(type(self).__name__, *sharing)
+
+
+@spec
+class RunningOptions(SharingOptions):
+    """How running statistics are updated, and which devices share statistics.
+
+    Args:
+      momentum: the weight of the old statistics, as in Flax (1 - torch's): a number, or a scalar array such as a
+        schedule computes, which may be traced. None: the exact cumulative statistics, those
+        of all elements seen so far (needs `state.count`).
+      epsilon: added to the variance, in units of x squared; >= 0.
+      running: how the running statistics are updated, as one object: `EMA(...)` or `Cumulative()`, in place of
+        momentum, min_count, skip_nonfinite, zero_debias and unbiased_running_var.
+      unbiased_running_var: the running variance takes m2 / (n - 1), as torch does, in place of m2 / n.
+    """
+
+    momentum: float | Array | None = 0.99
+    epsilon: float = 1e-5
+    running: EMA | Cumulative | None = None
     unbiased_running_var: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._running()
-        ghosts = getattr(self, "virtual_batch_size", None)
-        sharing = (self.share, self.axis_name, self.axis_index_groups, self.sync, ghosts)
-        sharing_policy(type(self).__name__, *sharing)
 
     def _running(self) -> Running:
         flat = {name: getattr(self, name) for name in _FLAT}

@@ -88,10 +88,7 @@ def switchable_norm(
         shape (C,), or one that broadcasts against x, or are None; logits have shape (3,), or are None for equal shares.
       state: `RunningStats(mean, var, count)`, float32 (C,), or a dict of them, as for `batch_norm`. In training also
         `Moments`, which those of the batch are merged into.
-      train: use the batch's statistics and update the running ones. A bool, or a traced bool.
       mask: True where an element counts, as for `batch_norm`. It holds for both kinds of statistics.
-      weights: a float weight >= 0 for each element, shaped as a mask may be. Differentiable.
-      update_stats: False leaves the state as it was.
 
     Returns:
       An array of x's shape, and the new state: its tree, shapes and dtypes are the old one's.

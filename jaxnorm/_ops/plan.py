@@ -14,7 +14,7 @@ from .._backends.select import backend_in as backend_in
 from .._backends.select import check_implementation as check_implementation
 from .._core.arithmetic import prescales
 from .._core.dtypes import accumulator
-from .._core.intercept import traced_anew
+from .._core.intercept import setting, traced_anew
 from .._core.mesh import is_bound
 from .._core.messages import shown
 from .._core.types import Plan, Reduction
@@ -51,9 +51,5 @@ def plans_made() -> Iterator[list[tuple[tuple[int, ...], Plan]]]:
     That shape has x's axis of channels as two where the norm has groups of them.
     """
     made: list[tuple[tuple[int, ...], Plan]] = []
-    token = _made.set(made)
-    try:
-        with traced_anew(object()):
-            yield made
-    finally:
-        _made.reset(token)
+    with setting(_made, made), traced_anew(object()):
+        yield made
