@@ -30,7 +30,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
@@ -42,6 +41,7 @@ from .._core.vma import broadcast_like, is_explicit, pvary_all, pvary_like, shar
 from .call import BACKWARD_OF_SUM, FORWARD_OF_SUM, QUANTIZE, TANGENT, Call, packed
 from .partition import Collectives
 from .registry import by_devices, check_platform, register
+from .rules import compiled, jvp_by_formula
 
 Array = jax.Array
 
@@ -132,7 +132,7 @@ class Fused:
     def _primitive(self, name: str, formula: Callable, types: Callable, kernel: str | None = None) -> Primitive:
         primitive = Primitive(name)
         primitive.multiple_results = True
-        primitive.def_impl(_compiled(primitive, formula))
+        primitive.def_impl(compiled(primitive, formula))
         primitive.def_abstract_eval(types)
         batching.primitive_batchers[primitive] = functools.partial(_batched, primitive)
         mlir.register_lowering(primitive, _elsewhere(mlir.lower_fun(formula, multiple_results=True)))
@@ -141,14 +141,7 @@ class Fused:
         return primitive
 
     def _tangent_jvp(self, primals, tangents, *, call: Call):
-        moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-        def of_moving(*values):
-            at = dict(zip(moving, values, strict=True))
-            return self._tangent_formula(*(at.get(i, p) for i, p in enumerate(primals)), call=call)
-
-        pick = lambda values: [values[i] for i in moving]
-        return self._tangent_p.bind(*primals, call=call), list(jax.jvp(of_moving, pick(primals), pick(tangents))[1])
+        return jvp_by_formula(self._tangent_p, self._tangent_formula, primals, tangents, call)
 
     def _tangent_transpose(self, cotangents, *operands, call: Call):
         g, g_stream = (None if isinstance(g, ad.Zero) else g for g in (*cotangents, *[None] * (not call.of_sum)))
@@ -170,28 +163,6 @@ class Fused:
         (names, at), (_, along) = (packed(BACKWARD_OF_SUM, args) for args in (primals, tangents))
         formula = functools.partial(self._backward_formula, call=Call(plan, names, grad_shapes))
         return self._backward(plan, grad_shapes, *primals), jax.jvp(formula, at, along)[1]
-
-
-def _compiled(primitive: Primitive, formula: Callable) -> Callable:
-    """What a primitive does outside of jit: a program of its own for each `Call`, compiled also under `disable_jit`."""
-
-    @functools.cache
-    def program(call: Call) -> Callable:
-        def run(*operands):
-            # JAX itself calls this function on arrays to find the operation that made a NaN, under `debug_nans`. The
-            # formula has operations; the primitive would come back here.
-            traced = any(isinstance(a, Tracer) for a in operands)
-            return primitive.bind(*operands, call=call) if traced else formula(*operands, call=call)
-
-        return jax.jit(run)
-
-    def implementation(*operands, call: Call):
-        if not jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
-            return program(call)(*operands)
-        with jax.disable_jit(False):
-            return program(call)(*operands)
-
-    return implementation
 
 
 def _bind(primitive: Primitive, plan: Plan, order, *operands, **static) -> list[Array]:

@@ -25,6 +25,7 @@ from .._core.dtypes import accumulator, are_static
 from .._core.over import Segments
 from .._core.types import Plan, Statistics
 from .._core.vma import pvary_all, pvary_like, without_vma
+from .rules import compiled, jvp_by_formula
 
 Array = jax.Array
 
@@ -127,11 +128,9 @@ class OfSegments:
     # --- rules --------------------------------------------------------------------------------------------------------
 
     def _primitive(self, name: str, formula: Callable, types: Callable, kernel: str | None = None) -> Primitive:
-        from .primitives import _compiled
-
         primitive = Primitive(name)
         primitive.multiple_results = True
-        primitive.def_impl(_compiled(primitive, formula))
+        primitive.def_impl(compiled(primitive, formula))
         primitive.def_abstract_eval(types)
         batching.primitive_batchers[primitive] = functools.partial(_batched, formula)
         mlir.register_lowering(primitive, mlir.lower_fun(formula, multiple_results=True))
@@ -141,14 +140,7 @@ class OfSegments:
         return primitive
 
     def _tangent_jvp(self, primals, tangents, *, call: SegmentCall):
-        moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
-
-        def of_moving(*values):
-            at = dict(zip(moving, values, strict=True))
-            return self._tangent_formula(*(at.get(i, p) for i, p in enumerate(primals)), call=call)
-
-        pick = lambda values: [values[i] for i in moving]
-        return self._tangent_p.bind(*primals, call=call), list(jax.jvp(of_moving, pick(primals), pick(tangents))[1])
+        return jvp_by_formula(self._tangent_p, self._tangent_formula, primals, tangents, call)
 
     def _tangent_transpose(self, cotangents, *operands, call: SegmentCall):
         (g,), known = cotangents, len(operands) - sum(call.moving)
